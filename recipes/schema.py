@@ -1,0 +1,264 @@
+"""What a run is: frozen dataclasses, one per block of a recipe.
+
+The text under each field says what it means, its unit and its range. Every class checks its own ranges when it is
+built, so a `Recipe` that exists is valid. Reading YAML is `load.py`'s work; nothing here touches a file.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+Numerics = Literal["native", "interchange"]
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be used; `key` is the dotted key at fault, or "" where no single key is."""
+
+    def __init__(self, message: str, key: str = "") -> None:
+        super().__init__(message)
+        self.key = key
+
+
+def _check_range(key: str, value: float, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
+    """Raise RecipeError unless low <= value <= high (low < value where `open_low`)."""
+    if not (low < value if open_low else low <= value) or not value <= high or math.isnan(value):
+        lower = f"greater than {low:g}" if open_low else f"at least {low:g}"
+        upper = "" if high == math.inf else f" and at most {high:g}"
+        raise RecipeError(f"{key} must be {lower}{upper}, not {value:g}", key)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Where images and captions come from: exactly one of `domain` and `folder`."""
+
+    domain: str | None = None
+    """A built-in generated domain, such as `marketing`: a module of `data/` that builds it from installed packages."""
+    folder: str | None = None
+    """A folder of images with captions: `metadata.jsonl`, or a `.txt` beside each image, or file names as captions.
+    A relative path starts at the recipe's own folder (at the working directory when given on the command line)."""
+    count: int = 2400
+    """Images that a domain generates; 1 to 1,000,000. Ignored for a folder."""
+    seed: int = 0
+    """Seed of the generator and of the split; any non-negative integer."""
+    caption_column: str = ""
+    """Field of `metadata.jsonl` that holds the caption; empty = `text`, else `caption`."""
+    trigger: str = ""
+    """Words put before every caption, so that a prompt can call the style by name; empty = none."""
+    validation_fraction: float = 0.1
+    """Share of the concepts kept for the validation loss; 0 to 0.5."""
+    test_fraction: float = 0.1
+    """Share of the concepts kept for evaluation; 0 to 0.5."""
+    resolution: int = 0
+    """Edge of the square image in pixels, a multiple of 16; 0 = the base's own."""
+    limit: int = 0
+    """Use at most this many samples, evenly spaced over each split; 0 = all."""
+    licence: str = "unspecified"
+    """Licence of a folder's images (an SPDX name where there is one), written into the adapter's card.
+    A domain knows its own."""
+
+    def __post_init__(self) -> None:
+        if (self.domain is None) == (self.folder is None):
+            given = "neither" if self.domain is None else f"both ({self.domain!r} and {self.folder!r})"
+            raise RecipeError(
+                f"data needs exactly one of data.domain and data.folder, and got {given}; "
+                "set one, and clear an inherited one with `null`",
+                "data",
+            )
+        _check_range("data.count", self.count, 1, 1_000_000)
+        _check_range("data.seed", self.seed, 0)
+        _check_range("data.validation_fraction", self.validation_fraction, 0, 0.5)
+        _check_range("data.test_fraction", self.test_fraction, 0, 0.5)
+        _check_range("data.resolution", self.resolution, 0, 8192)
+        _check_range("data.limit", self.limit, 0)
+        if self.resolution % 16:
+            raise RecipeError(
+                f"data.resolution must be a multiple of 16, or 0 for the base's own, not {self.resolution}",
+                "data.resolution",
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterConfig:
+    """The LoRA: y += (alpha / rank) B A x on every target."""
+
+    rank: int = 16
+    """Rank r of A[r, K] and B[N, r]; 1 to 1024."""
+    alpha: float = 16.0
+    """Numerator of the scale alpha / rank; greater than 0. It is baked into B when the adapter is saved."""
+    targets: tuple[str, ...] = ()
+    """Regular expressions matched against full module paths; empty = the base's default list."""
+    seed: int = 0
+    """Seed of A's initial values (B starts at zero)."""
+
+    def __post_init__(self) -> None:
+        _check_range("adapter.rank", self.rank, 1, 1024)
+        _check_range("adapter.alpha", self.alpha, 0, open_low=True)
+        _check_range("adapter.seed", self.seed, 0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """The loop. One step = one optimizer update = `batch_size * accumulation` samples."""
+
+    steps: int = 400
+    """Optimizer steps; at least 1."""
+    batch_size: int = 16
+    """Samples of one forward pass; 1 to 65,536."""
+    accumulation: int = 1
+    """Forward passes per optimizer step; 1 to 65,536."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this L2 norm over all adapter parameters; 0 = no clipping."""
+    seed: int = 0
+    """Seed of sample order, timesteps, noise and text dropout."""
+    text_dropout: float = 0.1
+    """Chance that a caption is replaced by the empty prompt, which guidance needs at sampling; 0 to 1."""
+    save_x: Literal["quantized", "raw"] = "quantized"
+    """What a linear keeps of its input for dA: its low-bit codes, or the input itself (exact, more memory)."""
+    dgrad: Literal["dequantized", "int8"] = "dequantized"
+    """How the gradient passes back through the frozen weight: dequantized tiles, or INT8 codes of the gradient."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints that a run can resume from; 0 = only at the end."""
+    validate_every: int = 100
+    """Steps between validation losses; 0 = only at the start and the end."""
+    sample_every: int = 0
+    """Steps between sample images; 0 = only at the end."""
+    log_every: int = 10
+    """Steps between points of the logged curves; at least 1."""
+    threads: int = 0
+    """CPU threads; 0 = all cores (`accelerate launch` would leave one)."""
+
+    def __post_init__(self) -> None:
+        _check_range("train.steps", self.steps, 1)
+        _check_range("train.batch_size", self.batch_size, 1, 65_536)
+        _check_range("train.accumulation", self.accumulation, 1, 65_536)
+        _check_range("train.max_grad_norm", self.max_grad_norm, 0)
+        _check_range("train.seed", self.seed, 0)
+        _check_range("train.text_dropout", self.text_dropout, 0, 1)
+        _check_range("train.checkpoint_every", self.checkpoint_every, 0)
+        _check_range("train.validate_every", self.validate_every, 0)
+        _check_range("train.sample_every", self.sample_every, 0)
+        _check_range("train.log_every", self.log_every, 1)
+        _check_range("train.threads", self.threads, 0, 4096)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW (Loshchilov and Hutter, 2019) and its learning-rate schedule."""
+
+    name: Literal["adamw"] = "adamw"
+    """The optimizer."""
+    learning_rate: float = 1e-3
+    """Peak learning rate; greater than 0, at most 1."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """Decay of the first and second moment; each at least 0 and below 1."""
+    eps: float = 1e-8
+    """Added to the root of the second moment; greater than 0."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay per step, times the learning rate; 0 to 1."""
+    warmup_steps: int = 20
+    """Steps of linear warm-up from 0; at least 0."""
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    """What follows the warm-up: constant, or down to 0 along a half cosine or a line."""
+
+    def __post_init__(self) -> None:
+        _check_range("optim.learning_rate", self.learning_rate, 0, 1, open_low=True)
+        for beta in self.betas:
+            _check_range("optim.betas", beta, 0, math.nextafter(1, 0))
+        _check_range("optim.eps", self.eps, 0, open_low=True)
+        _check_range("optim.weight_decay", self.weight_decay, 0, 1)
+        _check_range("optim.warmup_steps", self.warmup_steps, 0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampleConfig:
+    """Images made during and after training, and the default of `generate`."""
+
+    prompts: tuple[str, ...] = ()
+    """Prompts; empty = the first captions of the test split."""
+    negative_prompt: str = ""
+    """What guidance moves away from; empty = the empty prompt."""
+    steps: int = 20
+    """Euler steps; 1 to 1000."""
+    guidance: float = 3.0
+    """Classifier-free guidance scale; 1 = off (one pass per step instead of two); 1 to 100."""
+    seed: int = 0
+    """Seed of the initial noise; image i of a prompt uses seed + i."""
+    per_prompt: int = 1
+    """Images per prompt; 1 to 1024."""
+
+    def __post_init__(self) -> None:
+        _check_range("sample.steps", self.steps, 1, 1000)
+        _check_range("sample.guidance", self.guidance, 1, 100)
+        _check_range("sample.seed", self.seed, 0)
+        _check_range("sample.per_prompt", self.per_prompt, 1, 1024)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalConfig:
+    """The score after training: images of held-out captions against held-out images."""
+
+    images: int = 64
+    """Images to generate; 0 = no score."""
+    split: Literal["validation", "test"] = "test"
+    """The split whose captions are the prompts and whose images are the reference."""
+    steps: int = 20
+    """Euler steps; 1 to 1000."""
+    guidance: float = 3.0
+    """Classifier-free guidance scale; 1 to 100."""
+    seed: int = 1234
+    """Seed of the initial noise."""
+
+    def __post_init__(self) -> None:
+        _check_range("eval.images", self.images, 0, 1_000_000)
+        _check_range("eval.steps", self.steps, 1, 1000)
+        _check_range("eval.guidance", self.guidance, 1, 100)
+        _check_range("eval.seed", self.seed, 0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrackingConfig:
+    """Experiment tracking with Weights & Biases, through accelerate. Private by default."""
+
+    project: str = "loragraft"
+    """Project that the run belongs to."""
+    mode: Literal["offline", "auto", "online", "disabled"] = "offline"
+    """`offline` writes the run to disk and touches no network; `online` needs a login; `auto` is online where
+    you are logged in, offline otherwise; `disabled` keeps nothing."""
+
+    def __post_init__(self) -> None:
+        if not self.project.strip():
+            raise RecipeError("tracking.project must not be empty", "tracking.project")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PublishConfig:
+    """Where the finished adapter goes besides the run's own folder."""
+
+    to: str = ""
+    """A folder, or a repository of a hub; empty = nowhere."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """A run, complete: with the same code and the same base it gives the same adapter."""
+
+    name: str
+    """Name of the run's family; the recipe file's name unless the file says otherwise."""
+    base: str = "pocket"
+    """Base model: a module of `backbones/`."""
+    numerics: Numerics = "native"
+    """`native` = W4A8, lowest error; `interchange` = W4A4 g64, what SVDQuant files elsewhere mean.
+    Train on the one that you will ship."""
+    data: DataConfig
+    adapter: AdapterConfig = AdapterConfig()
+    train: TrainConfig = TrainConfig()
+    optim: OptimConfig = OptimConfig()
+    sample: SampleConfig = SampleConfig()
+    eval: EvalConfig = EvalConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    publish: PublishConfig = PublishConfig()
+
+    def __post_init__(self) -> None:
+        for key, value in (("name", self.name), ("base", self.base)):
+            if not value.strip():
+                raise RecipeError(f"{key} must not be empty", key)

@@ -1,0 +1,136 @@
+"""Every shipped recipe loads; layers merge as documented; every mistake is named with its place and its remedy."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from loragraft.recipes.load import RecipeError, list_recipes, load_recipe, recipe_hash, recipe_to_dict
+
+
+def _write(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_marketing_is_shipped_and_parents_are_not_listed() -> None:
+    assert "marketing" in list_recipes()
+    assert not any(name.startswith("_") for name in list_recipes())
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_every_shipped_recipe_loads_and_teaches_its_command(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert recipe.sample.prompts, "a shipped recipe shows what it can do"
+    text = (Path(__file__).parents[2] / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+    assert f"accelerate launch train/lora.py --recipe {name}\n" in text
+
+
+def test_five_line_recipe_for_a_folder(tmp_path: Path) -> None:
+    path = _write(tmp_path, "mine.yaml", "extends: _base\ndata:\n  folder: ./photos\n  trigger: in my style\n")
+    recipe = load_recipe(path)
+    assert recipe.name == "mine"
+    assert recipe.data.folder == str(tmp_path / "photos")
+    assert recipe.base == "pocket"
+
+
+def test_layers_later_wins_and_lists_are_replaced(tmp_path: Path) -> None:
+    _write(tmp_path, "parent.yaml", "name: p\ndata: {domain: marketing}\ntrain: {steps: 7, batch_size: 3}\n")
+    child = _write(tmp_path, "child.yaml", "extends: ./parent.yaml\ntrain: {steps: 8}\noptim: {betas: [0.5, 0.6]}\n")
+    recipe = load_recipe(child, ["train.seed=5", "optim.betas=[0.1, 0.2]", "optim.learning_rate=2e-4", "base=other"])
+    assert (recipe.name, recipe.base) == ("child", "other")
+    assert (recipe.train.steps, recipe.train.batch_size, recipe.train.seed) == (8, 3, 5)
+    assert recipe.optim.betas == (0.1, 0.2)
+    assert recipe.optim.learning_rate == 2e-4
+
+
+def test_folder_replaces_domain_only_when_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError, match=r"exactly one of data\.domain and data\.folder"):
+        load_recipe("marketing", ["data.folder=photos"])
+    recipe = load_recipe("marketing", ["data.folder=photos", "data.domain=null"])
+    assert recipe.data.folder == str(tmp_path / "photos")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.stpes=3", r"unknown key 'train.stpes'; did you mean train.steps\?"),
+        ("learning_rate=1", r"unknown key 'learning_rate'; did you mean optim.learning_rate\?"),
+        ("zzzz=1", "a recipe has name, base"),
+        ("train.steps=many", r"train.steps must be an integer, not 'many' \(text\)"),
+        ("train.steps=true", r"train.steps must be an integer, not True \(boolean\)"),
+        ("train.steps=1.5", "train.steps must be an integer, not 1.5"),
+        ("train.steps=0", "override 'train.steps=0': train.steps must be at least 1, not 0"),
+        ("optim.learning_rate=.nan", "optim.learning_rate must be greater than 0"),
+        ("optim.betas=[0.9, 1.0]", "optim.betas must be at least 0 and at most"),
+        ("optim.betas=[0.9]", "optim.betas must be a list of 2 items"),
+        ("optim.schedule=cosin", r"must be one of constant, cosine, linear, not 'cosin'; did you mean cosine\?"),
+        ("sample.prompts=a", "sample.prompts must be a list"),
+        ("sample.prompts=[1]", r"sample.prompts\[0\] must be text, not 1 \(integer\); put it in quotes"),
+        ("adapter=3", "adapter is a block of keys"),
+        ("data.resolution=100", "multiple of 16"),
+        ("tracking.project=", "tracking.project must not be empty"),
+        ("train.steps", "not of the form key=value"),
+        ("train..steps=3", "not of the form key=value"),
+        ("optim.betas=[0.9", "not valid YAML"),
+    ],
+)
+def test_mistakes_in_overrides(override: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe("marketing", [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("trian: {steps: 3}", r"mine.yaml: unknown key 'trian'; did you mean train\?"),
+        ("train: {steps: x}", "mine.yaml: train.steps must be an integer"),
+        ("data: {domain: marketing}\ntrain: {steps: 0}", "mine.yaml: train.steps must be at least 1"),
+        ("extends: _base", "mine.yaml: data needs exactly one of"),
+        ("extends: marketng", r"mine.yaml: extends: unknown recipe 'marketng'; did you mean marketing\?"),
+        ("extends: [a, b]", "extends must be one recipe"),
+        ("- a\n- b", "a recipe is a mapping"),
+        ("train: {steps: 1}\ntrain: {steps: 2}", "'train' is given twice"),
+        ("a: [", "not valid YAML"),
+    ],
+)
+def test_mistakes_in_a_file_name_the_file(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(_write(tmp_path, "mine.yaml", text))
+
+
+def test_circle_of_parents(tmp_path: Path) -> None:
+    _write(tmp_path, "a.yaml", "extends: ./b.yaml")
+    path = _write(tmp_path, "b.yaml", "extends: ./a.yaml")
+    with pytest.raises(RecipeError, match=r"circle: b.yaml -> a.yaml -> b.yaml"):
+        load_recipe(path)
+
+
+def test_unknown_recipe_names_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"did you mean marketing\?"):
+        load_recipe("markting")
+    _write(tmp_path, "mine.yaml", "")
+    with pytest.raises(RecipeError, match=r"no recipe file .*mien.yaml; did you mean mine.yaml\?"):
+        load_recipe(tmp_path / "mien.yaml")
+
+
+def test_hash_is_stable_changes_with_content_and_ignores_the_place(tmp_path: Path) -> None:
+    assert recipe_hash(load_recipe("marketing")) == recipe_hash(load_recipe("marketing", ["publish.to=/somewhere"]))
+    assert recipe_hash(load_recipe("marketing")) != recipe_hash(load_recipe("marketing", ["train.seed=1"]))
+    hashes = set()
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+        recipe = load_recipe(_write(tmp_path / place, "mine.yaml", "extends: _base\ndata: {folder: ./photos}"))
+        hashes.add(recipe_hash(recipe))
+        assert place not in json.dumps(recipe_to_dict(recipe, public=True))
+    assert len(hashes) == 1
+
+
+def test_resolved_recipe_reads_back(tmp_path: Path) -> None:
+    recipe = load_recipe("marketing", ["train.steps=9", "sample.prompts=[a, 'b: c']"])
+    path = _write(tmp_path, "resolved.yaml", yaml.safe_dump(recipe_to_dict(recipe)))
+    assert load_recipe(path) == recipe
