@@ -1,0 +1,151 @@
+"""Activation quantization: x' = (x / smooth) H, then symmetric codes with one scale per token or per 64 channels.
+
+    bits = 8   a_m  = max_k |x'_mk| / 127           codes_mk = round(x'_mk / a_m)              scale [M, 1]
+    bits = 4   a_mG = bf16(max_{k in G} |x'_mk| / 7) codes_mk = clamp(round(x'_mk / a_mG), +-7)  scale [M, K/64]
+
+Rounding is half to even; a row or group of zeros has scale 1. Codes are int8 [M, Kp], zero from K on; scales are float32,
+those of 4 bits holding a bf16 value (what W4A4 checkpoints' runtimes store: nunchaku `gemm_w4a4.cuh`).
+The dequantized x is ((codes * scale) H) * smooth, as H H = I.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from loragraft.kernels.layout import GROUP, apply_hadamard, on_device, padded, uses_triton
+from loragraft.kernels.tiles import hadamard_tile, round_half_even
+
+LEVELS = {8: 127, 4: 7}
+CASES = ((1, 64), (7, 128), (77, 192), (33, 1280), (5, 100))  # (M, K)
+
+
+def smooth_and_rotate(x_MK: Tensor, smooth_K: Tensor | None, hadamard: bool) -> Tensor:
+    """x' = (x / smooth) H in x's dtype; differentiable."""
+    x_MK = x_MK if smooth_K is None else x_MK / smooth_K.to(x_MK.dtype)
+    return apply_hadamard(x_MK) if hadamard else x_MK
+
+
+def quantize_reference(rotated_MK: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """x' [M, K] (any float dtype) -> int8 codes [M, Kp] and scales [M, G] in x's dtype. Not differentiable."""
+    (M, K), levels = rotated_MK.shape, LEVELS[bits]
+    KP, G = padded(K), 1 if bits == 8 else padded(K) // GROUP
+    x_MGg = torch.nn.functional.pad(rotated_MK.detach(), (0, KP - K)).view(M, G, KP // G)
+    scale_MG = torch.linalg.vector_norm(x_MGg, float("inf"), dim=-1) / levels
+    scale_MG = scale_MG.to(torch.bfloat16).to(scale_MG.dtype) if bits == 4 else scale_MG
+    scale_MG = torch.where(scale_MG == 0, 1, scale_MG)
+    codes_MGg = (x_MGg / scale_MG[..., None]).round_()
+    codes_MGg = codes_MGg.clamp_(-levels, levels) if bits == 4 else codes_MGg
+    return codes_MGg.to(torch.int8).view(M, KP), scale_MG
+
+
+def dequantize_activation(codes_MK: Tensor, scale_MG: Tensor, dtype: torch.dtype) -> Tensor:
+    """codes * scale, each scale over Kp / G columns, in `dtype`: x' again, still rotated and smoothed."""
+    (M, KP), G = codes_MK.shape, scale_MG.shape[1]
+    return (codes_MK.view(M, G, KP // G) * scale_MG[..., None].to(dtype)).to(dtype).view(M, KP)
+
+
+@triton.jit
+def _load_rotated(p_x, p_smooth, o_m, o_k, M, K, HAS_SMOOTH: tl.constexpr, HADAMARD: tl.constexpr):
+    mask = (o_m < M)[:, None] & (o_k < K)[None, :]
+    b_x = tl.load(p_x + o_m.to(tl.int64)[:, None] * K + o_k[None, :], mask=mask, other=0.0).to(tl.float32)
+    if HAS_SMOOTH:
+        b_smooth = tl.load(p_smooth + o_k, mask=o_k < K, other=1.0).to(tl.float32)
+        b_x = tl.math.div_rn(b_x, tl.broadcast_to(b_smooth[None, :], b_x.shape))
+    if HADAMARD:
+        b_x = tl.dot(b_x, hadamard_tile(), input_precision="ieee")
+    return b_x
+
+
+@triton.jit
+def quantize_token_kernel(
+    p_x, p_smooth, p_codes, p_scale, M, K, KP, HAS_SMOOTH: tl.constexpr, HADAMARD: tl.constexpr, BM: tl.constexpr
+):
+    """8 bits: a first pass over the row finds its maximum, a second writes the codes."""
+    o_m = tl.program_id(0) * BM + tl.arange(0, BM)
+    o_g = tl.arange(0, 64)
+    b_max = tl.zeros((BM,), tl.float32)
+    b_nan = tl.zeros((BM,), tl.float32)  # a maximum drops NaN, and codes hide it: carry it into the scale
+    for k in range(0, K, 64):
+        b_x = _load_rotated(p_x, p_smooth, o_m, k + o_g, M, K, HAS_SMOOTH, HADAMARD)
+        b_max = tl.maximum(b_max, tl.max(tl.abs(b_x), axis=1))
+        b_nan += tl.sum(b_x * 0.0, axis=1)
+    b_scale = tl.math.div_rn(b_max + b_nan, tl.full((BM,), 127.0, tl.float32))
+    b_scale = tl.where(b_scale == 0, 1.0, b_scale)
+    tl.store(p_scale + o_m, b_scale, mask=o_m < M)
+    for k in range(0, KP, 64):
+        b_x = _load_rotated(p_x, p_smooth, o_m, k + o_g, M, K, HAS_SMOOTH, HADAMARD)
+        b_codes = round_half_even(tl.math.div_rn(b_x, tl.broadcast_to(b_scale[:, None], b_x.shape)))
+        p_out = p_codes + o_m.to(tl.int64)[:, None] * KP + (k + o_g)[None, :]
+        tl.store(p_out, b_codes.to(tl.int8), mask=(o_m < M)[:, None])
+
+
+@triton.jit
+def quantize_group_kernel(
+    p_x, p_smooth, p_codes, p_scale, M, K, KP, HAS_SMOOTH: tl.constexpr, HADAMARD: tl.constexpr, BM: tl.constexpr
+):
+    """4 bits: one program per group of 64 columns."""
+    o_m = tl.program_id(0) * BM + tl.arange(0, BM)
+    group = tl.program_id(1)
+    o_k = group * 64 + tl.arange(0, 64)
+    b_x = _load_rotated(p_x, p_smooth, o_m, o_k, M, K, HAS_SMOOTH, HADAMARD)
+    b_max = tl.max(tl.abs(b_x), axis=1) + tl.sum(
+        b_x * 0.0, axis=1
+    )  # NaN reaches the scale, as in quantize_token_kernel
+    b_scale = tl.math.div_rn(b_max, tl.full((BM,), 7.0, tl.float32))
+    b_bits = b_scale.to(tl.int32, bitcast=True)  # to bf16 by bits: the interpreter's own cast truncates
+    b_bits = (b_bits + 0x7FFF + ((b_bits >> 16) & 1)) & -65536
+    b_scale = b_bits.to(tl.float32, bitcast=True)
+    b_scale = tl.where(b_scale == 0, 1.0, b_scale)
+    b_codes = round_half_even(tl.math.div_rn(b_x, tl.broadcast_to(b_scale[:, None], b_x.shape)))
+    b_codes = tl.minimum(tl.maximum(b_codes, -7.0), 7.0)
+    o_row = o_m.to(tl.int64)
+    tl.store(p_scale + o_row * (KP // 64) + group, b_scale, mask=o_m < M)
+    tl.store(p_codes + o_row[:, None] * KP + o_k[None, :], b_codes.to(tl.int8), mask=(o_m < M)[:, None])
+
+
+@torch.library.custom_op("loragraft::quantize_activation", mutates_args=())
+def _quantize_activation(x_MK: Tensor, smooth_K: Tensor | None, hadamard: bool, bits: int) -> tuple[Tensor, Tensor]:
+    if not uses_triton(x_MK):
+        codes_MK, scale_MG = quantize_reference(smooth_and_rotate(x_MK.float(), smooth_K, hadamard), bits)
+        return codes_MK, scale_MG
+    M, K = x_MK.shape
+    KP, BM = padded(K), 16
+    codes_MK = x_MK.new_empty((M, KP), dtype=torch.int8)
+    scale_MG = x_MK.new_empty((M, 1 if bits == 8 else KP // GROUP), dtype=torch.float32)
+    if M == 0:
+        return codes_MK, scale_MG
+    grid = (triton.cdiv(M, BM),) if bits == 8 else (triton.cdiv(M, BM), KP // GROUP)
+    kernel = quantize_token_kernel if bits == 8 else quantize_group_kernel
+    smooth_K = None if smooth_K is None else smooth_K.contiguous()
+    with on_device(x_MK):
+        kernel[grid](
+            x_MK.contiguous(), smooth_K, codes_MK, scale_MG, M, K, KP, HAS_SMOOTH=smooth_K is not None, HADAMARD=hadamard, BM=BM
+        )  # fmt: skip
+    return codes_MK, scale_MG
+
+
+@_quantize_activation.register_fake
+def _(x_MK: Tensor, smooth_K: Tensor | None, hadamard: bool, bits: int) -> tuple[Tensor, Tensor]:
+    M, KP = x_MK.shape[0], padded(x_MK.shape[1])
+    codes_MK = x_MK.new_empty((M, KP), dtype=torch.int8)
+    return codes_MK, x_MK.new_empty((M, 1 if bits == 8 else KP // GROUP), dtype=torch.float32)
+
+
+def quantize_activation(x_MK: Tensor, smooth_K: Tensor | None, hadamard: bool, bits: int) -> tuple[Tensor, Tensor]:
+    """x [M, K] -> (codes int8 [M, Kp], scale float32 [M, G]); see the formula above. Not differentiable.
+
+    Raises ValueError if bits is neither 8 nor 4, x is not a matrix, or hadamard is asked of a K that 64 does not divide.
+    """
+    if bits not in LEVELS:
+        raise ValueError(f"quantize_activation: bits = {bits}, must be 8 (per token) or 4 (per group of {GROUP})")
+    if x_MK.ndim != 2:
+        raise ValueError(
+            f"quantize_activation: x has shape {tuple(x_MK.shape)}, must be [M, K]; flatten the tokens first"
+        )
+    if hadamard and x_MK.shape[1] % GROUP:
+        raise ValueError(
+            f"quantize_activation: hadamard needs K % {GROUP} == 0, K = {x_MK.shape[1]}; pass hadamard=False"
+        )
+    codes_MK, scale_MG = _quantize_activation(x_MK.detach(), smooth_K, hadamard, bits)
+    return codes_MK, scale_MG

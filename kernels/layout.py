@@ -1,0 +1,106 @@
+"""Shared conventions of the low-bit kernels: shape legend, INT4 packing, the block Hadamard, the error metric.
+
+Shape legend (suffix of a tensor's name): M tokens, N output features, K input features, Kp = K padded to a multiple of
+128, G groups along K, R rank (branch plus adapter), r rank of the adapter alone. `scale_GN` is a [G, N] tensor.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+GROUP = 64  # columns that share one activation scale (4 bits), one weight scale, or one Hadamard block
+K_ALIGN = 128  # K of packed weights and of activation codes is padded to this
+
+
+@dataclass(frozen=True)
+class LinearCase:
+    """One shape on which a linear op is tested and benchmarked: M x N x K, branch rank R, adapter rank r."""
+
+    M: int
+    N: int
+    K: int
+    R: int = 16
+    r: int = 8
+    bias: bool = True
+    hadamard: bool = False
+    group: int = GROUP
+
+    def __str__(self) -> str:
+        flags = ("-bias" if self.bias else "") + ("-hadamard" if self.hadamard else "")
+        return f"{self.M}x{self.N}x{self.K}-R{self.R}-r{self.r}-g{self.group}{flags}"
+
+
+def padded(k: int) -> int:
+    """K rounded up to the multiple of 128 that packed weights and activation codes have."""
+    return (k + K_ALIGN - 1) // K_ALIGN * K_ALIGN
+
+
+def pack_int4(codes_NK: Tensor) -> Tensor:
+    """[N, K] codes (uint8 0..15, or int8 -8..7 stored two's complement) -> uint8 [N, K/2], low nibble = even column.
+
+    Raises ValueError if K is odd or the dtype is not int8 or uint8.
+    """
+    if codes_NK.dtype not in (torch.uint8, torch.int8):
+        raise ValueError(f"pack_int4: codes are {codes_NK.dtype}, must be uint8 (0..15) or int8 (-8..7)")
+    if codes_NK.shape[-1] % 2:
+        raise ValueError(
+            f"pack_int4: K = {codes_NK.shape[-1]} is odd; pad K to a multiple of {K_ALIGN} with zero codes"
+        )
+    nibbles_NK = codes_NK.view(torch.uint8) & 15
+    return nibbles_NK[..., 0::2] | (nibbles_NK[..., 1::2] << 4)
+
+
+def unpack_uint4(packed_NK2: Tensor) -> Tensor:
+    """uint8 [N, K/2] -> uint8 codes [N, K] in 0..15."""
+    return torch.stack((packed_NK2 & 15, packed_NK2 >> 4), dim=-1).flatten(-2)
+
+
+def unpack_int4(packed_NK2: Tensor) -> Tensor:
+    """uint8 [N, K/2] of two's complement nibbles -> int8 codes [N, K] in -8..7."""
+    packed_i8 = packed_NK2.view(torch.int8)
+    return torch.stack(((packed_i8 << 4) >> 4, packed_i8 >> 4), dim=-1).flatten(-2)
+
+
+def hadamard64(dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
+    """[64, 64] regular Hadamard matrix H4 x H4 x H4 / 8 (Kronecker): symmetric, orthonormal, H H = I.
+
+    "Regular" (all row sums equal, H4 has -1 on its antidiagonal) spreads a constant block, where Sylvester's form would
+    gather it into one outlier.
+    """
+    h4 = 1 - 2 * torch.eye(4, dtype=dtype, device=device).flip(0)
+    return torch.kron(torch.kron(h4, h4), h4) / 8
+
+
+def apply_hadamard(x: Tensor) -> Tensor:
+    """x H with H block-diagonal in 64x64 blocks along the last dimension, whose size must be a multiple of 64."""
+    blocks = x.reshape(*x.shape[:-1], x.shape[-1] // GROUP, GROUP)
+    return (blocks @ hadamard64(x.dtype, x.device)).reshape(x.shape)
+
+
+def relative_rms(a: Tensor, ref: Tensor) -> float:
+    """rms(a - ref) / rms(ref) in float64: the one error metric. 0 / 0 = 0, and any non-finite value gives nan or inf."""
+    a64, ref64 = a.detach().double(), ref.detach().double()
+    error, size = (a64 - ref64).norm().item(), ref64.norm().item()
+    return error / size if size else (0.0 if error == 0 else float("inf"))
+
+
+def uses_triton(x: Tensor) -> bool:
+    """Whether an op on x runs its Triton kernels: on CUDA, or anywhere if TRITON_INTERPRET=1 (Triton's interpreter).
+
+    Triton reads the same variable when a kernel is decorated, so it must be set before the kernels are imported.
+    """
+    return x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@contextmanager
+def on_device(x: Tensor) -> Iterator[None]:
+    """Launches go to the current device, which need not be the one of x."""
+    if not x.is_cuda:
+        yield
+        return
+    with torch.cuda.device(x.device):
+        yield

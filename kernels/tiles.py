@@ -1,0 +1,45 @@
+"""Pieces of Triton code that several kernels share. Plain arithmetic only, so that Triton's interpreter runs them too."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def round_half_even(b_x):
+    """float32 -> float32 integer, ties to even, for |x| < 2^22: adding 1.5 * 2^23 leaves no fraction bits to keep."""
+    return (b_x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def hadamard_tile():
+    """[64, 64] float32, layout.hadamard64: entry (i, j) is -1/8 if an odd number of base-4 digits of i xor j are 3."""
+    o_i = tl.arange(0, 64)
+    b_xor = o_i[:, None] ^ o_i[None, :]
+    b_threes = b_xor & (b_xor >> 1) & 0x15
+    b_parity = (b_threes ^ (b_threes >> 2) ^ (b_threes >> 4)) & 1
+    return (1 - 2 * b_parity).to(tl.float32) * 0.125
+
+
+@triton.jit
+def load_nibbles(p_packed, o_n, k, N, KP, BK: tl.constexpr):
+    """Unsigned codes (int32) [BN, BK] of columns k .. k + BK of packed [N, KP / 2]; rows from N on are 0."""
+    o_byte = k // 2 + tl.arange(0, BK // 2)
+    b_byte = tl.load(
+        p_packed + o_n.to(tl.int64)[:, None] * (KP // 2) + o_byte[None, :], mask=(o_n < N)[:, None], other=0
+    )
+    b_byte = b_byte.to(tl.int32)
+    return tl.interleave(b_byte & 15, b_byte >> 4)
+
+
+@triton.jit
+def dot_ranks(acc, p_left, p_right, o_row, o_col, ROWS, COLS, R, s_right_r, s_right_col, BR: tl.constexpr):
+    """acc [rows, cols] += left [ROWS, R] @ right [R, COLS]: the low-rank branch in an epilogue. R may be any size."""
+    o_r = tl.arange(0, BR)
+    for r in range(0, R, BR):
+        m_r = (r + o_r) < R
+        p_l = p_left + o_row.to(tl.int64)[:, None] * R + (r + o_r)[None, :]
+        b_left = tl.load(p_l, mask=(o_row < ROWS)[:, None] & m_r[None, :], other=0.0)
+        p_r = p_right + (r + o_r).to(tl.int64)[:, None] * s_right_r + o_col.to(tl.int64)[None, :] * s_right_col
+        b_right = tl.load(p_r, mask=m_r[:, None] & (o_col < COLS)[None, :], other=0.0)
+        acc = tl.dot(b_left, b_right, acc, input_precision="ieee")
+    return acc
