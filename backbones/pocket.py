@@ -1,0 +1,114 @@
+"""`pocket`: a small real text-to-image model in FLUX.1's architecture that travels with the package.
+
+13.6 M parameters (3 double and 6 single blocks of width 256), 128 px, a tiny 16-channel autoencoder (f8: 16x16
+latents, 2x2-packed to 64 tokens of 64 channels), MiniLM in the place of T5 and CLIP. It makes the whole line run on
+a laptop without a GPU and without a hub. How it was trained, on what, and how good it is: `pretrain/README.md`.
+"""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderTiny, FluxTransformer2DModel
+from torch import Tensor, nn
+
+from loragraft.backbones.minilm import TOKENS, MiniLMEncoder
+from loragraft.backbones.spec import BaseSpec, Encoders
+
+WEIGHTS = Path(__file__).resolve().parent / "weights" / "pocket"
+
+_DOUBLE = r"transformer_blocks\.\d+\."
+_SINGLE = r"single_transformer_blocks\.\d+\."
+_LINEARS = (
+    _DOUBLE + r"attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)",
+    _DOUBLE + r"(ff|ff_context)\.net\.(0\.proj|2)",
+    _SINGLE + r"(attn\.(to_q|to_k|to_v)|proj_mlp|proj_out)",
+)
+
+
+class PocketEncoders:
+    """The tiny autoencoder and MiniLM."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.vae: AutoencoderTiny = AutoencoderTiny.from_pretrained(WEIGHTS / "vae", local_files_only=True)
+        self.vae.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        self.text: MiniLMEncoder | None = MiniLMEncoder().to(device=device)
+        vae_bytes = (WEIGHTS / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()
+        self._id = f"pocket-vae-{hashlib.sha256(vae_bytes).hexdigest()[:16]}+minilm-l6-v2-{TOKENS}"
+
+    @property
+    def id(self) -> str:
+        return self._id
+
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """[B, 3, 128, 128] in [-1, 1] -> (z - shift) * scale, [B, 16, 16, 16]: about unit variance."""
+        raw = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latents
+        return (raw - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+
+    def encode_text(self, captions: list[str]) -> dict[str, Tensor]:
+        """B captions -> token states [B, 32, 384] and the sentence vector [B, 384]."""
+        if self.text is None:
+            raise RuntimeError("the text encoder was released: encode captions before release_text()")
+        return self.text(captions)
+
+    def release_text(self) -> None:
+        """Frees MiniLM (90 MB)."""
+        self.text = None
+
+    @property
+    def pipeline_parts(self) -> dict[str, nn.Module | None]:
+        return {"vae": self.vae, "text_encoder": None, "tokenizer": None, "text_encoder_2": None, "tokenizer_2": None}
+
+
+def _load_encoders(device: torch.device, dtype: torch.dtype) -> Encoders:
+    return PocketEncoders(device, dtype)
+
+
+SPEC = BaseSpec(
+    name="pocket",
+    transformer_class=FluxTransformer2DModel,
+    transformer_16bit=WEIGHTS / "transformer",
+    transformer_int4={"native": WEIGHTS / "transformer-int4"},
+    load_encoders=_load_encoders,
+    resolution=128,
+    quantize=_LINEARS,
+    quantize_w4a16=(_DOUBLE + r"(norm1|norm1_context)\.linear", _SINGLE + r"norm\.linear"),
+    keep_16bit=("x_embedder", "context_embedder", r"time_text_embed\..*", r"norm_out\.linear", "proj_out"),
+    lora_targets=_LINEARS,
+    calibration_prompts=(
+        "red heart icon",
+        "a shopping cart",
+        "white star on a blue background",
+        "cat face",
+        "blue car, flat color icon",
+        "gift box with a ribbon",
+        "megaphone",
+        "green leaf",
+        "coffee cup",
+        "rocket",
+        "white bell on a red background",
+        "camera",
+        "yellow light bulb",
+        "envelope",
+        "trophy cup",
+        "umbrella",
+        "slice of pizza",
+        "bicycle",
+        "house",
+        "key",
+        "purple flower",
+        "airplane on a sky blue background",
+        "calendar",
+        "dog",
+        "credit card",
+        "black and white clock",
+        "music note",
+        "map pin",
+        "book",
+        "white padlock on a green background",
+        "sun with a face",
+        "gear wheel",
+    ),
+    guidance=3.0,
+)

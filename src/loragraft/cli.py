@@ -1,0 +1,323 @@
+"""The `loragraft` command: one verb per job, each a few lines over the layers below.
+
+    loragraft recipe marketing            what a recipe says, resolved
+    accelerate launch train/lora.py --recipe marketing        (the same as: loragraft train --recipe marketing)
+    loragraft generate --adapter runs/marketing --compare     images, and a before/after grid
+    loragraft score runs/marketing        how far the adapter moved the base into its domain
+
+This is the only module that imports across all layers. Heavy imports wait until a verb needs them, so --help is quick.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import loragraft
+
+if TYPE_CHECKING:
+    from loragraft.adapters.checkpoint import Adapter
+    from loragraft.recipes.schema import Recipe
+
+PROFILES = ("native", "interchange")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parses, runs one verb, returns its exit code. Errors that a user can mend are one sentence on stderr."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments[:1] == ["train"]:  # hands its options to train/lora.py, which documents them itself
+        return _guarded(lambda: _train(arguments[1:]))
+    args = _parser().parse_args(arguments)
+    verb: Callable[[argparse.Namespace], int] = args.verb
+    return _guarded(lambda: verb(args))
+
+
+def _guarded(run: Callable[[], int]) -> int:
+    try:
+        return run()
+    except (ValueError, FileNotFoundError) as error:
+        if os.environ.get("LORAGRAFT_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _train(arguments: list[str]) -> int:
+    from loragraft.train.lora import main as train_main
+
+    return train_main(arguments)
+
+
+def _recipe(args: argparse.Namespace) -> int:
+    import yaml
+
+    from loragraft.recipes.load import list_recipes, load_recipe, recipe_hash, recipe_to_dict
+
+    if args.name is None:
+        print("\n".join(list_recipes()))
+        return 0
+    recipe = load_recipe(args.name, args.overrides)
+    print(yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False), end="")
+    print(f"# recipe hash {recipe_hash(recipe)}")
+    return 0
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from loragraft.backbones.load import load_backbone
+    from loragraft.data.cache import default_cache_root
+    from loragraft.evaluation.generate import Settings, before_after_grid, render, save_image
+
+    adapters = _adapters(args.adapter, args.any_base)
+    first = adapters[0][0].metadata if adapters else {}
+    profile = _profile(args.profile or first.get("profile") or "native")
+    backbone = load_backbone(args.base or first.get("base") or "pocket", profile, _device(), default_cache_root())
+    sample = first.get("recipe", {}).get("sample", {})
+    prompts = args.prompt or sample.get("prompts")
+    if not prompts:
+        raise ValueError('nothing to draw: give --prompt "..." (it can be repeated)')
+    settings = [
+        Settings(
+            prompt=prompt,
+            negative_prompt=args.negative_prompt or sample.get("negative_prompt", ""),
+            seed=(sample.get("seed", 0) if args.seed is None else args.seed) + i,
+            steps=args.steps or sample.get("steps", 20),
+            guidance=args.guidance or sample.get("guidance", backbone.spec.guidance),
+        )
+        for prompt in prompts
+        for i in range(args.per_prompt)
+    ]
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    images = render(backbone, adapters, settings)
+    for i, (image, setting) in enumerate(zip(images, settings, strict=True)):
+        save_image(image, out / f"{i:04d}.png", setting, backbone, adapters)
+    print(f"{len(images)} images in {out}")
+    if args.compare:
+        before = render(backbone, [], settings)
+        before_after_grid([s.prompt for s in settings], before, images).save(out / "before_after.png")
+        print(f"before and after: {out / 'before_after.png'}")
+    return 0
+
+
+def _score(args: argparse.Namespace) -> int:
+    import dataclasses
+
+    from loragraft.backbones.load import load_backbone
+    from loragraft.data.cache import default_cache_root
+    from loragraft.data.sources import open_source
+    from loragraft.evaluation.score import score_adapter
+
+    adapter, recipe = _trained(Path(args.run))
+    config = dataclasses.replace(recipe.eval, images=args.images or recipe.eval.images)
+    backbone = load_backbone(recipe.base, recipe.numerics, _device(), default_cache_root())
+    adapter.check_base(backbone.base_id)
+    resolution = recipe.data.resolution or backbone.spec.resolution
+    samples = open_source(recipe.data, resolution, default_cache_root())
+    held_out = [(s.image, s.caption) for s in samples if s.split == config.split]
+    if args.references:
+        held_out = held_out[: args.references]
+    score = score_adapter(backbone, adapter, held_out, config)
+    target = Path(args.run) / "score.json"
+    target.write_text(json.dumps(score.to_dict(), indent=1) + "\n", encoding="utf-8")
+    print(score.table())
+    print(f"written to {target}")
+    return 0
+
+
+def _quantize(args: argparse.Namespace) -> int:
+    from loragraft.backbones.load import find_spec, quantize_base
+    from loragraft.quantization.report import report_table, report_to_dict
+
+    out = Path(args.out)
+    if out.exists():
+        raise ValueError(f"{out} exists already: name another folder with --out, or move it away")
+    reports = quantize_base(
+        find_spec(args.base), _profile(args.profile), out, _device(), smoothing=args.smoothing, rank=args.rank
+    )
+    print(report_table(reports))
+    (out / "quantization_report.json").write_text(json.dumps(report_to_dict(reports), indent=1) + "\n")
+    print(f"{args.base} in profile {args.profile}: {out}")
+    return 0
+
+
+def _preflight(args: argparse.Namespace) -> int:
+    from loragraft.adapters.inject import inject_adapter
+    from loragraft.backbones.load import load_backbone
+    from loragraft.data.cache import default_cache_root
+    from loragraft.data.sources import open_source
+
+    recipe = _recipe_from(args)
+    backbone = load_backbone(recipe.base, recipe.numerics, "cpu", default_cache_root())
+    samples = open_source(recipe.data, recipe.data.resolution or backbone.spec.resolution, default_cache_root())
+    parameters = inject_adapter(backbone.transformer, recipe.adapter, backbone.spec.lora_targets)
+    adapter = sum(p.numel() for p in parameters)
+    frozen = sum(t.nbytes for t in (*backbone.transformer.buffers(), *backbone.transformer.parameters())) - 4 * adapter
+    counts = {split: sum(s.split == split for s in samples) for split in ("train", "validation", "test")}
+    print(backbone.ledger.table())
+    print(f"samples      {counts}")
+    print(f"base         {frozen / 2**20:9.1f} MiB frozen on a CPU")
+    print(f"adapter      {4 * adapter / 2**20:9.1f} MiB ({adapter} parameters), and as much again for its gradient")
+    print(f"AdamW        {8 * adapter / 2**20:9.1f} MiB")
+    print("activations and time: not predicted by this version")
+    return 0
+
+
+def _publish(args: argparse.Namespace) -> int:
+    from loragraft.adapters.publish import publish_folder
+
+    target = publish_folder(Path(args.run), Path(args.to))
+    print(f"published: {target}")
+    return 0
+
+
+def _zoo(args: argparse.Namespace) -> int:
+    from loragraft.adapters.publish import list_published
+
+    entries = list_published(Path(args.folder))
+    for name, about in entries:
+        print(f"{name:24s} base {about['base']} ({about['profile']}, {about['base_id'][:12]}), rank {about['rank']}")
+    print(f"{len(entries)} adapters in {args.folder}")
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    print(
+        "error: this version has no browser page yet. `loragraft generate --adapter RUN --compare` draws the same "
+        "before/after pictures into a folder.",
+        file=sys.stderr,
+    )
+    return 2
+
+
+def _adapters(given: Sequence[str], any_base: bool) -> "list[tuple[Adapter, float]]":
+    """`PATH` or `PATH@WEIGHT`, where PATH is a run, an adapter folder or a .safetensors file."""
+    from loragraft.adapters.checkpoint import load_adapter
+
+    found = []
+    for entry in given:
+        path, at, weight = entry.rpartition("@")
+        path, weight = (path, weight) if at else (entry, "1")
+        try:
+            value = float(weight)
+        except ValueError:
+            raise ValueError(f"{entry!r}: what follows @ is the adapter's weight, a number such as 0.8") from None
+        folder = Path(path)
+        found.append((load_adapter(folder / "adapter" if (folder / "adapter").is_dir() else folder), value))
+    return found
+
+
+def _trained(run: Path) -> "tuple[Adapter, Recipe]":
+    from loragraft.adapters.checkpoint import load_adapter
+    from loragraft.recipes.load import load_recipe
+
+    if not (run / "recipe.yaml").exists():
+        raise ValueError(f"{run} is no run folder (it has no recipe.yaml): give the folder that training wrote")
+    if not (run / "adapter").is_dir():
+        raise ValueError(f"{run} is not finished: run `accelerate launch train/lora.py` with the same recipe to go on")
+    return load_adapter(run / "adapter"), load_recipe(str(run / "recipe.yaml"))
+
+
+def _recipe_from(args: argparse.Namespace) -> "Recipe":
+    from loragraft.recipes.load import load_recipe
+
+    return load_recipe(args.name, args.overrides)
+
+
+def _device() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        torch.set_num_threads(os.cpu_count() or 1)
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _profile(name: str) -> "str | None":
+    return None if name == "16bit" else name
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="loragraft", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=loragraft.__version__)
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+
+    def verb(name: str, run: Callable[[argparse.Namespace], int], text: str, details: str = "") -> argparse.ArgumentParser:
+        sub = verbs.add_parser(
+            name,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.\n\n{details}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(verb=run)
+        return sub
+
+    recipe = verb("recipe", _recipe, "list the recipes, or show one resolved", "loragraft recipe marketing train.steps=800")
+    recipe.add_argument("name", nargs="?", help="a shipped recipe's name or a YAML file; without it: the list")
+    recipe.add_argument("overrides", nargs="*", metavar="key=value")
+
+    verb("train", _recipe, "train an adapter: all options as in train/lora.py", "loragraft train --recipe marketing")
+
+    generate = verb(
+        "generate",
+        _generate,
+        "draw images with adapters grafted onto the INT4 base",
+        'loragraft generate --adapter runs/marketing@0.8 --prompt "promo tile: white rocket on blue" --compare\n\n'
+        "Without --prompt the recipe's sample prompts are drawn. Every PNG carries its settings.",
+    )
+    generate.add_argument("--adapter", action="append", default=[], metavar="PATH[@WEIGHT]", help="a run, an adapter folder or file; can be repeated")
+    generate.add_argument("--prompt", action="append", help="can be repeated")
+    generate.add_argument("--negative-prompt", default="")
+    generate.add_argument("--base", help="default: the adapter's own, else pocket")
+    generate.add_argument("--profile", choices=(*PROFILES, "16bit"), help="default: the adapter's own, else native")
+    generate.add_argument("--any-base", action="store_true", help="graft an adapter that was trained on another base")
+    generate.add_argument("--out", default="images", help="folder for the images (default: images)")
+    generate.add_argument("--seed", type=int)
+    generate.add_argument("--per-prompt", type=int, default=1, help="images per prompt, at consecutive seeds")
+    generate.add_argument("--steps", type=int, help="Euler steps (default 20)")
+    generate.add_argument("--guidance", type=float, help="classifier-free guidance; 1 = off")
+    generate.add_argument("--compare", action="store_true", help="also write before_after.png: base beside adapter, same seeds")
+
+    score = verb(
+        "score",
+        _score,
+        "measure how far a run's adapter moved the base into its domain",
+        "Kernel distance (KID formula) on EfficientNet-Lite0 features to held-out images, before and after.",
+    )
+    score.add_argument("run", help="the run folder that training wrote")
+    score.add_argument("--images", type=int, help="images to draw per side (default: the recipe's eval.images)")
+    score.add_argument("--references", type=int, help="use only the first held-out images (default: all)")
+
+    quantize = verb(
+        "quantize",
+        _quantize,
+        "turn a 16-bit base into an SVDQuant INT4 checkpoint",
+        "Calibrated smoothing watches the inputs of every linear while the calibration prompts are denoised;\n"
+        "'weight' and 'hadamard' need no data.",
+    )
+    quantize.add_argument("base")
+    quantize.add_argument("--profile", choices=PROFILES, default="native")
+    quantize.add_argument("--smoothing", choices=("calibrated", "weight", "hadamard", "none"), default="calibrated")
+    quantize.add_argument("--rank", type=int, default=16, help="rank of the 16-bit branch")
+    quantize.add_argument("--out", required=True, help="folder to write; must not exist")
+
+    preflight = verb("preflight", _preflight, "what a run will take, before it starts: layers, samples, memory of the weights")
+    preflight.add_argument("name", metavar="recipe")
+    preflight.add_argument("overrides", nargs="*", metavar="key=value")
+
+    publish = verb("publish", _publish, "copy a finished adapter with its card to a folder")
+    publish.add_argument("run", help="the run folder that training wrote")
+    publish.add_argument("--to", required=True, help="a folder, created if needed: the zoo")
+
+    zoo = verb("zoo", _zoo, "list the adapters of a published folder")
+    zoo.add_argument("folder")
+
+    verb("demo", _demo, "a browser page to play with (not in this version)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,273 @@
+"""The optimizer loop: flow-matching steps, validation at fixed noise, checkpoints, an orderly stop on ctrl-C.
+
+One step = `accumulation` x `batch_size` samples on every process. Whatever is random in a step (order, timesteps,
+noise, text dropout) is drawn from (seed, purpose, step) for the whole step and then shared out among the processes:
+a resumed run repeats an uninterrupted one bit for bit on a CPU, and N processes see what one with N times the batch
+would.
+"""
+
+import contextlib
+import hashlib
+import math
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import psutil
+import torch
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from loragraft.backbones.flow import flow_loss, sample_timesteps
+from loragraft.backbones.spec import Backbone
+from loragraft.data.cache import LatentCache
+from loragraft.data.dataset import LatentDataset, batch_indices, collate
+from loragraft.recipes.schema import OptimConfig, Recipe
+from loragraft.train.previews import Previews
+from loragraft.train.run_folder import RunFolder
+from loragraft.train.tracking import Tracking
+
+VALIDATION_SAMPLES = 64
+SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine", "linear": "linear"}
+
+
+def train(
+    accelerator: Accelerator,
+    recipe: Recipe,
+    backbone: Backbone,
+    parameters: list[nn.Parameter],
+    cache: LatentCache,
+    empty_text: dict[str, Tensor],
+    previews: Previews,
+    folder: RunFolder,
+    tracking: Tracking,
+) -> bool:
+    """Runs the steps that are left. Returns True if it was interrupted (a checkpoint is on disk), False when done."""
+    config = recipe.train
+    optimizer, schedule = build_optimizer(parameters, recipe.optim, config.steps)
+    transformer, optimizer = accelerator.prepare(backbone.transformer, optimizer)
+    if folder.checkpoint is not None:
+        _restore(folder.checkpoint, parameters, optimizer, schedule)
+        folder.summary = dict(folder.checkpoint["summary"])
+    batches = Batches(cache.split("train"), empty_text, recipe, backbone, accelerator)
+    validation = cache.split("validation")
+    started, elapsed_before = time.perf_counter(), float((folder.checkpoint or {}).get("elapsed_seconds", 0.0))
+
+    def checkpoint() -> None:
+        if accelerator.is_main_process:
+            elapsed = elapsed_before + time.perf_counter() - started
+            folder.save_checkpoint(_state(parameters, optimizer, schedule, elapsed) | {"summary": folder.summary})
+
+    if folder.step == 0:
+        folder.summary["validation_loss_start"] = validation_loss(transformer, backbone, validation, recipe)
+        tracking.log({"validation/loss": folder.summary["validation_loss_start"]}, step=0)
+    bar = tqdm(
+        total=config.steps, initial=folder.step, desc="train", unit="step", disable=not accelerator.is_main_process
+    )
+    with _stop_on_signal() as stop, bar:
+        while folder.step < config.steps:
+            clock = time.perf_counter()
+            metrics = _one_step(accelerator, transformer, optimizer, schedule, batches, parameters, recipe, folder.step)
+            folder.step += 1
+            last = folder.step == config.steps
+            if last or _due(folder.step, config.validate_every):
+                metrics["validation_loss"] = validation_loss(transformer, backbone, validation, recipe)
+                folder.summary["validation_loss_end"] = metrics["validation_loss"]
+            if accelerator.is_main_process:
+                folder.append_metrics({"step": folder.step, **metrics})
+                if last or folder.step == 1 or _due(folder.step, config.log_every):
+                    seconds = {"seconds_per_step": time.perf_counter() - clock}
+                    tracking.log({f"train/{k}": v for k, v in {**metrics, **seconds}.items()}, step=folder.step)
+                bar.set_postfix(loss=f"{metrics['loss']:.4f}", memory=memory_in_use(accelerator.device))
+            bar.update()
+            if stop.requested or last or _due(folder.step, config.checkpoint_every):
+                checkpoint()
+            if accelerator.is_main_process and (last or _due(folder.step, config.sample_every)):
+                tracking.log_images(previews.render(backbone, folder.path, folder.step), step=folder.step)
+            if stop.requested and not last:
+                return True
+    folder.summary |= {
+        "steps": config.steps,
+        "train_seconds": elapsed_before + time.perf_counter() - started,
+        "device": str(accelerator.device),
+    }
+    return False
+
+
+class Batches:
+    """Step number -> this process's part of the step's batches. Holds no state that a resume would have to restore."""
+
+    def __init__(
+        self,
+        dataset: LatentDataset,
+        empty_text: dict[str, Tensor],
+        recipe: Recipe,
+        backbone: Backbone,
+        accelerator: Accelerator,
+    ) -> None:
+        self.dataset, self.empty_text, self.config = dataset, empty_text, recipe.train
+        self.device, self.dtype = backbone.device, backbone.dtype
+        self.rank, self.world = accelerator.process_index, accelerator.num_processes
+
+    def __call__(self, step: int) -> Iterator[tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]]:
+        """Yields (latents [B, C, h, w], noise, times [B], text) for each of `accumulation` micro-batches."""
+        total = self.config.batch_size * self.world
+        for micro in range(self.config.accumulation):
+            number = step * self.config.accumulation + micro
+            mine = slice(self.rank, None, self.world)
+            generator = seeded(self.config.seed, "step", number)
+            batch = collate(
+                [self.dataset[i] for i in batch_indices(number, total, len(self.dataset), self.config.seed)[mine]]
+            )
+            latents = batch["latents"].float()
+            times = sample_timesteps(total, generator)[mine]
+            noise = torch.randn(total, *latents.shape[1:], generator=generator)[mine]
+            dropped = (torch.rand(total, generator=generator) < self.config.text_dropout)[mine]
+            text = {
+                key: torch.where(dropped.view(-1, *[1] * (empty.dim() - 1)), empty.cpu().float(), batch[key].float())
+                for key, empty in self.empty_text.items()
+            }
+            yield (
+                latents.to(self.device, self.dtype),
+                noise.to(self.device, self.dtype),
+                times.to(self.device),
+                {key: value.to(self.device, self.dtype) for key, value in text.items()},
+            )
+
+
+def _one_step(
+    accelerator: Accelerator,
+    transformer: nn.Module,
+    optimizer: Any,
+    schedule: Any,
+    batches: Batches,
+    parameters: list[nn.Parameter],
+    recipe: Recipe,
+    step: int,
+) -> dict[str, float]:
+    count = recipe.train.accumulation
+    total = torch.zeros((), device=accelerator.device)
+    for micro, (latents, noise, times, text) in enumerate(batches(step)):
+        sync = contextlib.nullcontext() if micro == count - 1 else accelerator.no_sync(transformer)
+        with sync:
+            loss = flow_loss(transformer, latents, noise, times, text) / count
+            accelerator.backward(loss)
+        total += loss.detach()
+    value = float(accelerator.reduce(total, "mean"))
+    if not math.isfinite(value):
+        raise ValueError(
+            f"the loss is {value} at step {step + 1}: lower optim.learning_rate or raise optim.warmup_steps; "
+            "the last checkpoint is intact"
+        )
+    limit = recipe.train.max_grad_norm or math.inf
+    norm = float(accelerator.clip_grad_norm_(parameters, limit))
+    rate = float(schedule.get_last_lr()[0])
+    optimizer.step()
+    schedule.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {"loss": value, "learning_rate": rate, "grad_norm": norm}
+
+
+@torch.no_grad()
+def validation_loss(transformer: nn.Module, backbone: Backbone, dataset: LatentDataset, recipe: Recipe) -> float:
+    """Flow loss over the first samples of the validation split, at noise and times fixed by the seed alone.
+
+    Times are the midpoints of equal strata of [0, 1], so that the figure moves with the adapter and not with luck.
+    NaN if the split is empty.
+    """
+    count = min(len(dataset), VALIDATION_SAMPLES)
+    if count == 0:
+        return math.nan
+    generator = seeded(recipe.train.seed, "validation", 0)
+    order = torch.randperm(count, generator=generator)
+    times = (order + 0.5) / count
+    total = 0.0
+    for start in range(0, count, recipe.train.batch_size):
+        chosen = range(start, min(start + recipe.train.batch_size, count))
+        batch = collate([dataset[i] for i in chosen])
+        latents = batch["latents"].float()
+        noise = torch.randn(latents.shape, generator=generator)
+        text = {
+            key: batch[key].to(backbone.device, backbone.dtype) for key in ("prompt_embeds", "pooled_prompt_embeds")
+        }
+        loss = flow_loss(
+            transformer,
+            latents.to(backbone.device, backbone.dtype),
+            noise.to(backbone.device, backbone.dtype),
+            times[chosen.start : chosen.stop].to(backbone.device),
+            text,
+        )
+        total += float(loss) * len(chosen)
+    return total / count
+
+
+def build_optimizer(
+    parameters: Sequence[nn.Parameter], config: OptimConfig, steps: int
+) -> tuple[torch.optim.Optimizer, Any]:
+    """AdamW over the adapter and its learning-rate schedule (diffusers' `get_scheduler`)."""
+    optimizer = torch.optim.AdamW(
+        parameters, lr=config.learning_rate, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
+    )
+    schedule = get_scheduler(
+        SCHEDULES[config.schedule], optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=steps
+    )
+    return optimizer, schedule
+
+
+def seeded(seed: int, purpose: str, number: int) -> torch.Generator:
+    """A CPU generator that depends on its arguments alone (sha256 of them, 63 bits)."""
+    digest = hashlib.sha256(f"{seed}/{purpose}/{number}".encode()).digest()
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def memory_in_use(device: torch.device) -> str:
+    """Peak GPU memory allocated, or on a CPU the process's resident memory, as text in GiB."""
+    used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+    return f"{used / 2**30:.2f}GiB"
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _state(parameters: Sequence[nn.Parameter], optimizer: Any, schedule: Any, elapsed: float) -> dict[str, Any]:
+    return {
+        "parameters": [p.detach().cpu() for p in parameters],
+        "optimizer": optimizer.state_dict(),
+        "schedule": schedule.state_dict(),
+        "elapsed_seconds": elapsed,
+    }
+
+
+def _restore(state: dict[str, Any], parameters: Sequence[nn.Parameter], optimizer: Any, schedule: Any) -> None:
+    with torch.no_grad():
+        for parameter, saved in zip(parameters, state["parameters"], strict=True):
+            parameter.copy_(saved)
+    optimizer.load_state_dict(state["optimizer"])
+    schedule.load_state_dict(state["schedule"])
+
+
+class _Stop:
+    requested = False
+
+
+@contextlib.contextmanager
+def _stop_on_signal() -> Iterator[_Stop]:
+    """ctrl-C or SIGTERM: finish the step, write a checkpoint, return. A second ctrl-C stops at once."""
+    stop = _Stop()
+
+    def handler(number: int, frame: object) -> None:
+        if stop.requested:
+            raise KeyboardInterrupt
+        stop.requested = True
+        tqdm.write("stopping after this step (again to stop at once)")
+
+    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)

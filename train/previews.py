@@ -1,0 +1,54 @@
+"""Sample images during training: the recipe's prompts at fixed seeds, one grid per preview."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffusers.utils import make_image_grid
+from PIL.Image import Image
+from torch import Tensor
+
+from loragraft.backbones.sampler import build_pipeline, generate_from_text
+from loragraft.backbones.spec import Backbone
+from loragraft.data.cache import LatentCache
+from loragraft.recipes.schema import SampleConfig
+
+DEFAULT_PROMPTS = 8
+COLUMNS = 4
+
+
+@dataclass(frozen=True)
+class Previews:
+    """Prompts already encoded, so that the text encoder can leave memory before the first step."""
+
+    prompts: tuple[str, ...]
+    text: dict[str, Tensor]
+    empty: dict[str, Tensor]
+    config: SampleConfig
+
+    @classmethod
+    def prepare(cls, config: SampleConfig, backbone: Backbone, cache: LatentCache) -> "Previews":
+        """Encodes the recipe's prompts; without any, the first captions of the test split (or of the training split)."""
+        captions = cache.split("test").captions or cache.split("train").captions
+        prompts = config.prompts or tuple(dict.fromkeys(captions))[:DEFAULT_PROMPTS]
+        repeated = [prompt for prompt in prompts for _ in range(config.per_prompt)]
+        encode = backbone.encoders.encode_text
+        return cls(tuple(repeated), encode(repeated), encode([config.negative_prompt]), config)
+
+    def render(self, backbone: Backbone, run: Path, step: int) -> list[tuple[Image, str]]:
+        """Images with their prompts; also writes `run`/samples/step_NNNNNN.png."""
+        seeds = [self.config.seed + i % self.config.per_prompt for i in range(len(self.prompts))]
+        images = generate_from_text(
+            build_pipeline(backbone.transformer, backbone.encoders),
+            self.text,
+            self.empty,
+            seeds,
+            resolution=backbone.spec.resolution,
+            steps=self.config.steps,
+            guidance=self.config.guidance,
+        )
+        folder = run / "samples"
+        folder.mkdir(exist_ok=True)
+        blanks = -len(images) % COLUMNS
+        padded = images + [images[0].point(lambda _: 255)] * blanks
+        make_image_grid(padded, len(padded) // COLUMNS, COLUMNS).save(folder / f"step_{step:06d}.png")
+        return list(zip(images, self.prompts, strict=True))

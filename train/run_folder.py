@@ -1,0 +1,144 @@
+"""The folder of one run: everything that a resumed process, a reader or `generate` needs, each file written atomically.
+
+    recipe.yaml          the resolved recipe
+    metrics.jsonl        one line per step: step, loss, learning_rate, grad_norm, validation_loss where measured
+    checkpoint.pt        adapter, optimizer, scheduler, step: the state after `step` whole steps
+    samples/             step_000400.png
+    adapter/             pytorch_lora_weights.safetensors, at the end
+    summary.json         what the run measured, at the end
+
+Steps draw everything random from (seed, step), so a checkpoint needs no generator state.
+"""
+
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from loragraft.recipes.load import recipe_hash, recipe_to_dict
+from loragraft.recipes.schema import Recipe
+
+
+class RunError(ValueError):
+    """A run folder that this run must not touch, or a damaged checkpoint."""
+
+
+@dataclass
+class RunFolder:
+    """An open run. `step` counts the whole steps done; `checkpoint` holds the state to resume from, if any."""
+
+    path: Path
+    recipe_hash: str
+    base_id: str
+    step: int = 0
+    finished: bool = False
+    checkpoint: dict[str, Any] | None = None
+    summary: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, path: Path, recipe: Recipe, base_id: str, *, fresh: bool = False) -> "RunFolder":
+        """Opens, creates or resumes `path`.
+
+        Raises RunError when the folder holds a run of another recipe or another base, or a checkpoint that cannot
+        be read; `fresh` moves such a folder aside instead (nothing is deleted).
+        """
+        if fresh and path.exists():
+            path.rename(path.with_name(f"{path.name}.{time.strftime('%Y%m%d-%H%M%S')}"))
+        run = cls(path=path, recipe_hash=recipe_hash(recipe), base_id=base_id)
+        if (path / "recipe.yaml").exists():
+            run._resume(recipe)
+        else:
+            path.mkdir(parents=True, exist_ok=True)
+            write_atomically(path / "recipe.yaml", yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False))
+        return run
+
+    def _resume(self, recipe: Recipe) -> None:
+        remedy = "Give another folder with --out, or start over with --fresh (the old run is moved aside)."
+        stored = yaml.safe_load((self.path / "recipe.yaml").read_text(encoding="utf-8"))
+        if _flat(stored) != _flat(json.loads(json.dumps(recipe_to_dict(recipe)))):
+            mine = _flat(json.loads(json.dumps(recipe_to_dict(recipe))))
+            theirs = _flat(stored)
+            keys = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
+            shown = ", ".join(f"{key} ({theirs.get(key)!r} there, {mine.get(key)!r} here)" for key in keys[:4])
+            raise RunError(f"{self.path} holds a run of another recipe: {shown}. {remedy}")
+        if (self.path / "summary.json").exists():
+            self.summary = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+            self.finished, self.step = True, int(self.summary["steps"])
+            return
+        file = self.path / "checkpoint.pt"
+        if not file.exists():
+            return
+        try:
+            checkpoint: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise RunError(f"{file} cannot be read ({error}). {remedy}") from error
+        if checkpoint["base_id"] != self.base_id:
+            raise RunError(
+                f"{file} was trained on base {checkpoint['base_id'][:16]}, but the base here is "
+                f"{self.base_id[:16]}. {remedy}"
+            )
+        self.checkpoint, self.step = checkpoint, int(checkpoint["step"])
+        self._truncate_metrics()
+
+    def _truncate_metrics(self) -> None:
+        """Drops the lines after the checkpoint, which the resumed run writes again, and a half-written last line."""
+        file = self.path / "metrics.jsonl"
+        if file.exists():
+            lines = file.read_text(encoding="utf-8").splitlines()[: self.step + 1]
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.step]
+            write_atomically(file, "".join(line + "\n" for line in kept))
+
+    @property
+    def adapter_folder(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def adapter_file(self) -> Path:
+        return self.adapter_folder / "pytorch_lora_weights.safetensors"
+
+    def append_metrics(self, metrics: dict[str, float | int]) -> None:
+        """One JSON line. Lines beyond the last checkpoint are written again on resume."""
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(metrics) + "\n")
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
+        """Writes `state` (tensors and plain values) as the state after `self.step` steps; old or new, never half."""
+        state = {**state, "step": self.step, "recipe_hash": self.recipe_hash, "base_id": self.base_id}
+        partial = self.path / "checkpoint.pt.partial"
+        with partial.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, self.path / "checkpoint.pt")
+
+    def finish(self) -> None:
+        """Marks the run as done: writes summary.json, then removes the checkpoint that nothing needs any more."""
+        self.finished = True
+        write_atomically(self.path / "summary.json", json.dumps(self.summary, indent=1) + "\n")
+        (self.path / "checkpoint.pt").unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Old content or new, never half: written beside, flushed to disk, renamed."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,87 @@
+"""The run as Weights & Biases sees it, through accelerate's tracker: recipe, ledger, curves, images, adapter.
+
+Offline unless the recipe asks for more: the run lies in <run folder>/wandb and `wandb sync` uploads it when you
+want. A resumed run keeps its W&B id.
+"""
+
+import hashlib
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import wandb
+from accelerate import Accelerator
+from accelerate.tracking import WandBTracker
+from PIL.Image import Image
+
+from loragraft.backbones.spec import Backbone
+from loragraft.recipes.load import recipe_to_dict
+from loragraft.recipes.schema import Recipe
+from loragraft.train.run_folder import RunFolder
+
+
+class Tracking:
+    """Logs to one W&B run, or to nothing (`tracking.mode: disabled`, and every process but the first)."""
+
+    def __init__(self, tracker: WandBTracker | None, name: str) -> None:
+        self._tracker = tracker
+        self._name = name
+
+    @classmethod
+    def start(cls, recipe: Recipe, backbone: Backbone, folder: RunFolder, accelerator: Accelerator) -> "Tracking":
+        """Opens the run with the resolved recipe, its hash, the base's id and the ledger as its config."""
+        if recipe.tracking.mode == "disabled" or not accelerator.is_main_process:
+            return cls(None, recipe.name)
+        run_id = hashlib.sha256(f"{folder.recipe_hash}/{folder.path.name}".encode()).hexdigest()[:12]
+        tracker = WandBTracker(
+            recipe.tracking.project,
+            name=recipe.name,
+            id=run_id,
+            resume="allow",
+            mode=wandb_mode(recipe.tracking.mode),
+            dir=str(folder.path),
+            settings=wandb.Settings(silent=True, disable_git=True, disable_code=True, x_disable_stats=True),
+        )
+        tracker.store_init_configuration(
+            {
+                "recipe": recipe_to_dict(recipe),
+                "recipe_hash": folder.recipe_hash,
+                "base_id": backbone.base_id,
+                "ledger": backbone.ledger.to_dict(),
+            }
+        )
+        return cls(tracker, recipe.name)
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        """Scalars at an optimizer step."""
+        if self._tracker is not None:
+            self._tracker.log(values, step=step)
+
+    def log_images(self, images: list[tuple[Image, str]], step: int) -> None:
+        """Images with their prompts as captions."""
+        if self._tracker is not None:
+            shown = [wandb.Image(image, caption=prompt) for image, prompt in images]
+            self._tracker.log({"samples": shown}, step=step)
+
+    def log_adapter(self, file: Path) -> None:
+        """The adapter as an artifact of type `adapter`."""
+        if self._tracker is not None:
+            artifact = wandb.Artifact(f"{self._name}-adapter", type="adapter")
+            artifact.add_file(str(file))
+            self._tracker.run.log_artifact(artifact)
+
+    def __enter__(self) -> "Tracking":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._tracker is not None:
+            self._tracker.run.finish(exit_code=0 if error is None else 1)
+
+
+def wandb_mode(mode: Literal["offline", "auto", "online", "disabled"]) -> Any:
+    """`auto` is online where a login is stored, offline otherwise; the others are themselves."""
+    if mode == "auto":
+        return "online" if wandb.api.api_key else "offline"
+    return mode
