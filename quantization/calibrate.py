@@ -1,0 +1,88 @@
+"""Activation statistics of linear layers, gathered by hooks while a caller runs the model.
+
+Per layer: max|x_k| over everything seen, and a bounded uniform sample of input rows. The sample is a reservoir: each row
+draws a uniform key and the `rows` largest keys stay, which is a uniform sample without replacement of the whole stream
+(Efraimidis and Spirakis 2006, with equal weights), however many denoising steps the caller runs.
+"""
+
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loragraft.quantization.names import named_module
+
+DEFAULT_ROWS = 512
+
+
+@dataclass(frozen=True)
+class ActivationStats:
+    """What one linear layer receives."""
+
+    absmax_K: Tensor
+    """[K] float32: largest magnitude seen per in feature."""
+    samples_SK: Tensor
+    """[S, K] float32: a uniform sample of input rows."""
+
+
+class _Collector:
+    """Running statistics of one layer; `hook` is its forward pre-hook."""
+
+    def __init__(self, path: str, rows: int, seed: int) -> None:
+        self.path, self.rows = path, rows
+        self.absmax: Tensor | None = None
+        self.samples: Tensor | None = None
+        self.keys = torch.empty(0)
+        # A generator of its own: what one layer sees cannot shift another layer's sample.
+        self.generator = torch.Generator().manual_seed(seed ^ zlib.crc32(path.encode()))
+
+    def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else next(iter(kwargs.values()))
+        x_MK = x.detach().reshape(-1, x.shape[-1])
+        absmax = x_MK.abs().amax(0).float()
+        if not torch.isfinite(absmax).all():
+            raise ValueError(f"layer {self.path!r} received NaN or infinity during calibration")
+        self.absmax = absmax if self.absmax is None else torch.maximum(self.absmax, absmax)
+        keys = torch.rand(x_MK.shape[0], generator=self.generator)
+        full = self.keys.numel() == self.rows
+        index = torch.nonzero(keys > self.keys.min()).flatten() if full else torch.arange(keys.numel())
+        if index.numel() == 0:
+            return
+        drawn = x_MK[index.to(x_MK.device)].float()
+        samples = drawn if self.samples is None else torch.cat([self.samples, drawn])
+        all_keys = torch.cat([self.keys, keys[index]])
+        keep = all_keys.topk(min(self.rows, all_keys.numel())).indices
+        self.keys, self.samples = all_keys[keep], samples[keep.to(samples.device)]
+
+
+def collect(
+    model: nn.Module, paths: Iterable[str], run: Callable[[], None], *, rows: int = DEFAULT_ROWS, seed: int = 0
+) -> dict[str, ActivationStats]:
+    """Statistics of the layers at `paths` while `run()` drives the model, without gradients.
+
+    The same model, `run` and seed give the same statistics. Raises KeyError for an unknown path (with the nearest one)
+    and ValueError naming the layer for non-finite inputs or a layer that `run` never reached.
+    """
+    collectors = {path: _Collector(path, rows, seed) for path in paths}
+    handles = []
+    try:
+        for path, collector in collectors.items():
+            module = named_module(model, path)
+            handles.append(module.register_forward_pre_hook(collector.hook, with_kwargs=True))
+        with torch.no_grad():
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    unreached = [path for path, collector in collectors.items() if collector.absmax is None]
+    if unreached:
+        raise ValueError(f"calibration never reached {len(unreached)} layer(s): {', '.join(sorted(unreached)[:8])}")
+    stats = {}
+    for path, collector in collectors.items():
+        assert collector.absmax is not None
+        assert collector.samples is not None
+        stats[path] = ActivationStats(collector.absmax, collector.samples)
+    return stats

@@ -1,0 +1,220 @@
+"""Our INT4 checkpoint: a diffusers model folder whose `config.json` says how each linear layer is stored.
+
+    config.json                            the model's own configuration + quantization_config
+    diffusion_pytorch_model.safetensors    diffusers' module names; per quantized layer the buffers of `SVDQuantLinear`
+
+quantization_config = {quant_method: "loragraft", version, profile, layers: {path: {numerics, group_size, hadamard,
+act_unsigned, act_shift, rank, output_error}}}. Codes are row-major, low nibble = even column; whatever order a kernel wants
+is made at load. `base_id` names the weights, not the files: sha256 over the sorted (name, dtype, shape, bytes).
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+
+from loragraft.quantization.linear import SVDQuantLinear, buffer_layout
+from loragraft.quantization.names import named_module, nearest, replace_module
+from loragraft.quantization.settings import Numerics
+from loragraft.quantization.tensor_file import read_tensors, replacing_folder, write_tensors
+
+QUANT_METHOD, VERSION = "loragraft", 1
+CONFIG_NAME, WEIGHTS_NAME = "config.json", "diffusion_pytorch_model.safetensors"
+PROFILES = {"w4a8": "native", "w4a4": "interchange"}
+LAYER_KEYS = {"numerics", "group_size", "hadamard", "act_unsigned", "act_shift", "rank"}
+
+
+def base_state(model: nn.Module) -> dict[str, Tensor]:
+    """The base's tensors under their checkpoint names, seen through injected adapters and grafts.
+
+    PEFT's `.base_layer` is taken out of the names, its factors are left out, and of a grafted branch only the base's own
+    ranks are returned, which a graft leaves in front.
+    """
+    state = {}
+    ranks = {f"{path}.": m.base_rank for path, m in model.named_modules() if isinstance(m, SVDQuantLinear)}
+    for name, tensor in model.state_dict().items():
+        if ".lora_A." in name or ".lora_B." in name:
+            continue
+        owner, _, leaf = name.rpartition(".")
+        if leaf in ("lora_down", "lora_up") and f"{owner}." in ranks:
+            rank = ranks[f"{owner}."]
+            tensor = tensor[:rank] if leaf == "lora_down" else tensor[:, :rank]
+        state[name.replace(".base_layer.", ".")] = tensor
+    return state
+
+
+def base_id(model_or_state: nn.Module | Mapping[str, Tensor]) -> str:
+    """sha256 (hex) over the sorted (name, dtype, shape, bytes) of the base's tensors."""
+    state = base_state(model_or_state) if isinstance(model_or_state, nn.Module) else model_or_state
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}\n".encode())
+        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def recorded_base_id(model: nn.Module) -> str:
+    """The id of the checkpoint that `load_quantized` read, or that of the weights as they are.
+
+    The two differ when the 16-bit layers were cast after loading, which does not make the model another base.
+    """
+    recorded = getattr(model, "loragraft_base_id", None)
+    return recorded if isinstance(recorded, str) else base_id(model)
+
+
+def quantized_layers(model: nn.Module) -> dict[str, SVDQuantLinear]:
+    """Path -> layer, through injected adapters."""
+    found = ((path, m) for path, m in model.named_modules() if isinstance(m, SVDQuantLinear))
+    return {path.removesuffix(".base_layer"): module for path, module in found}
+
+
+def quantization_config(model: nn.Module) -> dict[str, Any]:
+    """The JSON block of `config.json`; raises ValueError if nothing is quantized."""
+    layers = quantized_layers(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no quantized layer; run quantize_model first")
+    kinds = {PROFILES[layer.numerics] for layer in layers.values() if layer.numerics in PROFILES}
+    profile = kinds.pop() if len(kinds) == 1 else "mixed" if kinds else "weight-only"
+    described = {
+        path: {
+            "numerics": layer.numerics,
+            "group_size": layer.group_size,
+            "hadamard": layer.hadamard,
+            "act_unsigned": False,
+            "act_shift": 0.0,
+            "rank": layer.rank,
+            "output_error": layer.output_error,
+        }
+        for path, layer in layers.items()
+    }
+    return {"quant_method": QUANT_METHOD, "version": VERSION, "profile": profile, "layers": described}
+
+
+def save_quantized(model: nn.Module, folder: Path | str, *, overwrite: bool = False, bake_grafts: bool = False) -> Path:
+    """Write a quantized diffusers model; the folder appears complete or not at all.
+
+    Raises ValueError for a model with injected adapters, or with grafts unless `bake_grafts` makes them part of the
+    written base (which is then another base); FileExistsError if the folder exists and `overwrite` is false.
+    """
+    folder = Path(folder)
+    if any(".base_layer." in name for name in model.state_dict()):
+        raise ValueError("the model carries an injected adapter; save that with adapters, and remove_adapter first")
+    grafted = [path for path, layer in quantized_layers(model).items() if layer.rank != layer.base_rank]
+    if grafted and not bake_grafts:
+        raise ValueError(
+            f"{len(grafted)} layer(s) carry grafts, e.g. {grafted[0]!r}; ungraft, or pass bake_grafts=True"
+        )
+    block = quantization_config(model)
+    with replacing_folder(folder, overwrite=overwrite) as scratch:
+        model.save_config(scratch)  # type: ignore[operator]  # diffusers' ConfigMixin
+        config = json.loads((scratch / CONFIG_NAME).read_text())
+        config.pop("_name_or_path", None)  # a local path has no business in a published file
+        config["quantization_config"] = block
+        (scratch / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+        write_tensors(scratch / WEIGHTS_NAME, model.state_dict(), {"format": "pt"})
+    return folder
+
+
+def load_quantized(folder: Path | str, model_class: type[Any], *, device: torch.device | str = "cpu") -> Any:
+    """Read a folder of `save_quantized` into a frozen `model_class` in evaluation mode.
+
+    The model is built from its configuration on the meta device, so nothing is initialised twice. `loragraft_base_id` of
+    the result names the weights as they were stored. Raises FileNotFoundError, or ValueError naming the layer or tensor:
+    another quantization method or version, unknown or impossible layers, truncated files, missing and unexpected
+    tensors, wrong shapes and dtypes, values outside the code.
+    """
+    folder = Path(folder)
+    config = _read_config(folder / CONFIG_NAME)
+    block = config.pop("quantization_config")
+    tensors, _ = read_tensors(folder / WEIGHTS_NAME, device)
+    with init_empty_weights(include_buffers=False):
+        model = model_class.from_config(config)
+    for path, layer in block["layers"].items():
+        replace_module(model, path, _empty_layer(model, path, layer, tensors, folder))
+    _check_state(model, tensors, folder)
+    model.load_state_dict(tensors, strict=True, assign=True)
+    model.loragraft_base_id = base_id(tensors)
+    return model.requires_grad_(False).eval()
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no {CONFIG_NAME} in {path.parent}; expected the folder that save_quantized wrote")
+    config = json.loads(path.read_text())
+    block = config.get("quantization_config") or {}
+    method, version = block.get("quant_method"), block.get("version")
+    if method != QUANT_METHOD:
+        raise ValueError(f"{path}: quant_method is {method!r}, this reader knows {QUANT_METHOD!r} only")
+    if version != VERSION:
+        raise ValueError(f"{path}: format version {version!r}, this reader knows {VERSION}; upgrade loragraft")
+    for name, layer in block.get("layers", {}).items():
+        lacking = sorted(LAYER_KEYS - layer.keys())
+        if lacking:
+            raise ValueError(f"{path}: layer {name!r} lacks {', '.join(lacking)}")
+        if layer["numerics"] not in get_args(Numerics):
+            raise ValueError(f"{path}: layer {name!r} has numerics {layer['numerics']!r}; known: {get_args(Numerics)}")
+        if layer["act_unsigned"] or layer["act_shift"]:
+            raise ValueError(
+                f"{path}: layer {name!r} has unsigned, shifted activations, which this format's runtime lacks"
+            )
+    return dict(config)
+
+
+def _empty_layer(
+    model: nn.Module, path: str, layer: dict[str, Any], tensors: dict[str, Tensor], folder: Path
+) -> SVDQuantLinear:
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if path not in linears:
+        raise ValueError(
+            f"{folder}: quantized layer {path!r} is no linear layer of the model; {nearest(path, linears)}"
+        )
+    linear = named_module(model, path)
+    assert isinstance(linear, nn.Linear)
+    bias = tensors.get(f"{path}.bias")
+    return SVDQuantLinear.empty(
+        linear.in_features,
+        linear.out_features,
+        layer["numerics"],
+        rank=layer["rank"],
+        bias=linear.bias is not None,
+        group_size=layer["group_size"],
+        hadamard=layer["hadamard"],
+        output_error=layer.get("output_error"),
+        bias_dtype=bias.dtype if bias is not None and bias.is_floating_point() else torch.bfloat16,
+    )
+
+
+def _check_state(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
+    expected = model.state_dict()
+    missing, foreign = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    if missing:
+        raise ValueError(f"{folder}: {len(missing)} tensor(s) are missing, the first is {missing[0]!r}")
+    if foreign:
+        raise ValueError(f"{folder}: {len(foreign)} tensor(s) belong to no layer, the first is {foreign[0]!r}")
+    strict = {f"{path}.{name}" for path, layer in quantized_layers(model).items() for name in _stored(layer)}
+    for name, wanted in expected.items():
+        tensor = tensors[name]
+        if tensor.shape != wanted.shape:
+            raise ValueError(
+                f"{folder}: tensor {name!r} has shape {tuple(tensor.shape)}, expected {tuple(wanted.shape)}"
+            )
+        branch = name.endswith((".lora_down", ".lora_up")) and tensor.is_floating_point()
+        fits = tensor.dtype == wanted.dtype if name in strict and not branch else tensor.is_floating_point()
+        if not fits:
+            raise ValueError(f"{folder}: tensor {name!r} is {tensor.dtype}, expected {wanted.dtype}")
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"{folder}: tensor {name!r} holds NaN or infinity")
+        if name.endswith(".group_scale") and name in strict and not (1 <= tensor.min() and tensor.max() <= 15):
+            raise ValueError(f"{folder}: tensor {name!r} leaves the code: integer scales are 1 to 15")
+        if name.endswith(".group_zero") and name in strict and tensor.max() > 15:
+            raise ValueError(f"{folder}: tensor {name!r} leaves the code: zero points are 0 to 15")
+
+
+def _stored(layer: SVDQuantLinear) -> list[str]:
+    return list(buffer_layout(layer.in_features, layer.out_features, layer.numerics, layer.group_size, layer.rank))

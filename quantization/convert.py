@@ -1,0 +1,108 @@
+"""Turn a float model into an SVDQuant model in place: every `nn.Linear` is either in the plan or kept on purpose.
+
+plan = plan_layers(model, rules={r"transformer_blocks\\.\\d+\\.attn\\..*": QuantSettings()}, keep=[r"x_embedder", ...])
+reports = quantize_backbone(model, plan, run_calibration, keep=[...])
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import nn
+
+from loragraft.quantization.calibrate import ActivationStats, collect
+from loragraft.quantization.linear import SVDQuantLinear
+from loragraft.quantization.names import match_paths, named_module, nearest, replace_module
+from loragraft.quantization.settings import LayerReport, QuantSettings
+
+Progress = Callable[[int, int, str], None]
+"""Called with (layers done, layers in all, path of the layer now done)."""
+
+
+def linear_paths(model: nn.Module) -> list[str]:
+    """Paths of all `nn.Linear` modules, in module order."""
+    return [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
+def plan_layers(
+    model: nn.Module, rules: Mapping[str, QuantSettings], keep: Sequence[str] = ()
+) -> dict[str, QuantSettings]:
+    """Expand full-path regular expressions into path -> settings, in module order.
+
+    Raises ValueError for a pattern that matches no linear layer, a layer that two rules claim with different settings,
+    a layer both planned and kept, and a layer that is neither.
+    """
+    paths = linear_paths(model)
+    plan: dict[str, QuantSettings] = {}
+    for pattern, matched in match_paths(list(rules), paths).items():
+        for path in matched:
+            if plan.setdefault(path, rules[pattern]) != rules[pattern]:
+                raise ValueError(
+                    f"layer {path!r} is claimed by two rules with different settings; the second is {pattern!r}"
+                )
+    _check_cover(model, plan, keep)
+    return {path: plan[path] for path in paths if path in plan}
+
+
+def _check_cover(model: nn.Module, plan: Mapping[str, QuantSettings], keep: Sequence[str]) -> None:
+    paths = linear_paths(model)
+    kept = {path for matched in match_paths(keep, paths).values() for path in matched}
+    unknown = [path for path in plan if path not in paths]
+    if unknown:
+        raise ValueError(f"plan names {unknown[0]!r}, which is no nn.Linear of the model; {nearest(unknown[0], paths)}")
+    both = sorted(kept & plan.keys())
+    if both:
+        raise ValueError(f"layer {both[0]!r} is both planned and kept in 16 bits; narrow one of the patterns")
+    neither = [path for path in paths if path not in plan and path not in kept]
+    if neither:
+        listed = ", ".join(neither[:8]) + (", ..." if len(neither) > 8 else "")
+        raise ValueError(
+            f"{len(neither)} linear layer(s) are neither planned nor kept: {listed}; name them in one of both"
+        )
+
+
+def quantize_model(
+    model: nn.Module,
+    plan: Mapping[str, QuantSettings],
+    stats: Mapping[str, ActivationStats],
+    progress: Progress | None = None,
+    *,
+    keep: Sequence[str] = (),
+) -> list[LayerReport]:
+    """Swap every planned `nn.Linear` for a `SVDQuantLinear`, in the plan's order.
+
+    `keep` are full-path patterns of layers that stay as they are. Everything that can be refused is checked before the
+    first layer is swapped. Raises as `plan_layers` and `quantize_linear` do.
+    """
+    _check_cover(model, plan, keep)
+    uncalibrated = [p for p, settings in plan.items() if settings.smoothing_mode == "calibrated" and p not in stats]
+    if uncalibrated:
+        raise ValueError(
+            f"no activation statistics for {len(uncalibrated)} layer(s), the first is {uncalibrated[0]!r}; "
+            "calibrate them, or ask for smoothing='weight' or 'hadamard'"
+        )
+    reports = []
+    for done, (path, settings) in enumerate(plan.items(), start=1):
+        linear = named_module(model, path)
+        assert isinstance(linear, nn.Linear)  # _check_cover
+        layer, report = SVDQuantLinear.from_linear(linear, stats.get(path), settings, path=path)
+        replace_module(model, path, layer)
+        reports.append(report)
+        if progress is not None:
+            progress(done, len(plan), path)
+    return reports
+
+
+def quantize_backbone(
+    model: nn.Module,
+    plan: Mapping[str, QuantSettings],
+    run_calibration: Callable[[], None] | None,
+    progress: Progress | None = None,
+    *,
+    keep: Sequence[str] = (),
+) -> list[LayerReport]:
+    """Calibrate, then quantize: `run_calibration` drives the model over representative inputs.
+
+    None skips the calibration, which `quantize_model` refuses unless every layer's smoothing is data-free.
+    """
+    _check_cover(model, plan, keep)
+    stats = {} if run_calibration is None else collect(model, plan, run_calibration)
+    return quantize_model(model, plan, stats, progress, keep=keep)

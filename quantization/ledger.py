@@ -1,0 +1,108 @@
+"""The ledger: which path every linear layer of a model takes. Nothing is left out, 16-bit layers are listed as such."""
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from loragraft.kernels.layout import uses_triton
+from loragraft.quantization.linear import SVDQuantLinear
+
+DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
+
+
+@dataclass(frozen=True)
+class LedgerRow:
+    """One linear layer."""
+
+    path: str
+    numerics: str
+    """w4a8, w4a4, w4a16, or the dtype of a layer that is not quantized."""
+    out_features: int
+    in_features: int
+    rank: int
+    group_size: int
+    hadamard: bool
+    backend: str
+    """triton: our kernels; reference: their plain-torch twins; torch: an ordinary linear layer."""
+    nbytes: int
+    error: float | None
+    """Output error measured when the layer was quantized; None if it was not, or if the checkpoint does not say."""
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """All linear layers of one model, in module order."""
+
+    rows: tuple[LedgerRow, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able: counts and bytes per numerics, then every row."""
+        counts = Counter(row.numerics for row in self.rows)
+        sizes = {name: sum(row.nbytes for row in self.rows if row.numerics == name) for name in counts}
+        return {"layers": dict(counts), "nbytes": sizes, "rows": [asdict(row) for row in self.rows]}
+
+    def summary(self) -> str:
+        """One line: `w4a8 66, w4a16 12, bf16 9; triton`."""
+        counts = Counter(row.numerics for row in self.rows)
+        backends = sorted({row.backend for row in self.rows if row.backend != "torch"}) or ["torch"]
+        return ", ".join(f"{name} {count}" for name, count in counts.items()) + "; " + ", ".join(backends)
+
+    def table(self) -> str:
+        """All rows as aligned text."""
+        head = ("path", "numerics", "N x K", "rank", "group", "H", "backend", "MB", "error %")
+        lines = [head, *(_cells(row) for row in self.rows)]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+        text = (
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+        )
+        return "\n".join([*text, self.summary()])
+
+
+def _cells(row: LedgerRow) -> tuple[str, ...]:
+    quantized = row.backend != "torch"
+    return (
+        row.path,
+        row.numerics,
+        f"{row.out_features} x {row.in_features}",
+        str(row.rank) if quantized else "-",
+        str(row.group_size) if quantized else "-",
+        "yes" if row.hadamard else "-",
+        row.backend,
+        f"{row.nbytes / 1e6:.2f}",
+        "-" if row.error is None else f"{100 * row.error:.2f}",
+    )
+
+
+def build_ledger(model: nn.Module) -> Ledger:
+    """List every linear layer; the factors of injected adapters are no layers of the base and are skipped."""
+    rows = []
+    for path, module in model.named_modules():
+        if ".lora_A." in f".{path}" or ".lora_B." in f".{path}":
+            continue
+        name = path.removesuffix(".base_layer")
+        if isinstance(module, SVDQuantLinear):
+            backend = "triton" if uses_triton(module.qweight) else "reference"
+            rows.append(
+                LedgerRow(
+                    name,
+                    module.numerics,
+                    module.out_features,
+                    module.in_features,
+                    module.rank,
+                    module.group_size,
+                    module.hadamard,
+                    backend,
+                    module.nbytes,
+                    module.output_error,
+                )  # fmt: skip
+            )
+        elif isinstance(module, nn.Linear):
+            numerics = DTYPE_NAMES.get(module.weight.dtype, str(module.weight.dtype).removeprefix("torch."))
+            nbytes = sum(parameter.nbytes for parameter in module.parameters())
+            rows.append(
+                LedgerRow(name, numerics, module.out_features, module.in_features, 0, 0, False, "torch", nbytes, None)
+            )
+    return Ledger(tuple(rows))

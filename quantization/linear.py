@@ -1,0 +1,231 @@
+"""`SVDQuantLinear`: a frozen four-bit linear layer with a 16-bit low-rank branch. Buffers only; the arithmetic is in `kernels/`.
+
+    y = Q((x / smooth) H) deq(q)^T + (x lora_down^T) lora_up^T + bias          W_eff = (deq(q) H) / smooth + lora_up lora_down
+
+| numerics | codes | scales | activations |
+|---|---|---|---|
+| w4a8  (native) | qweight u8 [N, Kp/2], unsigned | row_scale f32 [N], group_scale, group_zero u8 [Kp/g, N] | INT8 per token |
+| w4a4  (interchange) | signed | wscale bf16 [Kp/64, N] | INT4 per 64 channels |
+| w4a16 (adaLN) | unsigned | wscale, wzero bf16 [Kp/64, N] | not quantized, no smooth |
+
+Beside them: smooth bf16 [K], lora_down bf16 [R, K], lora_up bf16 [N, R], bias [N]. Kp is K rounded up to 128.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from loragraft.kernels.layout import apply_hadamard, padded
+from loragraft.kernels.w4a4_linear import dequantize_w4a4, w4a4_linear
+from loragraft.kernels.w4a8_linear import dequantize_w4a8, w4a8_linear
+from loragraft.kernels.w4a16_linear import dequantize_w4a16, w4a16_linear
+from loragraft.quantization.calibrate import ActivationStats
+from loragraft.quantization.settings import LayerReport, Numerics, QuantSettings
+from loragraft.quantization.svdquant import quantize_linear
+
+
+class SVDQuantLinear(nn.Module):
+    """Drop-in for `nn.Linear`: x [..., K] -> y [..., N] in x's dtype, for one adapter or none.
+
+    `.to(dtype)`, `.half()` and the like move the buffers but never change their dtype: a scale rounded to 16 bits would be
+    another model. `save_x` and `dgrad` choose what the backward pass keeps and multiplies with (see `kernels/`).
+    """
+
+    qweight: Tensor
+    row_scale: Tensor
+    group_scale: Tensor
+    group_zero: Tensor
+    wscale: Tensor
+    wzero: Tensor
+    smooth: Tensor | None
+    lora_down: Tensor
+    lora_up: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        numerics: Numerics,
+        tensors: dict[str, Tensor],
+        *,
+        group_size: int = 64,
+        hadamard: bool = False,
+        output_error: float | None = None,
+    ) -> None:
+        """`tensors` as `quantize_linear` returns them. Raises ValueError naming a missing, foreign or mis-shaped one."""
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.numerics, self.group_size, self.hadamard = numerics, group_size, hadamard
+        self.output_error = output_error
+        self.save_x: Literal["quantized", "raw"] = "quantized"
+        self.dgrad: Literal["dequantized", "int8"] = "dequantized"
+        rank = tensors["lora_down"].shape[0] if "lora_down" in tensors else 0
+        expected = buffer_layout(in_features, out_features, numerics, group_size, rank)
+        _check_tensors(tensors, expected)
+        for name in expected:
+            self.register_buffer(name, tensors[name])
+        self.register_buffer("bias", tensors.get("bias"))
+        if numerics == "w4a16":
+            self.smooth = None
+        self.base_rank = rank
+        """Rank of the branch that belongs to the base; `rank` is larger while an adapter is grafted."""
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, stats: ActivationStats | None, settings: QuantSettings, *, path: str = ""
+    ) -> tuple["SVDQuantLinear", LayerReport]:
+        """Quantize a float layer; see `svdquant.quantize_linear` for the errors."""
+        tensors, report = quantize_linear(linear.weight, linear.bias, stats, settings, path=path)
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            settings.numerics,
+            tensors,
+            group_size=settings.group_size,
+            hadamard=report.hadamard,
+            output_error=report.output_error,
+        )
+        return layer, report
+
+    @classmethod
+    def empty(
+        cls,
+        in_features: int,
+        out_features: int,
+        numerics: Numerics,
+        *,
+        rank: int,
+        bias: bool,
+        group_size: int = 64,
+        hadamard: bool = False,
+        output_error: float | None = None,
+        bias_dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "meta",
+    ) -> "SVDQuantLinear":
+        """A layer of the right shapes and no values, to be filled from a checkpoint."""
+        layout = buffer_layout(in_features, out_features, numerics, group_size, rank)
+        if bias:
+            layout["bias"] = ((out_features,), bias_dtype)
+        tensors = {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in layout.items()}
+        return cls(
+            in_features,
+            out_features,
+            numerics,
+            tensors,
+            group_size=group_size,
+            hadamard=hadamard,
+            output_error=output_error,
+        )
+
+    @property
+    def rank(self) -> int:
+        """Rank of the branch as it is now, grafted adapters included."""
+        return self.lora_down.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(buffer.nbytes for buffer in self.buffers())
+
+    def forward(self, x: Tensor, adapter_down: Tensor | None = None, adapter_up: Tensor | None = None) -> Tensor:
+        """y of the layer plus (x adapter_down^T) adapter_up^T; `adapter_up` [N, r] already carries alpha / r.
+
+        Gradients reach x (straight through the rounding), `adapter_down` [r, K] and `adapter_up`; the base has none.
+        """
+        smooth, down, up, bias = self.smooth, self.lora_down, self.lora_up, self.bias
+        if self.numerics == "w4a8":
+            return w4a8_linear(
+                x, self.qweight, self.row_scale, self.group_scale, self.group_zero, smooth, down, up, bias,
+                hadamard=self.hadamard, adapter_down=adapter_down, adapter_up=adapter_up,
+                save_x=self.save_x, dgrad=self.dgrad,
+            )  # fmt: skip
+        if self.numerics == "w4a4":
+            return w4a4_linear(
+                x, self.qweight, self.wscale, smooth, down, up, bias,
+                hadamard=self.hadamard, adapter_down=adapter_down, adapter_up=adapter_up,
+                save_x=self.save_x, dgrad=self.dgrad,
+            )  # fmt: skip
+        return w4a16_linear(
+            x, self.qweight, self.wscale, self.wzero, down, up, bias, adapter_down=adapter_down, adapter_up=adapter_up
+        )
+
+    def dequantized_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """W_eff [N, K]: what the layer multiplies with when its input is not rounded, computed in float32 or wider."""
+        wide = torch.promote_types(dtype, torch.float32)
+        residual = self._dequantized_codes(wide)[:, : self.in_features]
+        if self.hadamard:
+            residual = apply_hadamard(residual)
+        if self.smooth is not None:
+            residual = residual / self.smooth.to(wide)
+        return (residual + self.lora_up.to(wide) @ self.lora_down.to(wide)).to(dtype)
+
+    def _dequantized_codes(self, dtype: torch.dtype) -> Tensor:
+        if self.numerics == "w4a8":
+            return dequantize_w4a8(self.qweight, self.row_scale, self.group_scale, self.group_zero, dtype)
+        if self.numerics == "w4a4":
+            return dequantize_w4a4(self.qweight, self.wscale, dtype)
+        return dequantize_w4a16(self.qweight, self.wscale, self.wzero, dtype)
+
+    def set_branch(self, lora_down: Tensor, lora_up: Tensor) -> None:
+        """Exchange the branch for factors [R', K] and [N, R']; the old tensors are left as they are.
+
+        `base_rank` does not change. Raises ValueError on a shape or dtype that does not fit.
+        """
+        wanted = (lora_down.shape[0], self.in_features), (self.out_features, lora_down.shape[0])
+        given = tuple(lora_down.shape), tuple(lora_up.shape)
+        if given != wanted:
+            raise ValueError(f"branch of shapes {given[0]}, {given[1]}; this layer needs {wanted[0]}, {wanted[1]}")
+        if lora_down.dtype != lora_up.dtype or not lora_down.is_floating_point():
+            raise ValueError(f"branch dtypes {lora_down.dtype}, {lora_up.dtype}: expected one floating-point dtype")
+        self.lora_down, self.lora_up = lora_down.contiguous(), lora_up.contiguous()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SVDQuantLinear":
+        """`nn.Module.to` and its kin end here: keep the device of fn's result, never its dtype."""
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(keep_dtype, recurse)
+        return self
+
+    def extra_repr(self) -> str:
+        rotated = ", hadamard" if self.hadamard else ""
+        return (
+            f"{self.in_features}, {self.out_features}, {self.numerics}, group_size={self.group_size}, rank={self.rank}, "
+            f"bias={self.bias is not None}{rotated}"
+        )
+
+
+def buffer_layout(
+    in_features: int, out_features: int, numerics: Numerics, group_size: int, rank: int
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Name -> (shape, dtype) of every buffer but the optional bias."""
+    K, N, Kp = in_features, out_features, padded(in_features)
+    grouped = (Kp // group_size, N)
+    layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"qweight": ((N, Kp // 2), torch.uint8)}
+    if numerics == "w4a8":
+        layout["row_scale"] = ((N,), torch.float32)
+        layout["group_scale"] = layout["group_zero"] = (grouped, torch.uint8)
+    elif numerics == "w4a4":
+        layout["wscale"] = (grouped, torch.bfloat16)
+    else:
+        layout["wscale"] = layout["wzero"] = (grouped, torch.bfloat16)
+    if numerics != "w4a16":
+        layout["smooth"] = ((K,), torch.bfloat16)
+    layout["lora_down"], layout["lora_up"] = ((rank, K), torch.bfloat16), ((N, rank), torch.bfloat16)
+    return layout
+
+
+def _check_tensors(tensors: dict[str, Tensor], expected: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
+    missing, foreign = expected.keys() - tensors.keys(), tensors.keys() - expected.keys() - {"bias"}
+    if missing or foreign:
+        raise ValueError(f"tensors of a quantized layer: missing {sorted(missing)}, not expected {sorted(foreign)}")
+    for name, (shape, dtype) in expected.items():
+        tensor = tensors[name]
+        branch = name.startswith("lora_") and tensor.is_floating_point()  # a float32 branch is allowed
+        if tuple(tensor.shape) != shape or (tensor.dtype != dtype and not branch):
+            raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} {shape}")

@@ -1,0 +1,44 @@
+"""Module paths: look one up, expand full-path regular expressions, and say what is nearest when nothing matches."""
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
+    """The most similar known names, for an error message."""
+    found = difflib.get_close_matches(name.replace("\\", ""), list(known), n=count, cutoff=0.3)
+    return "nearest: " + ", ".join(found) if found else "nothing similar exists"
+
+
+def named_module(model: nn.Module, path: str) -> nn.Module:
+    """The module at a dotted path. Raises KeyError naming the nearest paths."""
+    modules = dict(model.named_modules())
+    if path not in modules:
+        raise KeyError(f"no module {path!r} in {type(model).__name__}; {nearest(path, modules)}")
+    return modules[path]
+
+
+def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
+    """Put `new` where the module at `path` was."""
+    parent, _, name = path.rpartition(".")
+    setattr(named_module(model, parent) if parent else model, name, new)
+
+
+def match_paths(patterns: Sequence[str], paths: Sequence[str]) -> dict[str, list[str]]:
+    """Each pattern -> the paths that it matches as a whole (`re.fullmatch`).
+
+    Raises ValueError for a malformed pattern and for one that matches nothing.
+    """
+    matched = {}
+    for pattern in patterns:
+        try:
+            regex = re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"pattern {pattern!r} is not a regular expression: {error}") from error
+        matched[pattern] = [path for path in paths if regex.fullmatch(path)]
+        if not matched[pattern]:
+            raise ValueError(f"pattern {pattern!r} matches no module path as a whole; {nearest(pattern, paths)}")
+    return matched

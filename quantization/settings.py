@@ -1,0 +1,90 @@
+"""What can be asked of the quantizer, and what it reports back about one linear layer."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Numerics = Literal["w4a8", "w4a4", "w4a16"]
+"""Weight and activation bits: native, interchange, and weight-only (adaLN)."""
+Smoothing = Literal["calibrated", "weight", "hadamard", "none"]
+"""Where the smoothing vector comes from: measured activations, the weight alone, a rotation instead, nowhere."""
+DEFAULT_RANK = 16
+
+
+@dataclass(frozen=True)
+class QuantSettings:
+    """How one linear layer is quantized.
+
+    Raises ValueError on a combination that no kernel runs (a rotation or groups of 128 outside w4a8, ...).
+    """
+
+    numerics: Numerics = "w4a8"
+    rank: int | None = None
+    """Rank R of the 16-bit branch; None: 16, or 0 for w4a16 (a tiny-M layer is bound by the bytes it reads)."""
+    group_size: int = 64
+    """Weights per group scale along K: 64, or 128 with w4a8."""
+    smoothing: Smoothing | None = None
+    """None: "calibrated", or "none" for w4a16, whose activations are not quantized."""
+    rotation: Literal["auto", "never"] = "auto"
+    """With calibrated smoothing and w4a8: "auto" also tries block-Hadamard-64 and keeps what measures best."""
+    iterations: int = 10
+    """Most rounds of the alternation between branch and codes; it ends at the first round that is worse."""
+    grid: int = 10
+    """Steps of the smoothing exponents: 2 grid candidates."""
+    seed: int = 0
+    """Seeds the randomized SVD and the synthetic inputs of the data-free modes."""
+
+    def __post_init__(self) -> None:
+        if self.numerics not in get_args(Numerics):
+            raise ValueError(f"numerics {self.numerics!r}: expected one of {', '.join(get_args(Numerics))}")
+        if self.smoothing is not None and self.smoothing not in get_args(Smoothing):
+            raise ValueError(f"smoothing {self.smoothing!r}: expected one of {', '.join(get_args(Smoothing))}")
+        allowed = (64, 128) if self.numerics == "w4a8" else (64,)
+        if self.group_size not in allowed:
+            raise ValueError(f"group_size {self.group_size} with {self.numerics}: expected one of {allowed}")
+        if self.smoothing == "hadamard" and self.numerics != "w4a8":
+            raise ValueError(
+                f"smoothing 'hadamard' with {self.numerics}: only w4a8 layers store a rotation; use 'weight'"
+            )
+        if self.numerics == "w4a16" and self.smoothing not in (None, "none"):
+            raise ValueError(f"smoothing {self.smoothing!r} with w4a16: its activations stay 16-bit; leave it out")
+        if self.rank is not None and self.rank < 0:
+            raise ValueError(f"rank {self.rank}: expected 0 (no branch) or more")
+        if self.iterations < 1 or self.grid < 1:
+            raise ValueError(f"iterations {self.iterations}, grid {self.grid}: both must be at least 1")
+
+    @property
+    def branch_rank(self) -> int:
+        """R, with the default resolved."""
+        if self.rank is not None:
+            return self.rank
+        return 0 if self.numerics == "w4a16" else DEFAULT_RANK
+
+    @property
+    def smoothing_mode(self) -> Smoothing:
+        """The smoothing, with the default resolved."""
+        if self.smoothing is not None:
+            return self.smoothing
+        return "none" if self.numerics == "w4a16" else "calibrated"
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What was chosen for one layer, and what it costs. Errors are RMS ratios against the 16-bit layer."""
+
+    path: str
+    numerics: Numerics
+    group_size: int
+    rank: int
+    smoothing: Smoothing
+    alpha: float
+    """smooth = max|x|^alpha / max|W|^beta per in feature."""
+    beta: float
+    hadamard: bool
+    iterations: int
+    """Rounds of the alternation that were kept."""
+    weight_error: float
+    """|W_eff - W| / |W|."""
+    output_error: float
+    """Error of the layer's output on the calibration rows (N(0, 1) rows without calibration), activations quantized."""
+    rtn_error: float
+    """The same with plain rounding: no smoothing, no rotation, no branch."""
