@@ -1,0 +1,196 @@
+"""A recipe's `data` block -> a list of samples: image file, caption, split, concept, licence.
+
+Nothing is decoded here; mistakes in a data set (no caption, no such file, two caption styles mixed) are found before
+any model is loaded, and each error names the files at fault.
+"""
+
+import csv
+import difflib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from loragraft.data.domains import build_domain
+from loragraft.data.images import SUFFIXES
+from loragraft.data.splits import SPLITS, Split, split_concepts
+from loragraft.recipes.schema import DataConfig
+
+_SPLIT_NAMES: dict[str, Split] = {
+    **{split: split for split in SPLITS},
+    "training": "train",
+    "val": "validation",
+    "valid": "validation",
+    "dev": "validation",
+}
+_CAMERA_NAME = re.compile(r"(img|dsc|dscn|dscf|pxl|image|photo|picture|screenshot|p)?[\W\d_]*", re.IGNORECASE)
+
+
+class DataError(ValueError):
+    """A data set that cannot be used; the message names the files and the remedy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One image and what is known about it."""
+
+    image: Path
+    caption: str
+    split: Split
+    concept: str
+    licence: str
+
+
+def open_source(config: DataConfig, resolution: int, cache_root: Path) -> list[Sample]:
+    """The samples of a recipe's data, in a fixed order; a domain is drawn first where the cache lacks it.
+
+    resolution: edge in pixels at which a domain is drawn, that is `config.resolution or` the base's own.
+    Raises DataError.
+    """
+    if config.domain is not None:
+        folder = build_domain(config, resolution, cache_root)
+    else:
+        folder = _existing_folder(Path(config.folder or ""))
+    samples = _read_folder(folder, config)
+    if config.trigger:
+        samples = [replace(sample, caption=f"{config.trigger}, {sample.caption}") for sample in samples]
+    return _limit(samples, config.limit)
+
+
+def _existing_folder(folder: Path) -> Path:
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise DataError(f"data.folder {folder} is a file; give the folder that holds the images")
+    parent = next(p for p in folder.parents if p.is_dir())
+    near = difflib.get_close_matches(
+        folder.relative_to(parent).parts[0], [p.name for p in parent.iterdir() if p.is_dir()], n=1, cutoff=0.5
+    )
+    raise DataError(f"data.folder {folder} does not exist" + (f"; did you mean {parent / near[0]}?" if near else ""))
+
+
+def _read_folder(folder: Path, config: DataConfig) -> list[Sample]:
+    images = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    if not images:
+        raise DataError(f"{folder} holds no image; known suffixes are {', '.join(sorted(SUFFIXES))}")
+    if config.domain is None:
+        _check_headers(images)
+    jsonl, table = folder / "metadata.jsonl", folder / "metadata.csv"
+    with_text = [image for image in images if image.with_suffix(".txt").is_file()]
+    if jsonl.is_file() or table.is_file():
+        rows = _rows_of_metadata(jsonl if jsonl.is_file() else table, images, config)
+    elif with_text:
+        missing = sorted(set(images) - set(with_text))
+        if missing:
+            raise DataError(
+                f"{len(with_text)} images of {folder} have a .txt caption beside them and {len(missing)} do not: "
+                f"{_listed(missing, folder)}; write the missing ones, or use metadata.jsonl for all"
+            )
+        rows = [{"image": i, "caption": i.with_suffix(".txt").read_text(encoding="utf-8").strip()} for i in images]
+    else:
+        rows = [{"image": image, "caption": _caption_of_name(image.stem)} for image in images]
+    empty = [row["image"] for row in rows if not row["caption"]]
+    if empty:
+        raise DataError(
+            f"{len(empty)} images of {folder} have no caption: {_listed(empty, folder)}; put a .txt beside each image, "
+            "or write metadata.jsonl with lines such as "
+            '{"file_name": "a.png", "text": "a red bicycle"}, or name the files after what they show'
+        )
+    return _with_splits(rows, folder, config)
+
+
+def _check_headers(images: Iterable[Path]) -> None:
+    """Open every file as far as its header: finds what is no image at all. A truncated file shows when it is read."""
+    for path in images:
+        try:
+            with Image.open(path):
+                pass
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise DataError(f"{path} is not a readable image ({error}); repair it, or take it out") from error
+
+
+def _rows_of_metadata(path: Path, images: list[Path], config: DataConfig) -> list[dict[str, Any]]:
+    """Rows of `metadata.jsonl` or `metadata.csv`, the convention of datasets' imagefolder: `file_name` + columns."""
+    rows = []
+    for place, row in _parse_metadata(path):
+        if not isinstance(row.get("file_name"), str):
+            raise DataError(f"{place} has no file_name; it has {', '.join(row)}")
+        image = path.parent / row["file_name"]
+        if not image.is_file():
+            known = [str(p.relative_to(path.parent)) for p in images]
+            near = difflib.get_close_matches(row["file_name"], known, n=1)
+            raise DataError(f"{place} names {image}, which does not exist" + (f"; near: {near[0]}" if near else ""))
+        column = config.caption_column or ("text" if "text" in row else "caption")
+        if column not in row:
+            near = difflib.get_close_matches(column, row, n=1)
+            remedy = f"did you mean {near[0]}?" if near else f"it has {', '.join(row)}"
+            raise DataError(f"{place} has no column {column!r}; {remedy} Choose with data.caption_column")
+        rows.append({**row, "image": image, "caption": str(row[column] or "").strip()})
+    missing = sorted(set(images) - {row["image"] for row in rows})
+    if missing:
+        raise DataError(f"{len(missing)} images are not listed in {path}: {_listed(missing, path.parent)}")
+    return rows
+
+
+def _parse_metadata(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
+    """(place for error messages, row)."""
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        if path.suffix == ".csv":
+            for number, fields in enumerate(csv.DictReader(lines), start=2):
+                yield f"{path}:{number}", {str(key): value for key, value in fields.items()}
+            return
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path}:{number} is not JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise DataError(f"{path}:{number} must be an object such as {{'file_name': ..., 'text': ...}}")
+            yield f"{path}:{number}", row
+
+
+def _caption_of_name(stem: str) -> str:
+    """`red-bicycle_03` -> `red bicycle`; a camera's own name (`IMG_1234`, `0007`) says nothing and gives ""."""
+    if _CAMERA_NAME.fullmatch(stem):
+        return ""
+    return re.sub(r"\s*\(?\d*\)?$", "", re.sub(r"[-_\s]+", " ", stem)).strip()
+
+
+def _with_splits(rows: list[dict[str, Any]], folder: Path, config: DataConfig) -> list[Sample]:
+    """Samples with the split that the rows give, else one by concept (the caption, where no concept is given)."""
+    given = [row for row in rows if row.get("split")]
+    if given and len(given) < len(rows):
+        bare = [row["image"] for row in rows if not row.get("split")]
+        raise DataError(f"{len(bare)} rows of {folder} have no split while others have: {_listed(bare, folder)}")
+    concepts = [str(row.get("concept") or row["caption"]) for row in rows]
+    drawn = split_concepts(concepts, config.seed, config.validation_fraction, config.test_fraction)
+    samples = []
+    for row, concept in zip(rows, concepts, strict=True):
+        name = str(row.get("split") or drawn[concept]).lower()
+        if name not in _SPLIT_NAMES:
+            raise DataError(f"{row['image']}: unknown split {name!r}; use one of {', '.join(SPLITS)}")
+        licence = str(row.get("licence") or row.get("license") or config.licence)
+        samples.append(Sample(row["image"], row["caption"], _SPLIT_NAMES[name], concept, licence))
+    if not any(sample.split == "train" for sample in samples):
+        raise DataError(f"{folder} has no image in the train split; lower data.validation_fraction and test_fraction")
+    return samples
+
+
+def _limit(samples: list[Sample], limit: int) -> list[Sample]:
+    """At most `limit` samples, evenly spaced over each split, in the original order."""
+    if not 0 < limit < len(samples):
+        return samples
+    by_split = sorted(range(len(samples)), key=lambda i: SPLITS.index(samples[i].split))
+    kept = {by_split[i * len(samples) // limit] for i in range(limit)}
+    return [sample for i, sample in enumerate(samples) if i in kept]
+
+
+def _listed(paths: list[Path], folder: Path) -> str:
+    names = [str(path.relative_to(folder)) for path in paths[:3]]
+    return ", ".join(names) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")

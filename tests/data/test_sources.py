@@ -1,0 +1,163 @@
+"""Folders of images: three caption styles, splits, and every fault named with its file."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from loragraft.data.images import load_pixels
+from loragraft.data.sources import DataError, Sample, open_source
+from loragraft.data.splits import split_concepts
+from loragraft.recipes.schema import DataConfig
+
+
+def _image(path: Path, colour: str = "red", size: tuple[int, int] = (8, 8)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+    return path
+
+
+def _open(folder: Path, **options: object) -> list[Sample]:
+    return open_source(DataConfig(folder=str(folder), **options), 64, folder / "unused")  # type: ignore[arg-type]
+
+
+def _metadata(folder: Path, *rows: dict[str, object]) -> None:
+    (folder / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n", encoding="utf-8")
+
+
+@pytest.mark.parametrize("column", ["text", "caption"])
+def test_metadata_jsonl(tmp_path: Path, column: str) -> None:
+    _image(tmp_path / "sub/a.png")
+    _image(tmp_path / "b.png").with_suffix(".txt").write_text("not this")
+    _metadata(
+        tmp_path,
+        {"file_name": "sub/a.png", column: "first", "split": "val", "license": "CC0-1.0"},
+        {"file_name": "b.png", column: "second", "split": "train", "concept": "thing"},
+    )
+    first, second = _open(tmp_path)
+    assert first == Sample(tmp_path / "sub/a.png", "first", "validation", "first", "CC0-1.0")
+    assert second == Sample(tmp_path / "b.png", "second", "train", "thing", "unspecified")
+
+
+def test_metadata_csv(tmp_path: Path) -> None:
+    _image(tmp_path / "a.png")
+    (tmp_path / "metadata.csv").write_text('file_name,text\na.png,"red, square"\n')
+    assert [s.caption for s in _open(tmp_path)] == ["red, square"]
+
+
+def test_text_files_and_trigger(tmp_path: Path) -> None:
+    _image(tmp_path / "a.png").with_suffix(".txt").write_text(" a red square\n")
+    assert [s.caption for s in _open(tmp_path, trigger="in my style")] == ["in my style, a red square"]
+
+
+def test_file_names(tmp_path: Path) -> None:
+    for name in ("red-bicycle_03.png", "Blue car (2).png"):
+        _image(tmp_path / name)
+    assert [s.caption for s in _open(tmp_path)] == ["Blue car", "red bicycle"]
+
+
+def test_caption_column(tmp_path: Path) -> None:
+    _image(tmp_path / "a.png")
+    _metadata(tmp_path, {"file_name": "a.png", "text": "short", "prompt": "long"})
+    assert _open(tmp_path, caption_column="prompt")[0].caption == "long"
+    with pytest.raises(DataError, match=r"metadata.jsonl:1 has no column 'promt'; did you mean prompt\?"):
+        _open(tmp_path, caption_column="promt")
+
+
+def test_faults(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds no image"):
+        _open(tmp_path)
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(DataError, match=r"does not exist; did you mean .*photos\?"):
+        _open(tmp_path / "photo")
+    with pytest.raises(DataError, match="is a file"):
+        _open(_image(tmp_path / "photos/x.png"))
+    _image(tmp_path / "IMG_0001.png")
+    with pytest.raises(DataError, match=r"have no caption: IMG_0001\.png; put a \.txt"):
+        _open(tmp_path)
+    (tmp_path / "IMG_0001.txt").write_text("a dog")
+    with pytest.raises(DataError, match=r"1 images .* have a .txt caption beside them and 1 do not: photos/x.png"):
+        _open(tmp_path)
+    _metadata(tmp_path, {"file_name": "IMG_0001.png", "text": "a dog"})
+    with pytest.raises(DataError, match=r"1 images are not listed in .*: photos/x\.png"):
+        _open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"file_name": "aa.png", "text": "x"}], r"names .*aa.png, which does not exist; near: a.png"),
+        ([{"file_name": "a.png", "text": ""}], "1 images of .* have no caption: a.png"),
+        ([{"text": "x"}], "has no file_name"),
+        ([{"file_name": "a.png", "text": "x", "split": "tran"}], "unknown split 'tran'"),
+        ([{"file_name": "a.png", "text": "x", "split": "test"}], "no image in the train split"),
+        (
+            [{"file_name": "a.png", "text": "x", "split": "train"}, {"file_name": "a.png", "text": "y"}],
+            "have no split while others have",
+        ),
+    ],
+)
+def test_faults_of_metadata(tmp_path: Path, rows: list[dict[str, object]], message: str) -> None:
+    _image(tmp_path / "a.png")
+    _metadata(tmp_path, *rows)
+    with pytest.raises(DataError, match=message):
+        _open(tmp_path)
+
+
+def test_broken_json_names_the_line(tmp_path: Path) -> None:
+    _image(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n{oops\n')
+    with pytest.raises(DataError, match=r"metadata.jsonl:2 is not JSON"):
+        _open(tmp_path)
+
+
+def test_unreadable_and_truncated_images_are_named(tmp_path: Path) -> None:
+    Image.effect_noise((64, 64), 90).save(tmp_path / "whole.jpg")
+    content = (tmp_path / "whole.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"cut.jpg is not a readable image"):
+        load_pixels(tmp_path / "cut.jpg", 16)
+    (tmp_path / "text.png").write_text("no image at all")
+    with pytest.raises(DataError, match=r"text.png is not a readable image"):
+        _open(tmp_path)
+
+
+def test_pixels_orientation_transparency_and_crop(tmp_path: Path) -> None:
+    turned = Image.new("RGB", (40, 20), "black")
+    turned.paste("white", (0, 0, 20, 20))  # left half white; orientation 6 turns it so that the top is white
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.png", exif=exif)
+    pixels = load_pixels(tmp_path / "turned.png", 16)
+    assert pixels.shape == (3, 16, 16)
+    assert pixels[:, 2].min() > 0.9
+    assert pixels[:, 13].max() < -0.9
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert load_pixels(tmp_path / "clear.png", 8).min() == 1.0
+    wide = Image.new("RGB", (48, 16), "black")
+    wide.paste("white", (16, 0, 32, 16))  # only the middle third is kept
+    wide.save(tmp_path / "wide.png")
+    assert load_pixels(tmp_path / "wide.png", 16)[:, :, 2:14].min() > 0.9
+
+
+def test_splits_follow_the_concept(tmp_path: Path) -> None:
+    for i in range(40):
+        _image(tmp_path / f"{i}.png").with_suffix(".txt").write_text(f"thing {'abcdefghij'[i // 4]}")
+    samples = _open(tmp_path)
+    assert {s.split for s in samples} == {"train", "validation", "test"}
+    assert len({(s.caption, s.split) for s in samples}) == 10
+    assert {s.split for s in _open(tmp_path, validation_fraction=0.0, test_fraction=0.0)} == {"train"}
+    few = _open(tmp_path, limit=10)
+    assert len(few) == 10
+    assert {s.split for s in few} == {"train", "validation", "test"}
+
+
+def test_split_concepts_ignores_order_and_repeats() -> None:
+    names = [f"c{i}" for i in range(50)]
+    splits = split_concepts(names, 0, 0.1, 0.2)
+    assert split_concepts([*reversed(names), *names], 0, 0.1, 0.2) == splits
+    assert [list(splits.values()).count(s) for s in ("train", "validation", "test")] == [35, 5, 10]
+    assert split_concepts(names, 1, 0.1, 0.2) != splits
+    assert sorted(split_concepts(names[:5], 0, 0.1, 0.1).values()) == ["test", "train", "train", "train", "validation"]
+    assert set(split_concepts(names[:2], 0, 0.1, 0.1).values()) == {"train"}
