@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from loragraft.quantization.linear import SVDQuantLinear, buffer_layout
 from loragraft.quantization.names import named_module, nearest, replace_module
 from loragraft.quantization.settings import Numerics
-from loragraft.quantization.tensor_file import read_tensors, replacing_folder, write_tensors
+from loragraft.quantization.tensor_file import CheckpointError, read_tensors, replacing_folder, write_tensors
 
 QUANT_METHOD, VERSION = "loragraft", 1
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "diffusion_pytorch_model.safetensors"
@@ -55,7 +55,7 @@ def base_id(model_or_state: nn.Module | Mapping[str, Tensor]) -> str:
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
         digest.update(f"{name} {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}\n".encode())
-        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -125,8 +125,8 @@ def load_quantized(folder: Path | str, model_class: type[Any], *, device: torch.
     """Read a folder of `save_quantized` into a frozen `model_class` in evaluation mode.
 
     The model is built from its configuration on the meta device, so nothing is initialised twice. `loragraft_base_id` of
-    the result names the weights as they were stored. Raises FileNotFoundError, or ValueError naming the layer or tensor:
-    another quantization method or version, unknown or impossible layers, truncated files, missing and unexpected
+    the result names the weights as they were stored. Raises CheckpointError naming the layer or tensor:
+    no checkpoint at all, another quantization method or version, unknown or impossible layers, truncated files, missing and unexpected
     tensors, wrong shapes and dtypes, values outside the code.
     """
     folder = Path(folder)
@@ -145,22 +145,24 @@ def load_quantized(folder: Path | str, model_class: type[Any], *, device: torch.
 
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise FileNotFoundError(f"no {CONFIG_NAME} in {path.parent}; expected the folder that save_quantized wrote")
+        raise CheckpointError(f"no {CONFIG_NAME} in {path.parent}; expected the folder that save_quantized wrote")
     config = json.loads(path.read_text())
     block = config.get("quantization_config") or {}
     method, version = block.get("quant_method"), block.get("version")
     if method != QUANT_METHOD:
-        raise ValueError(f"{path}: quant_method is {method!r}, this reader knows {QUANT_METHOD!r} only")
+        raise CheckpointError(f"{path}: quant_method is {method!r}, this reader knows {QUANT_METHOD!r} only")
     if version != VERSION:
-        raise ValueError(f"{path}: format version {version!r}, this reader knows {VERSION}; upgrade loragraft")
+        raise CheckpointError(f"{path}: format version {version!r}, this reader knows {VERSION}; upgrade loragraft")
     for name, layer in block.get("layers", {}).items():
         lacking = sorted(LAYER_KEYS - layer.keys())
         if lacking:
-            raise ValueError(f"{path}: layer {name!r} lacks {', '.join(lacking)}")
+            raise CheckpointError(f"{path}: layer {name!r} lacks {', '.join(lacking)}")
         if layer["numerics"] not in get_args(Numerics):
-            raise ValueError(f"{path}: layer {name!r} has numerics {layer['numerics']!r}; known: {get_args(Numerics)}")
+            raise CheckpointError(
+                f"{path}: layer {name!r} has numerics {layer['numerics']!r}; known: {get_args(Numerics)}"
+            )
         if layer["act_unsigned"] or layer["act_shift"]:
-            raise ValueError(
+            raise CheckpointError(
                 f"{path}: layer {name!r} has unsigned, shifted activations, which this format's runtime lacks"
             )
     return dict(config)
@@ -171,7 +173,7 @@ def _empty_layer(
 ) -> SVDQuantLinear:
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if path not in linears:
-        raise ValueError(
+        raise CheckpointError(
             f"{folder}: quantized layer {path!r} is no linear layer of the model; {nearest(path, linears)}"
         )
     linear = named_module(model, path)
@@ -194,26 +196,26 @@ def _check_state(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> 
     expected = model.state_dict()
     missing, foreign = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing:
-        raise ValueError(f"{folder}: {len(missing)} tensor(s) are missing, the first is {missing[0]!r}")
+        raise CheckpointError(f"{folder}: {len(missing)} tensor(s) are missing, the first is {missing[0]!r}")
     if foreign:
-        raise ValueError(f"{folder}: {len(foreign)} tensor(s) belong to no layer, the first is {foreign[0]!r}")
+        raise CheckpointError(f"{folder}: {len(foreign)} tensor(s) belong to no layer, the first is {foreign[0]!r}")
     strict = {f"{path}.{name}" for path, layer in quantized_layers(model).items() for name in _stored(layer)}
     for name, wanted in expected.items():
         tensor = tensors[name]
         if tensor.shape != wanted.shape:
-            raise ValueError(
+            raise CheckpointError(
                 f"{folder}: tensor {name!r} has shape {tuple(tensor.shape)}, expected {tuple(wanted.shape)}"
             )
         branch = name.endswith((".lora_down", ".lora_up")) and tensor.is_floating_point()
         fits = tensor.dtype == wanted.dtype if name in strict and not branch else tensor.is_floating_point()
         if not fits:
-            raise ValueError(f"{folder}: tensor {name!r} is {tensor.dtype}, expected {wanted.dtype}")
+            raise CheckpointError(f"{folder}: tensor {name!r} is {tensor.dtype}, expected {wanted.dtype}")
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ValueError(f"{folder}: tensor {name!r} holds NaN or infinity")
-        if name.endswith(".group_scale") and name in strict and not (1 <= tensor.min() and tensor.max() <= 15):
-            raise ValueError(f"{folder}: tensor {name!r} leaves the code: integer scales are 1 to 15")
+            raise CheckpointError(f"{folder}: tensor {name!r} holds NaN or infinity")
+        if name.endswith(".group_scale") and name in strict and not (tensor.min() >= 1 and tensor.max() <= 15):
+            raise CheckpointError(f"{folder}: tensor {name!r} leaves the code: integer scales are 1 to 15")
         if name.endswith(".group_zero") and name in strict and tensor.max() > 15:
-            raise ValueError(f"{folder}: tensor {name!r} leaves the code: zero points are 0 to 15")
+            raise CheckpointError(f"{folder}: tensor {name!r} leaves the code: zero points are 0 to 15")
 
 
 def _stored(layer: SVDQuantLinear) -> list[str]:

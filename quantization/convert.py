@@ -13,7 +13,7 @@ from loragraft.quantization.linear import SVDQuantLinear
 from loragraft.quantization.names import match_paths, named_module, nearest, replace_module
 from loragraft.quantization.settings import LayerReport, QuantSettings
 
-Progress = Callable[[int, int, str], None]
+Progress = Callable[[int, int, str], object]
 """Called with (layers done, layers in all, path of the layer now done)."""
 
 

@@ -97,7 +97,7 @@ def build_ledger(model: nn.Module) -> Ledger:
                     backend,
                     module.nbytes,
                     module.output_error,
-                )  # fmt: skip
+                )
             )
         elif isinstance(module, nn.Linear):
             numerics = DTYPE_NAMES.get(module.weight.dtype, str(module.weight.dtype).removeprefix("torch."))

@@ -18,6 +18,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+
+class CheckpointError(ValueError):
+    """A weight file or folder that cannot be trusted; the message names the file and the tensor."""
+
+
 HEADER_LIMIT = 100_000_000
 """Bytes; the safetensors format's own limit."""
 
@@ -73,26 +78,26 @@ def _flush(path: Path) -> None:
 def read_header(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """(name -> {"dtype", "shape", "data_offsets"}, metadata) of a complete safetensors file.
 
-    Raises FileNotFoundError, or ValueError for a file that is not safetensors or that ends too early, naming the first
-    tensor that is cut off.
+    Raises CheckpointError for a file that is missing, is not safetensors or ends too early; the last names the first tensor
+    that is cut off.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
+        raise CheckpointError(f"no file {path}")
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > HEADER_LIMIT:
-            raise ValueError(f"{path} is not a safetensors file")
+            raise CheckpointError(f"{path} is not a safetensors file")
         if 8 + length > size:
-            raise ValueError(f"{path} is truncated inside its header: {size} bytes of at least {8 + length}")
+            raise CheckpointError(f"{path} is truncated inside its header: {size} bytes of at least {8 + length}")
         try:
             header = json.loads(file.read(length))
         except ValueError as error:
-            raise ValueError(f"{path} is not a safetensors file: its header is not JSON") from error
+            raise CheckpointError(f"{path} is not a safetensors file: its header is not JSON") from error
     metadata = header.pop("__metadata__", {})
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         if 8 + length + entry["data_offsets"][1] > size:
-            raise ValueError(
+            raise CheckpointError(
                 f"{path} is truncated: tensor {name!r} needs bytes up to {8 + length + entry['data_offsets'][1]}, "
                 f"the file has {size}; fetch it again"
             )
@@ -106,4 +111,4 @@ def read_tensors(path: Path, device: torch.device | str = "cpu") -> tuple[dict[s
         with safe_open(path, framework="pt", device=str(device)) as file:
             return {name: file.get_tensor(name) for name in header}, metadata
     except SafetensorError as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        raise CheckpointError(f"{path} cannot be read: {error}") from error

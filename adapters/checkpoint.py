@@ -1,0 +1,207 @@
+"""The adapter file: what diffusers and PEFT read as it is, plus one JSON block of ours in the header.
+
+    pytorch_lora_weights.safetensors
+      transformer.<path>.lora_A.weight [r, K]     transformer.<path>.lora_B.weight [N, r], already times alpha / r
+      header: lora_adapter_metadata (PEFT's configuration with alpha = r, keys "transformer.<field>": diffusers'
+              `LoraBaseMixin._save_lora_weights`), loragraft (which base, recipe, rank: `Adapter.metadata`)
+
+There are no `.alpha` tensors: diffusers refuses a file that has both them and the header.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from loragraft.adapters.inject import DEFAULT_NAME, adapter_factors
+from loragraft.quantization.names import nearest
+from loragraft.quantization.tensor_file import CheckpointError, read_tensors, write_tensors
+
+PREFIX, DOWN, UP = "transformer.", ".lora_A.weight", ".lora_B.weight"
+METADATA_KEY = "loragraft"
+REQUIRED = ("base", "base_id")
+UNKNOWN_BASE = "unknown (the file does not say)"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A trained adapter in memory: y += B A x at every path."""
+
+    name: str
+    metadata: dict[str, Any]
+    """The `loragraft` block: base, base_id, profile, rank, alpha, targets, recipe, created, versions, ..."""
+    pairs: dict[str, tuple[Tensor, Tensor]]
+    """Path -> (A [r, K], B [N, r] with alpha / r in it)."""
+
+    @property
+    def base_id(self) -> str:
+        """Id of the base that it was trained on."""
+        return str(self.metadata.get("base_id", UNKNOWN_BASE))
+
+    @property
+    def rank(self) -> int:
+        """Largest rank of any pair."""
+        return max(down.shape[0] for down, _ in self.pairs.values())
+
+    def check_base(self, base_id: str) -> None:
+        """Raises ValueError naming both ids unless the adapter was trained on exactly this base."""
+        if self.base_id != base_id:
+            raise ValueError(
+                f"adapter {self.name!r} was trained on base {self.base_id} ({self.metadata.get('base', 'no name')}), "
+                f"this base is {base_id}; load that base, or allow any base explicitly and expect another result"
+            )
+
+
+def save_adapter(
+    transformer: nn.Module,
+    folder: Path | str,
+    metadata: Mapping[str, Any],
+    *,
+    name: str = DEFAULT_NAME,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """Write the injected adapter `name`; returns the file. It replaces an older file as a whole or not at all.
+
+    `metadata` needs `base` and `base_id`; creation time is added. Raises ValueError for missing metadata, no injected
+    adapter, or factors that are not finite.
+    """
+    factors = adapter_factors(transformer, name)
+    return write_adapter(factors, folder, metadata, dtype=dtype)
+
+
+def write_adapter(
+    pairs: Mapping[str, tuple[Tensor, Tensor]],
+    folder: Path | str,
+    metadata: Mapping[str, Any],
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """`save_adapter` for (A, scaled B) pairs that are in memory already."""
+    lacking = [key for key in REQUIRED if not metadata.get(key)]
+    if lacking:
+        raise ValueError(
+            f"adapter metadata lacks {', '.join(lacking)}: without them nobody can tell which base it fits"
+        )
+    tensors = {}
+    for path, (down, up) in pairs.items():
+        for suffix, factor in ((DOWN, down), (UP, up)):
+            if not torch.isfinite(factor).all():
+                raise ValueError(f"{path}{suffix} holds NaN or infinity; the training diverged, nothing is written")
+            tensors[f"{PREFIX}{path}{suffix}"] = factor.detach().to("cpu", dtype, copy=True)
+    block = {"created": datetime.now(UTC).isoformat(timespec="seconds"), **metadata}
+    header = {
+        "format": "pt",
+        METADATA_KEY: json.dumps(block, sort_keys=True),
+        LORA_ADAPTER_METADATA_KEY: json.dumps(_peft_metadata(pairs), sort_keys=True),
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / LORA_WEIGHT_NAME_SAFE, tensors, header)
+    return folder / LORA_WEIGHT_NAME_SAFE
+
+
+def _peft_metadata(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Any]:
+    """PEFT's LoraConfig as diffusers packs it. alpha = r everywhere: the scale is in B."""
+    ranks = {path: down.shape[0] for path, (down, _) in pairs.items()}
+    common = max(set(ranks.values()), key=list(ranks.values()).count)
+    odd = {path: rank for path, rank in ranks.items() if rank != common}
+    config = LoraConfig(
+        r=common, lora_alpha=common, target_modules=sorted(pairs), rank_pattern=odd, alpha_pattern=dict(odd)
+    )
+    fields = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    return {f"{PREFIX}{key}": value for key, value in fields.items()}
+
+
+def load_adapter(path: Path | str) -> Adapter:
+    """Read an adapter file, or the one in a folder, onto the CPU.
+
+    Files of other trainers in the same layout load too; they do not say which base they are for (`check_base` refuses
+    them). Raises CheckpointError for anything but safetensors, truncated files, foreign keys, incomplete pairs, shapes
+    that do not fit together, NaN or infinity, and scales that are kept outside the tensors.
+    """
+    path = Path(path)
+    file = path / LORA_WEIGHT_NAME_SAFE if path.is_dir() else path
+    if file.suffix != ".safetensors":
+        raise CheckpointError(f"{file}: adapters are read from .safetensors files only (others can run code)")
+    tensors, header = read_tensors(file)
+    pairs = _pairs(file, tensors)
+    _check_scale(file, header)
+    metadata = _block(file, header)
+    fallback = file.parent.name if file.name == LORA_WEIGHT_NAME_SAFE else file.stem
+    return Adapter(str(metadata.get("name") or fallback), metadata, pairs)
+
+
+def _block(file: Path, header: dict[str, str]) -> dict[str, Any]:
+    try:
+        block = json.loads(header.get(METADATA_KEY, "{}"))
+    except ValueError as error:
+        raise CheckpointError(f"{file}: the {METADATA_KEY!r} block of its header is not JSON") from error
+    if not isinstance(block, dict):
+        raise CheckpointError(f"{file}: the {METADATA_KEY!r} block of its header is not a JSON object")
+    return block
+
+
+def _pairs(file: Path, tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    if not tensors:
+        raise CheckpointError(f"{file} holds no tensors")
+    downs: dict[str, Tensor] = {}
+    ups: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        bare = key.removeprefix(PREFIX)
+        if bare == key or not bare.endswith((DOWN, UP)):
+            raise CheckpointError(f"{file}: tensor {key!r} is not {PREFIX}<path>{DOWN} or {UP}")
+        if tensor.ndim != 2 or not tensor.is_floating_point():
+            raise CheckpointError(
+                f"{file}: tensor {key!r} is {tensor.dtype} {tuple(tensor.shape)}, expected a float matrix"
+            )
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{file}: tensor {key!r} holds NaN or infinity")
+        (downs if bare.endswith(DOWN) else ups)[bare.removesuffix(DOWN).removesuffix(UP)] = tensor
+    for path in sorted(downs.keys() ^ ups.keys()):
+        raise CheckpointError(f"{file}: {path!r} has only one factor, {DOWN if path in downs else UP}")
+    for path, down in downs.items():
+        if down.shape[0] != ups[path].shape[1] or down.shape[0] == 0:
+            raise CheckpointError(
+                f"{file}: {path!r} has A {tuple(down.shape)} and B {tuple(ups[path].shape)}: ranks differ"
+            )
+    return {path: (downs[path], ups[path]) for path in sorted(downs)}
+
+
+def _check_scale(file: Path, header: dict[str, str]) -> None:
+    """Our files have alpha = r. A file whose header says otherwise would be grafted at the wrong strength."""
+    fields = json.loads(header.get(LORA_ADAPTER_METADATA_KEY, "{}"))
+    rank, alpha = fields.get(f"{PREFIX}r"), fields.get(f"{PREFIX}lora_alpha")
+    patterns = fields.get(f"{PREFIX}rank_pattern"), fields.get(f"{PREFIX}alpha_pattern")
+    same = rank is None or (math.isclose(rank, alpha) and patterns[0] == patterns[1])
+    if not same or fields.get(f"{PREFIX}use_rslora") or fields.get(f"{PREFIX}use_dora"):
+        raise CheckpointError(
+            f"{file} keeps its scale outside the tensors (r {rank}, alpha {alpha}, patterns, rslora or dora); "
+            "save it again as plain LoRA with alpha = r"
+        )
+
+
+def check_fits(adapter: Adapter, layers: Mapping[str, tuple[int, int]]) -> None:
+    """Every pair must meet a layer of its shape; `layers` is path -> (K, N).
+
+    Raises ValueError listing what does not fit, with the nearest paths.
+    """
+    unknown = [path for path in adapter.pairs if path not in layers]
+    if unknown:
+        raise ValueError(
+            f"adapter {adapter.name!r} targets {len(unknown)} layer(s) that cannot carry it here, the first is "
+            f"{unknown[0]!r}; {nearest(unknown[0], layers)}"
+        )
+    for path, (down, up) in adapter.pairs.items():
+        if (down.shape[1], up.shape[0]) != layers[path]:
+            raise ValueError(
+                f"adapter {adapter.name!r}: {path!r} maps {down.shape[1]} to {up.shape[0]} features, "
+                f"the layer {layers[path][0]} to {layers[path][1]}"
+            )

@@ -1,0 +1,200 @@
+"""Grafting: an adapter becomes more ranks of the SVD branch. Exact, reversible, nothing is quantized again.
+
+    y = Q(x') deq(q)^T + (x [D; A]^T) [U, w B]^T + bias          branch ranks R -> R + r
+
+The branch reads raw x (SVDQUANT's `lora_down` is stored divided by the smoothing vector), so a LoRA trained on raw x joins it
+as it is. The originals stay in memory: every change recomposes the branch from them, hence any order of grafting,
+re-weighting and removing ends in the same bytes, and after the last removal in the original ones.
+
+In a 16-bit model, which has no branch, W + w B A takes the place of W, by the same bookkeeping.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from loragraft.adapters.checkpoint import Adapter, check_fits
+from loragraft.kernels.layout import relative_rms
+from loragraft.quantization.checkpoint import quantized_layers, recorded_base_id
+from loragraft.quantization.linear import SVDQuantLinear
+from loragraft.quantization.names import named_module
+
+STATE = "loragraft_grafts"
+
+
+@dataclass
+class _Grafts:
+    """What is grafted on one transformer, and the tensors that were there before."""
+
+    base_id: str
+    adapters: dict[str, tuple[Adapter, float]] = field(default_factory=dict)
+    originals: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    """Path -> (lora_down, lora_up), or (weight,) of a 16-bit layer."""
+
+
+def graft(
+    transformer: nn.Module,
+    adapter: Adapter,
+    weight: float = 1.0,
+    name: str | None = None,
+    *,
+    any_base: bool = False,
+) -> None:
+    """Concatenate `adapter`, times `weight`, into the branches; `name` (default: the adapter's) identifies it later.
+
+    Nothing changes unless everything fits. Raises ValueError for an adapter of another base unless `any_base`, a name
+    in use, targets or shapes that do not fit, and a transformer with an injected (training) adapter.
+    """
+    name = adapter.name if name is None else name
+    if any(".base_layer." in key for key in transformer.state_dict()):
+        raise ValueError("the transformer carries an injected adapter; remove_adapter before grafting")
+    state = getattr(transformer, STATE, None) or _Grafts(recorded_base_id(transformer))
+    if name in state.adapters:
+        raise ValueError(f"an adapter named {name!r} is grafted already; set_weight changes it, ungraft removes it")
+    if not any_base:
+        adapter.check_base(state.base_id)
+    check_fits(adapter, _targets(transformer))
+    for path in adapter.pairs:
+        if path not in state.originals:
+            state.originals[path] = _current(named_module(transformer, path))
+    state.adapters[name] = (adapter, float(weight))
+    setattr(transformer, STATE, state)
+    _compose(transformer, state, list(adapter.pairs))
+
+
+def ungraft(transformer: nn.Module, name: str) -> None:
+    """Remove a grafted adapter. Raises ValueError with the grafted names if `name` is none of them."""
+    state = _state(transformer, name)
+    adapter, _ = state.adapters.pop(name)
+    _compose(transformer, state, list(adapter.pairs))
+    if not state.adapters:
+        delattr(transformer, STATE)
+
+
+def set_weight(transformer: nn.Module, name: str, weight: float) -> None:
+    """Change the strength of a grafted adapter. Raises ValueError as `ungraft` does."""
+    state = _state(transformer, name)
+    adapter, _ = state.adapters[name]
+    state.adapters[name] = (adapter, float(weight))
+    _compose(transformer, state, list(adapter.pairs))
+
+
+def grafted(transformer: nn.Module) -> dict[str, float]:
+    """Name -> weight of what is grafted, oldest first."""
+    state: _Grafts | None = getattr(transformer, STATE, None)
+    return {} if state is None else {name: weight for name, (_, weight) in state.adapters.items()}
+
+
+def _state(transformer: nn.Module, name: str) -> _Grafts:
+    state: _Grafts | None = getattr(transformer, STATE, None)
+    if state is None or name not in state.adapters:
+        raise ValueError(f"no grafted adapter named {name!r}; grafted: {', '.join(grafted(transformer)) or 'none'}")
+    return state
+
+
+def _targets(transformer: nn.Module) -> dict[str, tuple[int, int]]:
+    """Path -> (K, N) of the layers that can carry a graft: quantized ones, or all linears of a 16-bit model."""
+    layers: dict[str, SVDQuantLinear] = quantized_layers(transformer)
+    if layers:
+        return {path: (layer.in_features, layer.out_features) for path, layer in layers.items()}
+    plain = ((path, m) for path, m in transformer.named_modules() if isinstance(m, nn.Linear))
+    return {path: (module.in_features, module.out_features) for path, module in plain}
+
+
+def _current(layer: nn.Module) -> tuple[Tensor, ...]:
+    if isinstance(layer, SVDQuantLinear):
+        return layer.lora_down, layer.lora_up
+    assert isinstance(layer, nn.Linear)  # check_fits
+    return (layer.weight.detach(),)
+
+
+def _compose(transformer: nn.Module, state: _Grafts, paths: list[str]) -> None:
+    """Rebuild the branches at `paths` from the originals and whatever is grafted there now."""
+    for path in paths:
+        layer = named_module(transformer, path)
+        pairs = [(a.pairs[path], weight) for a, weight in state.adapters.values() if path in a.pairs]
+        device = _current(layer)[0].device  # the model may have moved since the originals were put aside
+        originals = tuple(tensor.to(device) for tensor in state.originals[path])
+        if isinstance(layer, SVDQuantLinear):
+            down, up = originals
+            layer.set_branch(*_widened(down, up, pairs) if pairs else (down, up))
+        else:
+            assert isinstance(layer, nn.Linear)
+            layer.weight = nn.Parameter(_merged(originals[0], pairs), requires_grad=False)
+        if not pairs:
+            del state.originals[path]
+
+
+def _widened(down: Tensor, up: Tensor, pairs: list[tuple[tuple[Tensor, Tensor], float]]) -> tuple[Tensor, Tensor]:
+    """[D; A ...], [U, w B ...] in the branch's dtype; w B is rounded once."""
+    downs, ups = [down], [up]
+    for (adapter_down, adapter_up), weight in pairs:
+        downs.append(adapter_down.to(down.device, down.dtype))
+        ups.append((adapter_up.to(up.device, torch.float32) * weight).to(up.dtype))
+    return torch.cat(downs), torch.cat(ups, dim=1)
+
+
+def _merged(original: Tensor, pairs: list[tuple[tuple[Tensor, Tensor], float]]) -> Tensor:
+    """W + sum w B A, added in float32 and rounded once; W itself when nothing is left to add."""
+    if not pairs:
+        return original
+    total = original.float()
+    for (down, up), weight in pairs:
+        total = total + weight * (up.to(total) @ down.to(total))
+    return total.to(original.dtype)
+
+
+@dataclass(frozen=True)
+class GraftDeviation:
+    """How far one grafted layer is from the same layer with the adapter kept apart (RMS ratios)."""
+
+    path: str
+    merged_vs_apart: float
+    """In the dtype of x."""
+    merged_vs_exact: float
+    """Against the formula in float64, with the integer part as the layer computes it."""
+    apart_vs_exact: float
+    effect: float
+    """RMS of what the adapter adds, relative to the layer's output without it."""
+
+
+@torch.no_grad()
+def graft_deviation(
+    transformer: nn.Module, adapter: Adapter, inputs: dict[str, Tensor], weight: float = 1.0
+) -> list[GraftDeviation]:
+    """Compare y(grafted) with y(base) + adapter for x = `inputs[path]` [..., K] at each quantized layer named there.
+
+    The adapter kept apart has the same bfloat16 factors as the graft, as the branch's dtype demands. `transformer` must
+    carry no graft; it is left as it was. Raises ValueError as `graft` does.
+    """
+    if grafted(transformer):
+        raise ValueError(
+            f"ungraft {', '.join(grafted(transformer))} first: deviations are measured against the bare base"
+        )
+    layers = quantized_layers(transformer)
+    check_fits(adapter, {path: (layer.in_features, layer.out_features) for path, layer in layers.items()})
+    deviations = []
+    for path, x in inputs.items():
+        layer, (down, up) = layers[path], adapter.pairs[path]
+        original = layer.lora_down, layer.lora_up
+        wide_down, wide_up = _widened(*original, [((down, up), weight)])
+        rank = original[0].shape[0]
+        down, up = wide_down[rank:], wide_up[:, rank:]
+        plain, apart = layer(x), layer(x, down, up)
+        layer.set_branch(wide_down, wide_up)
+        merged = layer(x)
+        layer.set_branch(*original)
+        x64 = x.double()
+        added = (x64 @ down.double().T) @ up.double().T
+        exact = layer(x.float()).double() + added
+        deviations.append(
+            GraftDeviation(
+                path,
+                relative_rms(merged, apart),
+                relative_rms(merged, exact),
+                relative_rms(apart, exact),
+                relative_rms(plain.double() + added, plain),
+            )
+        )
+    return deviations

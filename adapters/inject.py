@@ -1,0 +1,197 @@
+"""LoRA factors onto a frozen base, through PEFT: A [r, K] and B [N, r] beside every target, y += (alpha / r) B A x.
+
+PEFT does the walking, naming and bookkeeping; `SVDQuantLoraLinear` is the one module it lacks. It hands A and (alpha/r) B to
+the base layer's fused op, so that the adapter is computed where the SVD branch is, and what is trained is what a graft runs.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from loragraft.quantization.linear import SVDQuantLinear
+from loragraft.quantization.names import match_paths, nearest, replace_module
+from loragraft.recipes.schema import AdapterConfig
+
+DEFAULT_NAME = "default"
+
+
+class SVDQuantLoraLinear(nn.Module, LoraLayer):
+    """PEFT's LoRA layer over a `SVDQuantLinear`: plain LoRA, any number of active adapters, no merging."""
+
+    def __init__(
+        self,
+        base_layer: SVDQuantLinear,
+        adapter_name: str,
+        config: LoraConfig,
+        r: int,
+        lora_alpha: float,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        LoraLayer.__init__(self, base_layer)
+        self.fan_in_fan_out = False
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        assert isinstance(module, SVDQuantLinear)  # PEFT reaches us through the registered type
+        return module.in_features, module.out_features
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig, **kwargs: Any) -> None:
+        """Add an adapter. Raises ValueError for what the fused op does not compute."""
+        refused = {
+            "lora_dropout": config.lora_dropout > 0,
+            "use_dora": config.use_dora,
+            "use_rslora": config.use_rslora,
+            "lora_bias": config.lora_bias,
+            "init_lora_weights": config.init_lora_weights not in (True, False, "gaussian"),
+        }
+        asked = [name for name, wanted in refused.items() if wanted]
+        if asked:
+            raise ValueError(
+                f"{', '.join(asked)} cannot be used on a SVDQuant layer: it computes plain LoRA, (alpha / r) B A x, inside "
+                "its low-rank branch; leave the option at its default"
+            )
+        LoraLayer.update_layer(self, adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's forward with the active adapters' ranks concatenated, in the order they are active."""
+        if args or kwargs:
+            raise ValueError(f"SVDQuantLoraLinear takes x only, got {len(args)} more and {sorted(kwargs)}")
+        base = self.get_base_layer()
+        active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]
+        if not active:
+            return base(x)
+        factors = [_factors(self, name) for name in active]
+        downs: list[Tensor] = [down for down, _ in factors]
+        ups = [up * self.scaling[name] for name, (_, up) in zip(active, factors, strict=True)]
+        if len(active) == 1:
+            return base(x, downs[0], ups[0])
+        return base(x, torch.cat(downs), torch.cat(ups, dim=1))
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """(alpha / r) B A [N, K]."""
+        down, up = _factors(self, adapter)
+        return self.scaling[adapter] * (up @ down)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Always raises: four-bit codes take no adapter without being quantized again."""
+        raise NotImplementedError("a SVDQuant layer is not merged into; save the adapter and graft it (adapters.graft)")
+
+    def unmerge(self) -> None:
+        """Always raises, as `merge` does."""
+        raise NotImplementedError("a SVDQuant layer is never merged; use adapters.graft.ungraft")
+
+
+def expand_targets(transformer: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Full-path regular expressions -> paths of the layers that get an adapter, in module order.
+
+    Targets are quantized layers; in a model that has none (the 16-bit base) they are `nn.Linear`. Raises ValueError for a
+    pattern that matches nothing, or something that cannot carry an adapter of ours, with the nearest layers.
+    """
+    if not patterns:
+        raise ValueError("no adapter targets: give at least one full-path regular expression")
+    modules = {path: module for path, module in transformer.named_modules() if path}
+    quantized = any(isinstance(module, SVDQuantLinear) for module in modules.values())
+    kind: type[nn.Module] = SVDQuantLinear if quantized else nn.Linear
+    eligible = [path for path, module in modules.items() if isinstance(module, kind)]
+    chosen: set[str] = set()
+    for pattern, paths in match_paths(patterns, list(modules)).items():
+        wrong = [path for path in paths if not isinstance(modules[path], kind)]
+        if wrong:
+            what = type(modules[wrong[0]]).__name__
+            raise ValueError(
+                f"target pattern {pattern!r} matches {wrong[0]!r}, a {what}, not a {kind.__name__}; "
+                f"{nearest(wrong[0], eligible)}"
+            )
+        chosen.update(paths)
+    return [path for path in eligible if path in chosen]
+
+
+def inject_adapter(
+    transformer: nn.Module, config: AdapterConfig, default_targets: Sequence[str], *, name: str = DEFAULT_NAME
+) -> list[nn.Parameter]:
+    """Freeze the base, add an adapter at every target, and return its float32 parameters, A and B alternating.
+
+    A is drawn as PEFT draws it (Kaiming uniform, a = sqrt 5) from `config.seed`; B starts at zero, so the model's output
+    does not change. The global random state is left alone. Raises ValueError as `expand_targets` does, or if `name`
+    is injected already.
+    """
+    carriers = _carriers(transformer)
+    if any(name in layer.lora_A for layer in carriers.values()):
+        raise ValueError(f"an adapter named {name!r} is injected already; remove_adapter first, or give another name")
+    if carriers:
+        raise ValueError("the transformer carries an injected adapter already; train one at a time, graft the others")
+    paths = expand_targets(transformer, config.targets or default_targets)
+    transformer.requires_grad_(False)
+    peft_config = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=_exactly(paths))  # type: ignore[arg-type]
+    peft_config._register_custom_module({SVDQuantLinear: SVDQuantLoraLinear})
+    with torch.random.fork_rng(devices=[]):  # PEFT initialises on the CPU and moves
+        torch.manual_seed(config.seed)
+        inject_adapter_in_model(peft_config, transformer, adapter_name=name)
+    parameters = []
+    for layer in _carriers(transformer).values():
+        for factor in _factors(layer, name):
+            factor.data = factor.data.float()
+            factor.requires_grad_(True)
+            parameters.append(factor)
+    return parameters
+
+
+def _exactly(paths: Sequence[str]) -> str:
+    """One regular expression that fullmatches these paths and nothing else: PEFT matches lists by suffix."""
+    return "|".join(path.replace(".", r"\.") for path in paths)
+
+
+def _factors(layer: LoraLayer, name: str) -> tuple[nn.Parameter, nn.Parameter]:
+    """A [r, K] and B [N, r] of one adapter on one layer."""
+    down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
+    assert isinstance(down, nn.Parameter)
+    assert isinstance(up, nn.Parameter)
+    return down, up
+
+
+def _carriers(transformer: nn.Module) -> dict[str, LoraLayer]:
+    return {path: module for path, module in transformer.named_modules() if isinstance(module, LoraLayer)}
+
+
+def remove_adapter(transformer: nn.Module) -> None:
+    """Take every injected adapter off: the base layers, untouched, are back in their places."""
+    layers = [(path, module) for path, module in transformer.named_modules() if isinstance(module, BaseTunerLayer)]
+    for path, layer in layers:
+        replace_module(transformer, path, layer.get_base_layer())
+    if layers:
+        transformer.__dict__.pop("peft_config", None)
+
+
+def adapter_factors(transformer: nn.Module, name: str = DEFAULT_NAME) -> dict[str, tuple[Tensor, Tensor]]:
+    """Path -> (A [r, K], (alpha / r) B [N, r]) of an injected adapter, detached, in its own dtype.
+
+    Raises ValueError if no layer carries `name`.
+    """
+    carriers = {path: layer for path, layer in _carriers(transformer).items() if name in layer.lora_A}
+    if not carriers:
+        raise ValueError(f"no adapter named {name!r} is injected; inject_adapter first")
+    factors = {path: _factors(layer, name) for path, layer in carriers.items()}
+    return {path: (down.detach(), up.detach() * carriers[path].scaling[name]) for path, (down, up) in factors.items()}
+
+
+def load_factors(transformer: nn.Module, factors: dict[str, tuple[Tensor, Tensor]], name: str = DEFAULT_NAME) -> None:
+    """Put saved (A, scaled B) into an injected adapter, to train on from there. Raises ValueError on paths or shapes."""
+    carriers = {path: layer for path, layer in _carriers(transformer).items() if name in layer.lora_A}
+    if carriers.keys() != factors.keys():
+        odd = sorted(carriers.keys() ^ factors.keys())
+        raise ValueError(
+            f"adapter and injected layers differ, e.g. at {odd[0]!r}; inject with the adapter's own targets"
+        )
+    for path, (down, up) in factors.items():
+        layer = carriers[path]
+        for factor, saved in zip(_factors(layer, name), (down, up / layer.scaling[name]), strict=True):
+            if factor.shape != saved.shape:
+                raise ValueError(f"{path}: saved factor {tuple(saved.shape)}, injected {tuple(factor.shape)}")
+            factor.data.copy_(saved)
