@@ -30,8 +30,10 @@ def quantize_reference(rotated_MK: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """x' [M, K] (any float dtype) -> int8 codes [M, Kp] and scales [M, G] in x's dtype. Not differentiable."""
     (M, K), levels = rotated_MK.shape, LEVELS[bits]
     KP, G = padded(K), 1 if bits == 8 else padded(K) // GROUP
-    x_MGg = torch.nn.functional.pad(rotated_MK.detach(), (0, KP - K)).view(M, G, KP // G)
-    scale_MG = torch.linalg.vector_norm(x_MGg, float("inf"), dim=-1) / levels
+    x_MK = rotated_MK.detach()
+    x_MGg = (x_MK if K == KP else torch.nn.functional.pad(x_MK, (0, KP - K))).view(M, G, KP // G)
+    # Two reductions, as abs() would write a copy and vector_norm(inf) takes 10 times longer (1536 x 1280, CPU).
+    scale_MG = torch.maximum(x_MGg.amax(dim=-1), -x_MGg.amin(dim=-1)) / levels
     scale_MG = scale_MG.to(torch.bfloat16).to(scale_MG.dtype) if bits == 4 else scale_MG
     scale_MG = torch.where(scale_MG == 0, 1, scale_MG)
     codes_MGg = (x_MGg / scale_MG[..., None]).round_()
@@ -42,7 +44,7 @@ def quantize_reference(rotated_MK: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 def dequantize_activation(codes_MK: Tensor, scale_MG: Tensor, dtype: torch.dtype) -> Tensor:
     """codes * scale, each scale over Kp / G columns, in `dtype`: x' again, still rotated and smoothed."""
     (M, KP), G = codes_MK.shape, scale_MG.shape[1]
-    return (codes_MK.view(M, G, KP // G) * scale_MG[..., None].to(dtype)).to(dtype).view(M, KP)
+    return codes_MK.view(M, G, KP // G).to(dtype).mul_(scale_MG[..., None].to(dtype)).view(M, KP)
 
 
 @triton.jit

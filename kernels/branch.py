@@ -56,6 +56,14 @@ def adapter_gradients(
     return grad_down.to(adapter_down.dtype, copy=True, memory_format=torch.contiguous_format), grad_up
 
 
+def finish_dx(dx_MKp: Tensor, smooth_K: Tensor | None, hadamard: bool, g_MR: Tensor, down_RK: Tensor) -> Tensor:
+    """The end of dx in torch (the Triton kernels do it per tile): un-rotate, divide by smooth, add the branch."""
+    dx_MK = dx_MKp[:, : down_RK.shape[1]].float()
+    dx_MK = apply_hadamard(dx_MK) if hadamard else dx_MK
+    dx_MK = dx_MK if smooth_K is None else dx_MK / smooth_K
+    return torch.addmm(dx_MK, g_MR.float(), down_RK.float()).to(g_MR.dtype)
+
+
 def check_shapes(
     op: str, x: Tensor, qweight: Tensor, lora_down: Tensor, lora_up: Tensor, bias: Tensor | None, smooth: Tensor | None,
     adapter_down: Tensor | None, adapter_up: Tensor | None, hadamard: bool,

@@ -40,7 +40,9 @@ def matmul_kernel(
 def _matmul(a_MK: Tensor, b_KN: Tensor, scale_KG: Tensor | None, out_dtype: torch.dtype) -> Tensor:
     (M, K), N = a_MK.shape, b_KN.shape[1]
     if not uses_triton(a_MK):
-        if scale_KG is not None:
+        if scale_KG is not None and scale_KG.shape[1] == 1:
+            a_MK = a_MK * scale_KG.T.to(a_MK.dtype)  # the smaller operand of the two
+        elif scale_KG is not None:
             b_KN = (b_KN.reshape(K, scale_KG.shape[1], -1) * scale_KG[..., None]).view(K, N)
         return (a_MK @ b_KN.to(a_MK.dtype)).to(out_dtype)
     out_MN = a_MK.new_empty((M, N), dtype=out_dtype)

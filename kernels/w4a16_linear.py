@@ -33,7 +33,8 @@ CASES = (
 def dequantize_w4a16(qweight: Tensor, wscale: Tensor, wzero: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """W = c w + z, [N, Kp] in dtype; columns from K on are padding."""
     (G, N), c_NK = wscale.shape, unpack_uint4(qweight)
-    return (c_NK.view(N, G, GROUP) * wscale.to(dtype).T[..., None] + wzero.to(dtype).T[..., None]).view(N, -1)
+    scale_NG1, zero_NG1 = wscale.to(dtype).T[..., None], wzero.to(dtype).T[..., None]
+    return c_NK.view(N, G, GROUP).to(dtype).mul_(scale_NG1).add_(zero_NG1).view(N, -1)
 
 
 def w4a16_reference(

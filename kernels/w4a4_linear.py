@@ -25,7 +25,7 @@ from loragraft.kernels.act_quant import (
     quantize_reference,
     smooth_and_rotate,
 )
-from loragraft.kernels.layout import GROUP, LinearCase, apply_hadamard, on_device, padded, unpack_int4, uses_triton
+from loragraft.kernels.layout import GROUP, LinearCase, on_device, padded, unpack_int4, uses_triton
 from loragraft.kernels.matmul import matmul
 from loragraft.kernels.tiles import dot_ranks, hadamard_tile, load_nibbles
 
@@ -43,7 +43,7 @@ CASES = (
 def dequantize_w4a4(qweight: Tensor, wscale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """W = w_Gn q_nk, [N, Kp] in dtype: still smoothed (and rotated), columns from K on are padding."""
     (G, N), q_NK = wscale.shape, unpack_int4(qweight)
-    return (q_NK.view(N, G, GROUP) * wscale.to(dtype).T[..., None]).view(N, -1)
+    return q_NK.view(N, G, GROUP).to(dtype).mul_(wscale.to(dtype).T[..., None]).view(N, -1)
 
 
 def w4a4_reference(
@@ -134,8 +134,7 @@ def _w4a4_linear(
     if not uses_triton(x_MK):
         rounded_MK = dequantize_activation(codes_MK, scale_MG, torch.float32)
         y_MN = rounded_MK @ dequantize_w4a4(qweight, wscale).T
-        y_MN = y_MN.add_((h_MR @ up_NR.T).float())
-        y_MN = y_MN if bias is None else y_MN.add_(bias)
+        y_MN = (y_MN if bias is None else y_MN.add_(bias)).addmm_(h_MR.float(), up_NR.float().T)
         return y_MN.to(x_MK.dtype), h_MR, *kept
     y_MN, BM = x_MK.new_empty((M, N)), 64 if M > 16 else 16
     with on_device(x_MK):
@@ -164,10 +163,8 @@ def _w4a4_dx(
     """dx = (dy W) H / smooth + g [D; A]."""
     (M, N), (R, K) = dy_MN.shape, down_RK.shape
     if not uses_triton(dy_MN):
-        dx_MK = (dy_MN @ dequantize_w4a4(qweight, wscale, dy_MN.dtype))[:, :K].float()
-        dx_MK = apply_hadamard(dx_MK) if hadamard else dx_MK
-        dx_MK = dx_MK if smooth is None else dx_MK / smooth
-        return (dx_MK + g_MR @ down_RK).to(dy_MN.dtype)
+        dx_MK = dy_MN @ dequantize_w4a4(qweight, wscale, dy_MN.dtype)
+        return branch.finish_dx(dx_MK, smooth, hadamard, g_MR, down_RK)
     dx_MK, BM = dy_MN.new_empty((M, K)), 64 if M > 16 else 16
     with on_device(dy_MN):
         w4a4_dx_kernel[(triton.cdiv(M, BM), triton.cdiv(K, GROUP))](

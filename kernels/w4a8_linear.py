@@ -24,7 +24,7 @@ from loragraft.kernels.act_quant import (
     quantize_reference,
     smooth_and_rotate,
 )
-from loragraft.kernels.layout import LinearCase, apply_hadamard, on_device, padded, unpack_uint4, uses_triton
+from loragraft.kernels.layout import LinearCase, on_device, padded, unpack_uint4, uses_triton
 from loragraft.kernels.matmul import matmul
 from loragraft.kernels.tiles import dot_ranks, hadamard_tile, load_nibbles
 
@@ -50,7 +50,7 @@ def dequantize_w4a8(
     qweight: Tensor, row_scale: Tensor, group_scale: Tensor, group_zero: Tensor, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """W = s_n (u - z) s, [N, Kp] in dtype: still smoothed and rotated, columns from K on are padding."""
-    return weight_int8(qweight, group_scale, group_zero).to(dtype) * row_scale.to(dtype)[:, None]
+    return weight_int8(qweight, group_scale, group_zero).to(dtype).mul_(row_scale.to(dtype)[:, None])
 
 
 def w4a8_reference(
@@ -149,10 +149,9 @@ def _w4a8_linear(
     h_MR = matmul(x_MK, branch.join(lora_down, adapter_down, 0, x_MK.dtype).T)
     up_NR = branch.join(lora_up, adapter_up, 1, x_MK.dtype)
     if not uses_triton(x_MK):
-        y_MN = torch._int_mm(codes_MK, weight_int8(qweight, group_scale, group_zero).T).float()
-        y_MN = y_MN.mul_(scale_M1).mul_(row_scale).add_((h_MR @ up_NR.T).float())
-        y_MN = y_MN if bias is None else y_MN.add_(bias)
-        return y_MN.to(x_MK.dtype), h_MR, codes_MK, scale_M1
+        y_MN = torch._int_mm(codes_MK, weight_int8(qweight, group_scale, group_zero).T).float().mul_(scale_M1)
+        y_MN = y_MN.mul_(row_scale) if bias is None else torch.addcmul(bias.float(), y_MN, row_scale)
+        return y_MN.addmm_(h_MR.float(), up_NR.float().T).to(x_MK.dtype), h_MR, codes_MK, scale_M1
     y_MN, BM = x_MK.new_empty((M, N)), 64 if M > 16 else 16
     with on_device(x_MK):
         w4a8_fwd_kernel[(triton.cdiv(M, BM), triton.cdiv(N, 64))](
@@ -186,9 +185,7 @@ def _w4a8_dx(
             dx_MK = torch._int_mm(codes_MN[:, :N], weight_int8(qweight, group_scale, group_zero)).float().mul_(t_M1)
         else:
             dx_MK = dy_MN @ dequantize_w4a8(qweight, row_scale, group_scale, group_zero, dy_MN.dtype)
-        dx_MK = apply_hadamard(dx_MK[:, :K].float()) if hadamard else dx_MK[:, :K].float()
-        dx_MK = dx_MK if smooth is None else dx_MK / smooth
-        return (dx_MK + g_MR @ down_RK).to(dy_MN.dtype)
+        return branch.finish_dx(dx_MK, smooth, hadamard, g_MR, down_RK)
     dx_MK, BM = dy_MN.new_empty((M, K)), 64 if M > 16 else 16
     KP, NP = 2 * qweight.shape[1], codes_MN.shape[1]
     with on_device(dy_MN):
