@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
-from peft import LoraConfig
 from torch import Tensor, nn
 
 from loragraft.adapters.inject import DEFAULT_NAME, adapter_factors
@@ -109,15 +108,26 @@ def write_adapter(
 
 
 def _peft_metadata(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Any]:
-    """PEFT's LoraConfig as diffusers packs it. alpha = r everywhere: the scale is in B."""
+    """PEFT's LoraConfig as diffusers packs it. alpha = r everywhere: the scale is in B.
+
+    Only the fields that matter: a dump of the whole dataclass names fields that an older PEFT refuses.
+    """
     ranks = {path: down.shape[0] for path, (down, _) in pairs.items()}
     common = max(set(ranks.values()), key=list(ranks.values()).count)
     odd = {path: rank for path, rank in ranks.items() if rank != common}
-    config = LoraConfig(
-        r=common, lora_alpha=common, target_modules=sorted(pairs), rank_pattern=odd, alpha_pattern=dict(odd)
-    )
-    fields = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
-    return {f"{PREFIX}{key}": value for key, value in fields.items()}
+    config = {
+        "peft_type": "LORA",
+        "r": common,
+        "lora_alpha": common,
+        "rank_pattern": odd,
+        "alpha_pattern": odd,
+        "target_modules": sorted(pairs),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+    }
+    return {f"{PREFIX}{key}": value for key, value in config.items()}
 
 
 def load_adapter(path: Path | str) -> Adapter:
