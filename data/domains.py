@@ -90,8 +90,9 @@ def build_domain(config: DataConfig, resolution: int, cache_root: Path) -> Path:
 
 
 def render(svg: str, resolution: int) -> bytes:
-    """An SVG document as a PNG of `resolution` pixels square."""
-    return bytes(resvg_py.svg_to_bytes(svg_string=svg, width=resolution, height=resolution))
+    """An SVG document as a PNG of `resolution` pixels square. Fonts differ between machines, so none are loaded."""
+    png = resvg_py.svg_to_bytes(svg_string=svg, width=resolution, height=resolution, skip_system_fonts=True)
+    return bytes(png)
 
 
 def _write(made: Domain, config: DataConfig, resolution: int, folder: Path) -> None:

@@ -37,6 +37,15 @@ def test_five_line_recipe_for_a_folder(tmp_path: Path) -> None:
     assert recipe.base == "pocket"
 
 
+def test_the_example_in_the_base_recipe_is_a_recipe(tmp_path: Path) -> None:
+    lines = (Path(__file__).parents[2] / "recipes" / "_base.yaml").read_text(encoding="utf-8").splitlines()
+    first = lines.index("#   extends: _base")
+    example = [line.removeprefix("#   ") for line in lines[first : first + 5]]
+    recipe = load_recipe(_write(tmp_path, "mine.yaml", "\n".join(example)))
+    assert recipe.data.folder == str(tmp_path / "my-photos")
+    assert recipe.sample.prompts[0].startswith(recipe.data.trigger)
+
+
 def test_layers_later_wins_and_lists_are_replaced(tmp_path: Path) -> None:
     _write(tmp_path, "parent.yaml", "name: p\ndata: {domain: marketing}\ntrain: {steps: 7, batch_size: 3}\n")
     child = _write(tmp_path, "child.yaml", "extends: ./parent.yaml\ntrain: {steps: 8}\noptim: {betas: [0.5, 0.6]}\n")
