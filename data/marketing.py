@@ -67,10 +67,9 @@ def design(concept: str, rng: random.Random) -> Design:
 def caption(concept: str, made: Design, rng: random.Random) -> str:
     """One of several ways in which a person would describe the design; at most 30 MiniLM tokens."""
     plain = made.first == made.second
-    article = "an" if made.first[0] in "aeiou" else "a"
-    surface = f"plain {made.first}" if plain else f"{article} {made.first} to {made.second} gradient"
+    surface = f"plain {made.first}" if plain else f"{_article(made.first)} {made.first} to {made.second} gradient"
     colours = made.first if plain else f"{made.first} and {made.second}"
-    item = concept if concept in PLURALS else f"{'an' if concept[0] in 'aeiou' else 'a'} {concept}"
+    item = concept if concept in PLURALS else f"{_article(concept)} {concept}"
     layout = "call-to-action card" if made.layout == "button" else made.layout
     if not made.text:
         carrier = rng.choice(["", "", ", no text"])
@@ -86,6 +85,11 @@ def caption(concept: str, made: Design, rng: random.Random) -> str:
             f"{layout} for {item}, {made.glyph} on {surface}{carrier}",
         ]
     )
+
+
+def _article(name: str) -> str:
+    """`a` or `an`, by the first sound."""
+    return "an" if name.startswith(("a", "e", "i", "o", "u", "hour")) and not name.startswith("eu") else "a"
 
 
 def pictures(count: int, seed: int, validation_fraction: float, test_fraction: float) -> Iterator[Picture]:
