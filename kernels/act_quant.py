@@ -17,6 +17,7 @@ from loragraft.kernels.layout import GROUP, apply_hadamard, on_device, padded, u
 from loragraft.kernels.tiles import hadamard_tile, round_half_even
 
 LEVELS = {8: 127, 4: 7}
+CPU_CHUNK = 1 << 17  # elements per round of elementwise passes: float32 intermediates stay in a core's cache
 CASES = ((1, 64), (7, 128), (77, 192), (33, 1280), (5, 100))  # (M, K)
 
 
@@ -109,8 +110,11 @@ def quantize_group_kernel(
 @torch.library.custom_op("loragraft::quantize_activation", mutates_args=())
 def _quantize_activation(x_MK: Tensor, smooth_K: Tensor | None, hadamard: bool, bits: int) -> tuple[Tensor, Tensor]:
     if not uses_triton(x_MK):
-        codes_MK, scale_MG = quantize_reference(smooth_and_rotate(x_MK.float(), smooth_K, hadamard), bits)
-        return codes_MK, scale_MG
+        rows = max(1, CPU_CHUNK // x_MK.shape[1])
+        parts = [
+            quantize_reference(smooth_and_rotate(part.float(), smooth_K, hadamard), bits) for part in x_MK.split(rows)
+        ]
+        return torch.cat([codes for codes, _ in parts]), torch.cat([scale for _, scale in parts])
     M, K = x_MK.shape
     KP, BM = padded(K), 16
     codes_MK = x_MK.new_empty((M, KP), dtype=torch.int8)

@@ -58,10 +58,22 @@ def adapter_gradients(
 
 def finish_dx(dx_MKp: Tensor, smooth_K: Tensor | None, hadamard: bool, g_MR: Tensor, down_RK: Tensor) -> Tensor:
     """The end of dx in torch (the Triton kernels do it per tile): un-rotate, divide by smooth, add the branch."""
-    dx_MK = dx_MKp[:, : down_RK.shape[1]].float()
-    dx_MK = apply_hadamard(dx_MK) if hadamard else dx_MK
-    dx_MK = dx_MK if smooth_K is None else dx_MK / smooth_K
+    dx_MK = unrotate(dx_MKp[:, : down_RK.shape[1]].float(), smooth_K, hadamard)
     return torch.addmm(dx_MK, g_MR.float(), down_RK.float()).to(g_MR.dtype)
+
+
+def dequantized_dx(
+    dy_MN: Tensor, dense_NKp: Tensor, smooth_K: Tensor | None, hadamard: bool, g_MR: Tensor, down_RK: Tensor
+) -> Tensor:
+    """dx in torch, from the dequantized weight; it is the weight that is un-rotated, as it has fewer rows than dy."""
+    weight_NK = unrotate(dense_NKp[:, : down_RK.shape[1]], smooth_K, hadamard).to(dy_MN.dtype)
+    return (dy_MN @ weight_NK).addmm_(g_MR, down_RK)
+
+
+def unrotate(rotated: Tensor, smooth_K: Tensor | None, hadamard: bool) -> Tensor:
+    """(rotated H) / smooth on the last dimension."""
+    rotated = apply_hadamard(rotated) if hadamard else rotated
+    return rotated if smooth_K is None else rotated / smooth_K.to(rotated.dtype)
 
 
 def check_shapes(

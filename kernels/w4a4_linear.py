@@ -163,8 +163,7 @@ def _w4a4_dx(
     """dx = (dy W) H / smooth + g [D; A]."""
     (M, N), (R, K) = dy_MN.shape, down_RK.shape
     if not uses_triton(dy_MN):
-        dx_MK = dy_MN @ dequantize_w4a4(qweight, wscale, dy_MN.dtype)
-        return branch.finish_dx(dx_MK, smooth, hadamard, g_MR, down_RK)
+        return branch.dequantized_dx(dy_MN, dequantize_w4a4(qweight, wscale), smooth, hadamard, g_MR, down_RK)
     dx_MK, BM = dy_MN.new_empty((M, K)), 64 if M > 16 else 16
     with on_device(dy_MN):
         w4a4_dx_kernel[(triton.cdiv(M, BM), triton.cdiv(K, GROUP))](

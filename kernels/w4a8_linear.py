@@ -181,11 +181,11 @@ def _w4a8_dx(
     if int8:
         codes_MN, t_M1 = quantize_activation(dy_MN, 1 / row_scale, hadamard=False, bits=8)
     if not uses_triton(dy_MN):
-        if t_M1 is not None:
-            dx_MK = torch._int_mm(codes_MN[:, :N], weight_int8(qweight, group_scale, group_zero)).float().mul_(t_M1)
-        else:
-            dx_MK = dy_MN @ dequantize_w4a8(qweight, row_scale, group_scale, group_zero, dy_MN.dtype)
-        return branch.finish_dx(dx_MK, smooth, hadamard, g_MR, down_RK)
+        if t_M1 is None:
+            dense_NK = dequantize_w4a8(qweight, row_scale, group_scale, group_zero)
+            return branch.dequantized_dx(dy_MN, dense_NK, smooth, hadamard, g_MR, down_RK)
+        acc_MK = torch._int_mm(codes_MN[:, :N], weight_int8(qweight, group_scale, group_zero))
+        return branch.finish_dx(acc_MK.float().mul_(t_M1), smooth, hadamard, g_MR, down_RK)
     dx_MK, BM = dy_MN.new_empty((M, K)), 64 if M > 16 else 16
     KP, NP = 2 * qweight.shape[1], codes_MN.shape[1]
     with on_device(dy_MN):
