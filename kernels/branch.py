@@ -89,6 +89,10 @@ def check_shapes(
             f"{op}: qweight is {qweight.dtype} {tuple(qweight.shape)}, must be uint8 [N, {(K + 127) // 128 * 64}] for x with "
             f"K = {K} (K padded to a multiple of 128, two codes a byte)"
         )
+    if not qweight.is_contiguous():
+        raise ValueError(
+            f"{op}: qweight is not contiguous (strides {qweight.stride()}); call .contiguous() once, when loading"
+        )
     if hadamard and K % 64:
         raise ValueError(f"{op}: hadamard=True needs K % 64 == 0, K = {K}; quantize this layer without the rotation")
     if (adapter_down is None) != (adapter_up is None):
@@ -120,8 +124,15 @@ def check_modes(op: str, save_x: str, dgrad: str) -> None:
 
 
 def check_groups(op: str, qweight: Tensor, **scales: Tensor) -> None:
-    """Raises ValueError for a scale or zero that is not [Kp / 64, N]."""
-    expected = (qweight.shape[1] // 32, qweight.shape[0])
+    """Raises ValueError for a scale or zero that is not [Kp / g, N], g = 64 (or 128, for integer scales)."""
+    N, KP = qweight.shape[0], 2 * qweight.shape[1]
     for name, scale in scales.items():
-        if tuple(scale.shape) != expected:
-            raise ValueError(f"{op}: {name} has shape {tuple(scale.shape)}, must be {expected}: [Kp / 64, N]")
+        groups = (KP // 64, KP // 128) if scale.dtype == torch.uint8 else (KP // 64,)
+        if scale.ndim != 2 or scale.shape[0] not in groups or scale.shape[1] != N:
+            raise ValueError(
+                f"{op}: {name} has shape {tuple(scale.shape)}, must be {' or '.join(str((G, N)) for G in groups)}"
+            )
+        if not scale.is_contiguous():
+            raise ValueError(
+                f"{op}: {name} is not contiguous (strides {scale.stride()}); call .contiguous() once, when loading"
+            )

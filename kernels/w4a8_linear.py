@@ -246,11 +246,11 @@ def w4a8_linear(
     adapter_down, adapter_up = branch.trainable_rank(adapter_down), branch.trainable_rank(adapter_up)
     branch.check_shapes("w4a8_linear", x, qweight, lora_down, lora_up, bias, smooth, adapter_down, adapter_up, hadamard)
     branch.check_modes("w4a8_linear", save_x, dgrad)
-    KP = 2 * qweight.shape[1]
-    if group_scale.shape != group_zero.shape or group_scale.shape[0] not in (KP // 64, KP // 128):
+    branch.check_groups("w4a8_linear", qweight, group_scale=group_scale, group_zero=group_zero)
+    if group_scale.shape != group_zero.shape or row_scale.shape != qweight.shape[:1]:
         raise ValueError(
-            f"w4a8_linear: group_scale {tuple(group_scale.shape)} and group_zero {tuple(group_zero.shape)} must both be "
-            f"[{KP // 64}, {qweight.shape[0]}] (groups of 64) or [{KP // 128}, {qweight.shape[0]}] (groups of 128)"
+            f"w4a8_linear: group_scale {tuple(group_scale.shape)} and group_zero {tuple(group_zero.shape)} must be of one shape, "
+            f"and row_scale {tuple(row_scale.shape)} must be [{qweight.shape[0]}]"
         )
     y_MN, *_ = _w4a8_linear(
         x.reshape(-1, x.shape[-1]).contiguous(), qweight, row_scale, group_scale, group_zero, smooth, lora_down, lora_up, bias,
