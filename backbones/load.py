@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from loragraft.backbones.sampler import build_pipeline, generate_from_text
 from loragraft.backbones.spec import Backbone, BaseSpec, Profile
-from loragraft.quantization.checkpoint import base_id, load_quantized, save_quantized
+from loragraft.quantization.checkpoint import load_quantized, record_base_id, recorded_base_id, save_quantized
 from loragraft.quantization.convert import plan_layers, quantize_backbone
 from loragraft.quantization.ledger import build_ledger
 from loragraft.quantization.linear import SVDQuantLinear
@@ -54,12 +54,11 @@ def load_backbone(name: str, profile: Profile | None, device: torch.device | str
     else:
         folder = spec.transformer_int4.get(profile)
         if folder is None:
-            folder = cache_root / "bases" / f"{spec.name}-{profile}-{base_id(load_16bit(spec))[:16]}"
+            folder = cache_root / "bases" / f"{spec.name}-{profile}-{recorded_base_id(load_16bit(spec))[:16]}"
             if not folder.exists():
                 print(f"{spec.name} ships no {profile} checkpoint: quantizing it once into {folder}", file=sys.stderr)
                 quantize_base(spec, profile, folder, device)
         transformer = load_quantized(folder, spec.transformer_class)
-    identity = base_id(transformer)
     transformer.eval().requires_grad_(False)
     transformer.to(device=device, dtype=dtype)  # INT4 layers keep the dtypes of their buffers
     return Backbone(
@@ -67,7 +66,7 @@ def load_backbone(name: str, profile: Profile | None, device: torch.device | str
         profile=profile,
         transformer=transformer,
         encoders=encoders,
-        base_id=identity,
+        base_id=recorded_base_id(transformer),
         ledger=build_ledger(transformer),
         device=device,
         dtype=dtype,
@@ -79,6 +78,7 @@ def load_16bit(spec: BaseSpec) -> nn.Module:
     model: nn.Module = spec.transformer_class.from_pretrained(  # type: ignore[attr-defined]
         spec.transformer_16bit, torch_dtype=torch.bfloat16, local_files_only=True
     )
+    record_base_id(model)
     return model
 
 

@@ -41,7 +41,7 @@ def render(
     shared = {(s.steps, s.guidance, s.negative_prompt) for s in settings}
     if len(shared) != 1:
         raise ValueError("steps, guidance and negative prompt must be the same for all images of one call")
-    before = grafted(backbone.transformer)
+    before = set(grafted(backbone.transformer))
     for adapter, weight in adapters:
         graft_adapter(backbone.transformer, adapter, weight)
     try:

@@ -26,6 +26,7 @@ from loragraft.quantization.tensor_file import CheckpointError, read_tensors, re
 QUANT_METHOD, VERSION = "loragraft", 1
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "diffusion_pytorch_model.safetensors"
 PROFILES = {"w4a8": "native", "w4a4": "interchange"}
+BASE_ID_ATTRIBUTE = "loragraft_base_id"
 LAYER_KEYS = {"numerics", "group_size", "hadamard", "act_unsigned", "act_shift", "rank"}
 
 
@@ -64,8 +65,13 @@ def recorded_base_id(model: nn.Module) -> str:
 
     The two differ when the 16-bit layers were cast after loading, which does not make the model another base.
     """
-    recorded = getattr(model, "loragraft_base_id", None)
+    recorded = getattr(model, BASE_ID_ATTRIBUTE, None)
     return recorded if isinstance(recorded, str) else base_id(model)
+
+
+def record_base_id(model: nn.Module, identity: str | None = None) -> None:
+    """Note on the model which base its weights are, before anything casts them; `identity` None computes it."""
+    setattr(model, BASE_ID_ATTRIBUTE, base_id(model) if identity is None else identity)
 
 
 def quantized_layers(model: nn.Module) -> dict[str, SVDQuantLinear]:
@@ -124,7 +130,7 @@ def save_quantized(model: nn.Module, folder: Path | str, *, overwrite: bool = Fa
 def load_quantized(folder: Path | str, model_class: type[Any], *, device: torch.device | str = "cpu") -> Any:
     """Read a folder of `save_quantized` into a frozen `model_class` in evaluation mode.
 
-    The model is built from its configuration on the meta device, so nothing is initialised twice. `loragraft_base_id` of
+    The model is built from its configuration on the meta device, so nothing is initialised twice. `recorded_base_id` of
     the result names the weights as they were stored. Raises CheckpointError naming the layer or tensor:
     no checkpoint at all, another quantization method or version, unknown or impossible layers, truncated files, missing and unexpected
     tensors, wrong shapes and dtypes, values outside the code.
@@ -139,7 +145,7 @@ def load_quantized(folder: Path | str, model_class: type[Any], *, device: torch.
         replace_module(model, path, _empty_layer(model, path, layer, tensors, folder))
     _check_state(model, tensors, folder)
     model.load_state_dict(tensors, strict=True, assign=True)
-    model.loragraft_base_id = base_id(tensors)
+    record_base_id(model, base_id(tensors))
     return model.requires_grad_(False).eval()
 
 

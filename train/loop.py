@@ -23,8 +23,7 @@ from tqdm import tqdm
 
 from loragraft.backbones.flow import flow_loss, sample_timesteps
 from loragraft.backbones.spec import Backbone
-from loragraft.data.cache import LatentCache
-from loragraft.data.dataset import LatentDataset, batch_indices, collate
+from loragraft.data.dataset import LatentCache, LatentDataset, batch_indices
 from loragraft.recipes.schema import OptimConfig, Recipe
 from loragraft.train.previews import Previews
 from loragraft.train.run_folder import RunFolder
@@ -40,7 +39,6 @@ def train(
     backbone: Backbone,
     parameters: list[nn.Parameter],
     cache: LatentCache,
-    empty_text: dict[str, Tensor],
     previews: Previews,
     folder: RunFolder,
     tracking: Tracking,
@@ -52,7 +50,7 @@ def train(
     if folder.checkpoint is not None:
         _restore(folder.checkpoint, parameters, optimizer, schedule)
         folder.summary = dict(folder.checkpoint["summary"])
-    batches = Batches(cache.split("train"), empty_text, recipe, backbone, accelerator)
+    batches = Batches(cache.split("train"), cache.empty, recipe, backbone, accelerator)
     validation = cache.split("validation")
     started, elapsed_before = time.perf_counter(), float((folder.checkpoint or {}).get("elapsed_seconds", 0.0))
 
@@ -119,15 +117,13 @@ class Batches:
             number = step * self.config.accumulation + micro
             mine = slice(self.rank, None, self.world)
             generator = seeded(self.config.seed, "step", number)
-            batch = collate(
-                [self.dataset[i] for i in batch_indices(number, total, len(self.dataset), self.config.seed)[mine]]
-            )
+            batch = self.dataset.batch(batch_indices(number, total, len(self.dataset), self.config.seed)[mine])
             latents = batch["latents"].float()
             times = sample_timesteps(total, generator)[mine]
             noise = torch.randn(total, *latents.shape[1:], generator=generator)[mine]
             dropped = (torch.rand(total, generator=generator) < self.config.text_dropout)[mine]
             text = {
-                key: torch.where(dropped.view(-1, *[1] * (empty.dim() - 1)), empty.cpu().float(), batch[key].float())
+                key: torch.where(dropped.view(-1, *[1] * empty.dim()), empty.float(), batch[key].float())  # type: ignore[literal-required]
                 for key, empty in self.empty_text.items()
             }
             yield (
@@ -187,7 +183,7 @@ def validation_loss(transformer: nn.Module, backbone: Backbone, dataset: LatentD
     total = 0.0
     for start in range(0, count, recipe.train.batch_size):
         chosen = range(start, min(start + recipe.train.batch_size, count))
-        batch = collate([dataset[i] for i in chosen])
+        batch = dataset.batch(chosen)
         latents = batch["latents"].float()
         noise = torch.randn(latents.shape, generator=generator)
         text = {

@@ -26,7 +26,7 @@ from loragraft.backbones.load import load_backbone
 from loragraft.data.cache import default_cache_root
 from loragraft.data.encode import encode_dataset
 from loragraft.data.sources import open_source
-from loragraft.recipes.load import load_recipe, recipe_hash
+from loragraft.recipes.load import load_recipe
 from loragraft.train.loop import train
 from loragraft.train.metadata import adapter_metadata
 from loragraft.train.previews import Previews
@@ -62,18 +62,17 @@ def main(argv: list[str] | None = None) -> int:
         samples, encoders.encode_images, encoders.encode_text, encoders.id, resolution, default_cache_root()
     )
     previews = Previews.prepare(recipe.sample, backbone, cache)
-    empty_text = encoders.encode_text([""])
     encoders.release_text()  # memory back before the first step
 
     parameters = inject_adapter(backbone.transformer, recipe.adapter, backbone.spec.lora_targets)
     print(backbone.ledger.table())
     with Tracking.start(recipe, backbone, folder, accelerator) as tracking:
-        interrupted = train(accelerator, recipe, backbone, parameters, cache, empty_text, previews, folder, tracking)
+        interrupted = train(accelerator, recipe, backbone, parameters, cache, previews, folder, tracking)
         if interrupted:
             print(f"\nstopped at step {folder.step}, nothing lost: run the same command again to go on.")
             return 130
         if accelerator.is_main_process:
-            metadata = adapter_metadata(recipe, recipe_hash(recipe), backbone, folder)
+            metadata = adapter_metadata(recipe, backbone, cache, folder)
             adapter_file = save_adapter(backbone.transformer, folder.adapter_folder, metadata)
             remove_adapter(backbone.transformer)
             if backbone.fingerprint() != base_before:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from loragraft.backbones.sampler import build_pipeline, generate_from_text
 from loragraft.backbones.spec import Backbone
-from loragraft.data.cache import LatentCache
+from loragraft.data.dataset import LatentCache
 from loragraft.recipes.schema import SampleConfig
 
 DEFAULT_PROMPTS = 8
@@ -28,8 +28,8 @@ class Previews:
     @classmethod
     def prepare(cls, config: SampleConfig, backbone: Backbone, cache: LatentCache) -> "Previews":
         """Encodes the recipe's prompts; without any, the first captions of the test split (or of the training split)."""
-        captions = cache.split("test").captions or cache.split("train").captions
-        prompts = config.prompts or tuple(dict.fromkeys(captions))[:DEFAULT_PROMPTS]
+        known = cache.split("test").samples or cache.split("train").samples
+        prompts = config.prompts or tuple(dict.fromkeys(sample.caption for sample in known))[:DEFAULT_PROMPTS]
         repeated = [prompt for prompt in prompts for _ in range(config.per_prompt)]
         encode = backbone.encoders.encode_text
         return cls(tuple(repeated), encode(repeated), encode([config.negative_prompt]), config)

@@ -20,6 +20,7 @@ import loragraft
 
 if TYPE_CHECKING:
     from loragraft.adapters.checkpoint import Adapter
+    from loragraft.backbones.spec import Profile
     from loragraft.recipes.schema import Recipe
 
 PROFILES = ("native", "interchange")
@@ -72,7 +73,8 @@ def _generate(args: argparse.Namespace) -> int:
 
     adapters = _adapters(args.adapter, args.any_base)
     first = adapters[0][0].metadata if adapters else {}
-    profile = _profile(args.profile or first.get("profile") or "native")
+    wanted = args.profile or first.get("profile") or "native"
+    profile = None if wanted == "16bit" else _profile(wanted)
     backbone = load_backbone(args.base or first.get("base") or "pocket", profile, _device(), default_cache_root())
     sample = first.get("recipe", {}).get("sample", {})
     prompts = args.prompt or sample.get("prompts")
@@ -234,8 +236,13 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _profile(name: str) -> "str | None":
-    return None if name == "16bit" else name
+def _profile(name: str) -> "Profile":
+    from loragraft.backbones.load import NUMERICS
+
+    for profile in NUMERICS:
+        if profile == name:
+            return profile
+    raise ValueError(f"profile {name!r}: expected one of {', '.join(NUMERICS)}")
 
 
 def _parser() -> argparse.ArgumentParser:

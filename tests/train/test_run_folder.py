@@ -1,0 +1,81 @@
+"""The run folder: refuses what is not its run, resumes what is, never holds half a file."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from loragraft.recipes.load import load_recipe
+from loragraft.train.run_folder import RunError, RunFolder
+
+BASE = "b" * 64
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    return RunFolder.open(tmp_path / "run", load_recipe("marketing"), BASE)
+
+
+def checkpoint_at(run: RunFolder, step: int) -> None:
+    for number in range(1, step + 3):  # two steps beyond the checkpoint, lost on resume
+        run.append_metrics({"step": number, "loss": 1 / number})
+    run.step = step
+    run.save_checkpoint({"parameters": [torch.arange(3.0)], "summary": {"a": 1}})
+
+
+def test_resumes_after_the_checkpoint_and_drops_later_lines(run: RunFolder) -> None:
+    checkpoint_at(run, 5)
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "lo')  # what kill -9 leaves
+    again = RunFolder.open(run.path, load_recipe("marketing"), BASE)
+    assert again.step == 5
+    assert again.checkpoint is not None
+    assert torch.equal(again.checkpoint["parameters"][0], torch.arange(3.0))
+    steps = [json.loads(line)["step"] for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5]
+
+
+def test_refuses_another_recipe_and_names_the_key(run: RunFolder) -> None:
+    with pytest.raises(RunError, match=r"train\.steps \(\d+ there, 7 here\).*--fresh"):
+        RunFolder.open(run.path, load_recipe("marketing", ["train.steps=7"]), BASE)
+
+
+def test_refuses_a_checkpoint_of_another_base(run: RunFolder) -> None:
+    checkpoint_at(run, 2)
+    with pytest.raises(RunError, match=r"trained on base bbbb.*base here is cccc"):
+        RunFolder.open(run.path, load_recipe("marketing"), "c" * 64)
+
+
+def test_refuses_a_truncated_checkpoint(run: RunFolder) -> None:
+    checkpoint_at(run, 2)
+    file = run.path / "checkpoint.pt"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(RunError, match=r"checkpoint\.pt cannot be read"):
+        RunFolder.open(run.path, load_recipe("marketing"), BASE)
+
+
+def test_fresh_moves_the_old_run_aside(run: RunFolder) -> None:
+    checkpoint_at(run, 2)
+    again = RunFolder.open(run.path, load_recipe("marketing", ["train.steps=7"]), BASE, fresh=True)
+    assert again.step == 0
+    (aside,) = run.path.parent.glob("run.*")
+    assert (aside / "checkpoint.pt").exists()
+
+
+def test_a_finished_run_stays_finished(run: RunFolder) -> None:
+    checkpoint_at(run, 4)
+    run.summary = {"steps": 4}
+    run.finish()
+    again = RunFolder.open(run.path, load_recipe("marketing"), BASE)
+    assert again.finished
+    assert again.step == 4
+    assert not (run.path / "checkpoint.pt").exists()
+
+
+def test_the_resolved_recipe_loads_back(run: RunFolder) -> None:
+    """`score` and `generate` read the recipe from the run folder."""
+    stored = load_recipe(str(run.path / "recipe.yaml"))
+    assert stored.data == load_recipe("marketing").data
+    assert yaml.safe_load((run.path / "recipe.yaml").read_text())["base"] == "pocket"
