@@ -42,6 +42,7 @@ class Tracking:
             dir=str(folder.path),
             settings=wandb.Settings(silent=True, disable_git=True, disable_code=True, x_disable_stats=True),
         )
+        tracker.start()
         tracker.store_init_configuration(
             {
                 "recipe": recipe_to_dict(recipe),
