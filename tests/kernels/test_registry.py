@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from loragraft.kernels.layout import LinearCase, relative_rms
+from loragraft.kernels.layout import LinearCase, apply_hadamard, relative_rms
 from loragraft.kernels.registry import OPS, cast
 
 ALL = [pytest.param(op, case, id=f"{op.name}-{case}") for op in OPS for case in op.cases]
@@ -114,8 +115,6 @@ def test_codes_on_the_grid_rebuild_x_exactly(op, device):
     """x exactly on the 8-bit grid: the rebuilt x is x, so both ways of saving it give the same gradient."""
     case = LinearCase(7, 40, 192, hadamard=True)
     inputs = cast(op.inputs(case), torch.float32, device)
-    from loragraft.kernels.layout import apply_hadamard
-
     codes = torch.randint(-126, 127, (7, 192), generator=torch.Generator().manual_seed(3)).float()
     codes[:, 0] = 127
     inputs["x"] = apply_hadamard(codes / 127).to(device) * inputs["smooth"]
@@ -164,7 +163,7 @@ def test_an_adapter_in_the_branch_is_the_same_layer(op, device):
 
 @pytest.mark.parametrize("op", EACH)
 def test_two_runs_give_the_same_bits(op, device, dtype):
-    case = LinearCase(77, 96, 320)
+    case = LinearCase(17, 96, 320)
     inputs = cast(op.inputs(case), dtype, device)
     dy = gradient_of(case, device)
     first, second = run(op.apply, inputs, dy), run(op.apply, inputs, dy)
@@ -224,8 +223,6 @@ def test_compiles_without_a_graph_break(op, device):
 @pytest.mark.not_interpreted
 @pytest.mark.parametrize("op", EACH)
 def test_fake_tensors_give_shapes_without_running(op, device):
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     inputs = cast(op.inputs(SMALL), torch.bfloat16, device)
     with FakeTensorMode() as mode:
         fake = {k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
