@@ -71,7 +71,6 @@ def w4a16_fwd_kernel(
         p_tile = p_x + o_row[:, None] * K + o_k[None, :]
         b_x = tl.load(p_tile, mask=(o_m < M)[:, None] & (o_k < K)[None, :], other=0.0)
         b_w = _load_weight(p_q, p_wscale, p_wzero, o_n, group, N, KP)
-        b_w = tl.where((o_k < K)[None, :], b_w, 0.0)  # scales of padding may hold anything, and 0 * inf is nan
         b_y = tl.dot(b_x, tl.trans(b_w.to(b_x.dtype)), b_y, input_precision="ieee")
     b_y = dot_ranks(b_y, p_h, p_up, o_m, o_n, M, N, R, 1, R, BR)
     if HAS_BIAS:
