@@ -132,7 +132,7 @@ def inject_adapter(
     peft_config = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=_exactly(paths))  # type: ignore[arg-type]
     peft_config._register_custom_module({SVDQuantLinear: SVDQuantLoraLinear})
     with torch.random.fork_rng(devices=[]):  # PEFT initialises on the CPU and moves
-        torch.manual_seed(config.seed)
+        torch.default_generator.manual_seed(config.seed)  # torch.manual_seed would reach every GPU's generator too
         inject_adapter_in_model(peft_config, transformer, adapter_name=name)
     parameters = []
     for layer in _carriers(transformer).values():

@@ -204,8 +204,11 @@ def low_rank(matrix_NK: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
     if rank == 0:
         return matrix_NK.new_zeros(N, 0), matrix_NK.new_zeros(0, K)
     devices = [matrix_NK.device] if matrix_NK.is_cuda else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=devices):  # svd_lowrank takes no generator of its own
+        if matrix_NK.is_cuda:
+            torch.cuda.default_generators[matrix_NK.device.index].manual_seed(seed)
+        else:
+            torch.default_generator.manual_seed(seed)
         U, S, V = torch.svd_lowrank(matrix_NK, q=min(rank + OVERSAMPLING, N, K), niter=POWER_ITERATIONS)
     root = S[:rank].sqrt()
     return U[:, :rank] * root, (V[:, :rank] * root).T
