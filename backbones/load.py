@@ -60,7 +60,7 @@ def load_backbone(name: str, profile: Profile | None, device: torch.device | str
                 quantize_base(spec, profile, folder, device)
         transformer = load_quantized(folder, spec.transformer_class)
     transformer.eval().requires_grad_(False)
-    transformer.to(device=device, dtype=dtype)  # INT4 layers keep the dtypes of their buffers
+    nn.Module.to(transformer, device=device, dtype=dtype)  # INT4 layers keep the dtypes of their buffers
     return Backbone(
         spec=spec,
         profile=profile,
@@ -97,7 +97,8 @@ def quantize_base(
     """
     device = torch.device(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    transformer = load_16bit(spec).eval().requires_grad_(False).to(device=device, dtype=dtype)
+    transformer = load_16bit(spec).eval().requires_grad_(False)
+    nn.Module.to(transformer, device=device, dtype=dtype)  # diffusers' own `to` warns about an empty list
     main = QuantSettings(numerics=NUMERICS[profile], smoothing=smoothing, rank=rank)
     few_rows = QuantSettings(numerics="w4a16")
     rules = dict.fromkeys(spec.quantize, main) | dict.fromkeys(spec.quantize_w4a16, few_rows)
@@ -106,7 +107,7 @@ def quantize_base(
     with tqdm(total=len(plan), desc=f"quantize {spec.name}", unit="layer") as bar:
         reports = quantize_backbone(transformer, plan, calibrate, lambda *_: bar.update(), keep=spec.keep_16bit)
     # Back to what the 16-bit base holds on disk: every value came from there, so nothing is rounded.
-    transformer.to(dtype=torch.bfloat16)
+    nn.Module.to(transformer, dtype=torch.bfloat16)
     for module in transformer.modules():
         if isinstance(module, SVDQuantLinear) and module.bias is not None:
             module.bias = module.bias.to(torch.bfloat16)

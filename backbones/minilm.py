@@ -23,7 +23,7 @@ class MiniLMEncoder(nn.Module):
         super().__init__()
         folder = str(get_model_path())
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        self.model = AutoModel.from_pretrained(folder, local_files_only=True, add_pooling_layer=False)
+        self.model = AutoModel.from_pretrained(folder, local_files_only=True)
         self.eval().requires_grad_(False)
 
     def count_tokens(self, caption: str) -> int:

@@ -31,7 +31,11 @@ class PocketEncoders:
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.vae: AutoencoderTiny = AutoencoderTiny.from_pretrained(WEIGHTS / "vae", local_files_only=True)
-        self.vae.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        nn.Module.to(self.vae, device=device, dtype=dtype, memory_format=torch.channels_last)
+        self.vae.eval().requires_grad_(False)
+        if device.type == "cpu":
+            # One image at a time: a batch's feature maps pass 32 MB, which malloc maps and unmaps anew at every layer.
+            self.vae.enable_slicing()
         self.text: MiniLMEncoder | None = MiniLMEncoder().to(device=device)
         vae_bytes = (WEIGHTS / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()
         self._id = f"pocket-vae-{hashlib.sha256(vae_bytes).hexdigest()[:16]}+minilm-l6-v2-{TOKENS}"
