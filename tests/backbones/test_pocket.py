@@ -1,0 +1,76 @@
+"""`pocket` as it ships: it loads in every profile's form, its ledger is complete, its encoders keep their word."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from loragraft.backbones.load import find_spec, list_bases, load_backbone
+from loragraft.backbones.sampler import generate_images
+from loragraft.backbones.spec import Backbone
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
+    return load_backbone("pocket", "native", "cpu", tmp_path_factory.mktemp("cache"))
+
+
+def test_an_unknown_base_names_the_nearest() -> None:
+    with pytest.raises(ValueError, match="Did you mean 'pocket'"):
+        find_spec("poket")
+    assert "pocket" in list_bases()
+
+
+def test_the_ledger_lists_every_linear_and_nothing_fell_back(backbone: Backbone) -> None:
+    counts = backbone.ledger.to_dict()["layers"]
+    assert counts == {"w4a8": 66, "w4a16": 12, "fp32": 8}
+    assert {row.backend for row in backbone.ledger.rows} == {"reference", "torch"}
+
+
+def test_nothing_of_the_base_can_train(backbone: Backbone) -> None:
+    assert not any(p.requires_grad for p in backbone.transformer.parameters())
+
+
+def test_int4_is_the_16bit_model_nearly(backbone: Backbone, tmp_path: Path) -> None:
+    """One velocity: the quantized transformer is within a few per cent of the 16-bit one."""
+    full = load_backbone("pocket", None, "cpu", tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    text = backbone.encoders.encode_text(["a red heart icon", "a shopping cart"])
+    inputs = {
+        "hidden_states": torch.randn(2, 64, 64, generator=generator),
+        "timestep": torch.tensor([0.3, 0.8]),
+        "encoder_hidden_states": text["prompt_embeds"],
+        "pooled_projections": text["pooled_prompt_embeds"],
+        "img_ids": torch.zeros(64, 3),
+        "txt_ids": torch.zeros(32, 3),
+    }
+    with torch.no_grad():
+        (a,), (b,) = (m.transformer(**inputs, return_dict=False) for m in (full, backbone))
+    error = float((a - b).norm() / a.norm())
+    assert 0 < error < 0.1
+    assert full.base_id != backbone.base_id
+
+
+def test_encoders_shapes_and_identity(backbone: Backbone) -> None:
+    encoders = backbone.encoders
+    latents = encoders.encode_images(torch.zeros(2, 3, 128, 128))
+    assert latents.shape == (2, 16, 16, 16)
+    text = encoders.encode_text(["one", "two words"])
+    assert text["prompt_embeds"].shape == (2, 32, 384)
+    assert torch.allclose(text["pooled_prompt_embeds"].norm(dim=-1), torch.ones(2))
+    assert (text["prompt_embeds"][0, 3:] == 0).all(), "padding is not zero"
+    assert encoders.id.startswith("pocket-vae-")
+
+
+def test_an_image_depends_on_its_own_seed_alone(backbone: Backbone) -> None:
+    both = generate_images(backbone, ["a star", "a house"], [7, 8], steps=2)
+    alone = generate_images(backbone, ["a house"], [8], steps=2)[0]
+    difference = torch.tensor(list(both[1].getdata())).float() - torch.tensor(list(alone.getdata())).float()
+    assert difference.abs().max() <= 2  # 8-bit rounding of float32 sums in another order
+
+
+def test_released_text_encoder_refuses(tmp_path: Path) -> None:
+    encoders = find_spec("pocket").load_encoders(torch.device("cpu"), torch.float32)
+    encoders.release_text()
+    with pytest.raises(RuntimeError, match="released"):
+        encoders.encode_text(["x"])
