@@ -128,8 +128,8 @@ def timings(op: LinearOp, case: LinearCase) -> dict[str, object]:
     return {"op": op.name, "case": str(case), "dtype": "torch.bfloat16", **row}
 
 
-def machine(commit: str) -> dict[str, str]:
-    """What the numbers belong to."""
+def machine(commit: str, out: Path) -> dict[str, str]:
+    """What the numbers belong to; the command without the folder that it wrote to."""
     properties = torch.cuda.get_device_properties(0)
     return {
         "device": properties.name,
@@ -139,7 +139,7 @@ def machine(commit: str) -> dict[str, str]:
         "triton": triton.__version__,
         "python": platform.python_version(),
         "commit": commit,
-        "command": " ".join(["python", *sys.argv]),
+        "command": f"python benchmarks/kernels.py --out {out.name} --commit {commit}",
     }
 
 
@@ -164,7 +164,7 @@ def main() -> int:
             for case in SHAPES[op.name]:
                 times.append(timings(op, case))
                 print(json.dumps(times[-1]), flush=True)
-    report = {"machine": machine(arguments.commit), "passed": passed, "gate": gate, "timings": times}
+    report = {"machine": machine(arguments.commit, arguments.out), "passed": passed, "gate": gate, "timings": times}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(report, indent=1) + "\n")
     return 0 if passed else 1

@@ -98,7 +98,7 @@ def quantize_group_kernel(
     b_scale = tl.math.div_rn(b_max, tl.full((BM,), 7.0, tl.float32))
     b_bits = b_scale.to(tl.int32, bitcast=True)  # to bf16 by bits: the interpreter's own cast truncates
     b_bits = (b_bits + 0x7FFF + ((b_bits >> 16) & 1)) & -65536
-    b_scale = b_bits.to(tl.float32, bitcast=True)
+    b_scale = tl.where(b_scale == b_scale, b_bits.to(tl.float32, bitcast=True), b_scale)  # a NaN's bits may overflow
     b_scale = tl.where(b_scale == 0, 1.0, b_scale)
     b_codes = round_half_even(tl.math.div_rn(b_x, tl.broadcast_to(b_scale[:, None], b_x.shape)))
     b_codes = tl.minimum(tl.maximum(b_codes, -7.0), 7.0)
