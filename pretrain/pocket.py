@@ -1,0 +1,332 @@
+"""Makes ``pocket``: icons -> pictures with captions -> autoencoder -> latents and text embeddings -> transformer -> export.
+
+    python pretrain/pocket.py --icons icons.jsonl.gz inputs/mdi.jsonl.gz --text inputs/minilm --work /tmp/pocket --out export --minutes 17
+
+One call is one process on one GPU. ``--resume`` continues from the checkpoints in ``--work``; ``--later-minutes`` tells
+the learning-rate schedule how much training is still to come in such later calls. See README.md beside this file.
+"""
+
+import argparse
+import datetime
+import json
+import multiprocessing.pool
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+from autoencoder import (
+    AutoencoderSettings,
+    build_autoencoder,
+    decode,
+    encode,
+    psnr,
+    train_autoencoder,
+    with_scalar_scaling,
+)
+from captions import draw_scenes
+from composite import composite, shapes
+from diffusers import AutoencoderTiny
+from icons import HELD_OUT_STYLES, Icon, Stats, read_icons, render_icons, sampling_weights, split_of
+from minilm import TextEncoder
+from PIL import Image
+from prompts import PROMPTS
+from torch import Tensor
+from transformer import Pool, Trainer, TransformerSettings, sample
+
+GUIDANCE = 3.0
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Material:
+    """All that is made on the CPU: pixels per size, and per split the scene rows, captions and token rows."""
+
+    pixels: list[np.ndarray]
+    rows: dict[str, np.ndarray]
+    captions: dict[str, list[str]]
+    tokens: dict[str, np.ndarray]
+    prompt_tokens: np.ndarray  # the last row is the empty prompt
+    licences: dict[str, tuple[str, str, int]]  # set -> (author, licence, icons used)
+
+
+_SHARED: dict = {}
+
+
+def _draw_chunk(job: tuple[str, int, int]) -> tuple[np.ndarray, list[str], np.ndarray]:
+    split, count, seed = job
+    icons, stats, weights, members, text = (_SHARED[key] for key in ("icons", "stats", "weights", "members", "text"))
+    rows, captions = draw_scenes(icons, stats, weights, members[split], count, seed)
+    return rows, captions, text.tokenize(captions)
+
+
+def draw_split(split: str, count: int, seed: int, pool: multiprocessing.pool.Pool) -> tuple:
+    """``count`` scenes of a split in chunks of 2000, each from its own seed."""
+    jobs = [(split, min(2000, count - at), seed + at) for at in range(0, count, 2000)]
+    parts = pool.map(_draw_chunk, jobs, chunksize=1)
+    rows, captions, tokens = zip(*parts, strict=True)
+    return np.concatenate(rows), [text for part in captions for text in part], np.concatenate(tokens)
+
+
+def prepare(arguments: argparse.Namespace, text: TextEncoder) -> Material:
+    """Reads, renders, draws. Runs before CUDA starts, because it forks."""
+    icons = read_icons(arguments.icons)
+    icons = icons[:: len(icons) // arguments.limit] if arguments.limit else icons
+    pixels, stats = render_icons(icons)
+    seen = [i for i, stat in enumerate(stats) if stat.solid > 0]  # empty pictures teach nothing
+    members = {split: [i for i in seen if split_of(icons[i]) == split] for split in ("train", "name", "style")}
+    counts = {"train": arguments.pool, "name": arguments.held_out, "style": arguments.held_out}
+    _SHARED.update(icons=icons, stats=stats, weights=sampling_weights(icons), members=members, text=text)
+    rows, captions, tokens = {}, {}, {}
+    with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
+        for number, split in enumerate(key for key in members if members[key]):
+            seed = (arguments.pool_seed * 3 + number) * 10**8
+            rows[split], captions[split], tokens[split] = draw_split(split, counts[split], seed, pool)
+    return Material(pixels, rows, captions, tokens, text.tokenize([*PROMPTS, ""]), licences(icons, stats))
+
+
+def licences(icons: list[Icon], stats: list[Stats]) -> dict[str, tuple[str, str, int]]:
+    used: dict[str, tuple[str, str, int]] = {}
+    for icon, stat in zip(icons, stats, strict=True):
+        if stat.solid > 0 and split_of(icon) == "train":
+            used[icon.set] = (icon.author, icon.license, used.get(icon.set, ("", "", 0))[2] + 1)
+    return used
+
+
+def make_autoencoder(
+    glyphs: list[Tensor], rows: dict[str, Tensor], settings: AutoencoderSettings, device: str, compiled: bool, log: Log
+) -> tuple[AutoencoderTiny, dict]:
+    """Half captioned scenes, half busy pictures (shapes, strokes, gradients). Returns model and figures."""
+    train = rows["train"]
+
+    def pictures(step: int, batch: int, generator: torch.Generator) -> Tensor:
+        chosen = train[torch.randint(len(train), (batch,), generator=generator, device=device)]
+        half = batch // 2
+        busy = composite(glyphs, chosen[half:], shapes(batch - half, generator))
+        return torch.cat([composite(glyphs, chosen[:half]), busy])
+
+    model = train_autoencoder(pictures, settings, device, log, compiled)
+    model, deviations = with_scalar_scaling(model, composite(glyphs, train[:4096]))
+    generator = torch.Generator(device).manual_seed(2)
+    held = rows.get("name", train)[:1024]
+    figures = {
+        "psnr_held_out_scenes_db": round(psnr(model, composite(glyphs, held)), 2),
+        "psnr_held_out_icons_on_white_db": round(psnr(model, composite(glyphs, on_white(held))), 2),
+        "psnr_busy_db": round(psnr(model, composite(glyphs, held, shapes(len(held), generator))), 2),
+        "scaling_factor": model.config.scaling_factor,
+        "shift_factor": model.config.shift_factor,
+        "channel_deviations": deviations,
+    }
+    return model, figures
+
+
+def on_white(rows: Tensor) -> Tensor:
+    """The same icons as plain drawings: 112 px, centred, white ground, untinted."""
+    plain = rows.clone()
+    plain[:, 1], plain[:, 2:4], plain[:, 4], plain[:, 5:11], plain[:, 11] = 0, 8, 0, 255, 0
+    return plain
+
+
+def build_pool(
+    model: AutoencoderTiny, glyphs: list[Tensor], rows: Tensor, tokens: Tensor, empty: Tensor, text: TextEncoder
+) -> Pool:
+    """Encodes scenes and captions once; everything stays on the device in bf16."""
+    count, device = len(rows), rows.device
+    latents = torch.empty(count, 16, 16, 16, dtype=torch.bfloat16, device=device)
+    states = torch.empty(count, *tokens.shape[1:], 384, dtype=torch.bfloat16, device=device)
+    pooled = torch.empty(count, 384, dtype=torch.bfloat16, device=device)
+    for at in range(0, count, 1024):
+        latents[at : at + 1024] = encode(model, composite(glyphs, rows[at : at + 1024]))
+        states[at : at + 1024], pooled[at : at + 1024] = text.embed(tokens[at : at + 1024])
+    empty_states, empty_pooled = text.embed(empty[None])
+    return Pool(latents, states, pooled, empty_states[0].bfloat16(), empty_pooled[0].bfloat16())
+
+
+def save_grid(pictures: Tensor, columns: int, path: Path) -> None:
+    """[B, 3, H, W] in [-1, 1] -> PNG, row by row, with a thin gray gap."""
+    padded = torch.nn.functional.pad(pictures.float().cpu(), (0, 4, 0, 4), value=0.4)
+    rows = [torch.cat(list(padded[at : at + columns]), 2) for at in range(0, len(padded), columns)]
+    width = max(row.shape[2] for row in rows)
+    rows = [torch.nn.functional.pad(row, (0, width - row.shape[2]), value=0.4) for row in rows]
+    grid = ((torch.cat(rows, 1) + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+    Image.fromarray(grid).save(path)
+
+
+def export(
+    out: Path, trainer: Trainer, model: AutoencoderTiny, pools: dict[str, Pool], material: Material, text: TextEncoder,
+    glyphs: list[Tensor], rows: dict[str, Tensor], steps: int,
+) -> dict:  # fmt: skip
+    """Weights, pictures to look at, and the losses of the EMA weights."""
+    device = trainer.device
+    averaged = trainer.averaged()
+    trainer.model.load_state_dict(trainer.ema)
+    trainer.forward = trainer.model
+    with torch.no_grad():
+        losses = {
+            split: round(
+                torch.cat([trainer.loss(pool, *trainer.draw(pool, 10**12 + i)) for i in range(4)]).mean().item(), 5
+            )
+            for split, pool in pools.items()
+        }
+    states, pooled = text.embed(torch.from_numpy(material.prompt_tokens[:-1]).to(device))
+    pictures = decode(model, sample(averaged, pools["train"], states, pooled, steps, GUIDANCE, 0))
+    save_grid(pictures, 8, out / "samples.png")
+    if "name" in pools:
+        held = pools["name"]
+        drawn = sample(averaged, held, held.states[:24].float(), held.pooled[:24].float(), steps, GUIDANCE, 0)
+        pairs = zip(composite(glyphs, rows["name"][:24]).split(8), decode(model, drawn).split(8), strict=True)
+        save_grid(torch.cat([part for pair in pairs for part in pair]), 8, out / "held_out.png")
+    truth = composite(glyphs, rows.get("name", rows["train"])[:32])
+    busy = composite(glyphs, rows["train"][:16], shapes(16, torch.Generator(device).manual_seed(3)))
+    truth = torch.cat([truth[:16], busy])
+    pairs = zip(truth.split(8), decode(model, encode(model, truth)).split(8), strict=True)
+    save_grid(torch.cat([part for pair in pairs for part in pair]), 8, out / "autoencoder.png")
+    averaged.to(torch.bfloat16).save_pretrained(out / "transformer")
+    # half keeps three more bits than bfloat16, and the decoder's values are small; NCHW as diffusers writes it
+    model.to(torch.float16, memory_format=torch.contiguous_format).save_pretrained(out / "vae")
+    return losses
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--icons", type=Path, nargs="+", required=True, help="icon records, JSON lines, gzip")
+    parser.add_argument("--text", type=Path, required=True, help="folder written by minilm.reduce_encoder")
+    parser.add_argument("--work", type=Path, required=True, help="checkpoints")
+    parser.add_argument("--out", type=Path, required=True, help="export")
+    parser.add_argument("--minutes", type=float, required=True, help="wall clock of this call, everything included")
+    parser.add_argument("--later-minutes", type=float, default=0.0, help="training minutes planned in later calls")
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--autoencoder-seconds", type=float, default=AutoencoderSettings.seconds)
+    parser.add_argument("--pool", type=int, default=800_000, help="scenes in the training pool")
+    parser.add_argument("--pool-seed", type=int, default=0)
+    parser.add_argument("--held-out", type=int, default=2048, help="scenes per held-out split")
+    parser.add_argument("--limit", type=int, default=None, help="use about so many icons, evenly spaced")
+    parser.add_argument("--batch", type=int, default=TransformerSettings.batch)
+    parser.add_argument("--steps", type=int, default=None, help="stop both trainings after so many steps")
+    parser.add_argument("--sample-steps", type=int, default=25)
+    parser.add_argument("--eager", action="store_true", help="do not compile")
+    parser.add_argument("--device", default="cuda")
+    return parser.parse_args()
+
+
+def load_or_make_autoencoder(
+    arguments: argparse.Namespace,
+    settings: AutoencoderSettings,
+    glyphs: list[Tensor],
+    rows: dict[str, Tensor],
+    log: Log,
+) -> tuple[AutoencoderTiny, dict]:
+    """The work folder's autoencoder when resuming, else a new one, saved there."""
+    path = arguments.work / "autoencoder.pt"
+    if arguments.resume and path.exists():
+        content = torch.load(path, weights_only=True)
+        figures = content["figures"]
+        model = build_autoencoder(figures["scaling_factor"], figures["shift_factor"])
+        model.load_state_dict(content["state"])
+        return model.to(arguments.device, memory_format=torch.channels_last).eval(), figures
+    model, figures = make_autoencoder(glyphs, rows, settings, arguments.device, not arguments.eager, log)
+    torch.save({"state": model.state_dict(), "figures": figures}, path)
+    return model, figures
+
+
+def main() -> None:
+    started = time.perf_counter()
+    arguments = parse_arguments()
+    stages: dict[str, float] = {}
+
+    def log(message: str) -> None:
+        print(f"[{time.perf_counter() - started:7.1f}] {message}", flush=True)
+
+    def stage(name: str) -> None:
+        stages[name] = round(time.perf_counter() - started, 1)
+        log(f"done: {name}")
+
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive the forks of prepare
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    text = TextEncoder(arguments.text)
+    material = prepare(arguments, text)
+    stage("render")
+    device = arguments.device
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward fails with torch 2.11 on Hopper (illegal memory access)
+    glyphs = [torch.from_numpy(part).to(device) for part in material.pixels]
+    rows = {split: torch.from_numpy(part).to(device) for split, part in material.rows.items()}
+    settings = AutoencoderSettings(
+        seconds=arguments.autoencoder_seconds,
+        steps=arguments.steps,
+        batch=min(arguments.batch, AutoencoderSettings.batch),
+    )
+    model, figures = load_or_make_autoencoder(arguments, settings, glyphs, rows, log)
+    stage("autoencoder")
+    log(json.dumps(figures))
+    text.load(device)
+    empty = torch.from_numpy(material.prompt_tokens[-1]).to(device)
+    pools = {
+        split: build_pool(model, glyphs, rows[split], torch.from_numpy(material.tokens[split]).to(device), empty, text)
+        for split in rows
+    }
+    stage("pool")
+    trainer = Trainer(
+        replace(TransformerSettings(), batch=arguments.batch, steps=arguments.steps), device, not arguments.eager
+    )
+    checkpoint = arguments.work / "transformer.pt"
+    if arguments.resume and checkpoint.exists():
+        trainer.load(checkpoint)
+    left = arguments.minutes * 60 - (time.perf_counter() - started) - 25  # export takes about 20 s
+    trainer.train(pools["train"], left, arguments.later_minutes * 60, checkpoint, log)
+    stage("transformer")
+    losses = export(arguments.out, trainer, model, pools, material, text, glyphs, rows, arguments.sample_steps)
+    stage("export")
+    write_result(arguments, material, figures, trainer, losses, stages)
+
+
+def write_result(
+    arguments: argparse.Namespace, material: Material, figures: dict, trainer: Trainer, losses: dict, stages: dict
+) -> None:
+    """``result.json``: what was made, when, of what, how good."""
+    cuda = torch.cuda.is_available()
+    progress, settings = trainer.progress, trainer.settings
+    result = {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "transformers": transformers.__version__,
+        },
+        "icons": {split: len(np.unique(part[:, 0])) for split, part in material.rows.items()},
+        "scenes": {split: len(part) for split, part in material.rows.items()},
+        "held_out_styles": HELD_OUT_STYLES,
+        "example_captions": material.captions["train"][:24],
+        "autoencoder": figures,
+        "transformer": {
+            "parameters": sum(p.numel() for p in trainer.model.parameters()),
+            "settings": asdict(settings),
+            "steps": progress.step,
+            "samples_seen": progress.step * settings.batch,
+            "training_seconds": round(progress.seconds, 1),
+            "ema_loss": losses,
+            "curve_step_seconds_loss_rate": progress.losses,
+        },
+        "sampling": {"steps": arguments.sample_steps, "guidance": GUIDANCE, "prompts": PROMPTS},
+        "held_out_captions": material.captions.get("name", [])[:24],
+        "stages_end_seconds": stages,
+        "sources": {
+            name: {"author": a, "license": b, "icons": n} for name, (a, b, n) in sorted(material.licences.items())
+        },
+        "cuda_memory_peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1) if cuda else None,
+    }
+    (arguments.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
