@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from loragraft.data.domains import Domain, Picture
 from loragraft.data.marketing_art import Design, draw
-from loragraft.data.marketing_concepts import CONCEPTS, PLURALS
+from loragraft.data.marketing_concepts import CONCEPTS
 from loragraft.data.splits import split_concepts
 
 # Gradients that look like a shop window, light to dark; white is legible on every one.
@@ -65,11 +65,14 @@ def design(concept: str, rng: random.Random) -> Design:
 
 
 def caption(concept: str, made: Design, rng: random.Random) -> str:
-    """One of several ways in which a person would describe the design; at most 30 MiniLM tokens."""
+    """One of several ways in which a person would describe the design; at most 30 MiniLM tokens.
+
+    The thing and its colours come in one piece, as in any icon's caption, and the layout is said beside them: what a
+    base knows of things then stays in reach, and the words for the layout are what is new.
+    """
     plain = made.first == made.second
-    surface = f"plain {made.first}" if plain else f"{_article(made.first)} {made.first} to {made.second} gradient"
-    colours = made.first if plain else f"{made.first} and {made.second}"
-    item = concept if concept in PLURALS else f"{_article(concept)} {concept}"
+    surface = f"{_article(made.first)} {made.first}" + ("" if plain else f" to {made.second} gradient") + " background"
+    thing = f"{made.glyph} {concept} icon on {surface}"
     layout = "call-to-action card" if made.layout == "button" else made.layout
     if not made.text:
         carrier = rng.choice(["", "", ", no text"])
@@ -79,10 +82,10 @@ def caption(concept: str, made: Design, rng: random.Random) -> str:
         carrier = f", {made.ribbon} {made.text} {'button' if made.layout == 'button' else 'ribbon'}"
     return rng.choice(
         [
-            f"{layout}: {made.glyph} {concept} on {surface}{carrier}",
-            f"{colours} {layout} with {item} in {made.glyph}{carrier}",
-            f"{item} on a {layout}, {made.glyph} on {colours}{carrier}",
-            f"{layout} for {item}, {made.glyph} on {surface}{carrier}",
+            f"{layout}: {thing}{carrier}",
+            f"{thing}, {layout}{carrier}",
+            f"{thing}{carrier}, {layout}",
+            f"{layout} with {_article(made.glyph)} {thing}{carrier}",
         ]
     )
 
@@ -111,4 +114,4 @@ def pictures(count: int, seed: int, validation_fraction: float, test_fraction: f
         )
 
 
-DOMAIN = Domain(name="marketing", version=1, licence="CC-BY-4.0", attribution=ATTRIBUTION, pictures=pictures)
+DOMAIN = Domain(name="marketing", version=2, licence="CC-BY-4.0", attribution=ATTRIBUTION, pictures=pictures)

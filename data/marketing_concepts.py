@@ -4,12 +4,6 @@ Names are those that icon and emoji sets share, since a base model knows icons b
 the front and from the side) are one concept, so that no concept leaks from one split into another under a second name.
 """
 
-# Names that take no article.
-PLURALS = frozenset(
-    "bacon|fire|cheese|dna|coins|scissors|headphones|glasses|binoculars|socks|pills|dice|clinking glasses|theater masks|"
-    "fork and knife".split("|")
-)
-
 CONCEPTS: dict[str, tuple[str, ...]] = {
     # shopping and money
     "shopping cart": ("cart-shopping",),

@@ -1,10 +1,13 @@
-"""The main job as a user runs it, small: own folder, five-line recipe, `accelerate launch`, kill -9, resume, graft, draw.
+"""The main job as a user runs it, small: the README's own folder, recipe and commands, kill -9, resume, graft, draw.
 
 Every process runs with a guard on its sockets: after installation nothing but loopback is touched.
 """
 
+import importlib.util
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,9 +21,16 @@ from PIL import Image, ImageDraw
 from safetensors import safe_open
 
 from loragraft import cli
+from loragraft.adapters.checkpoint import load_adapter
+from loragraft.backbones.load import load_backbone
 
 ROOT = Path(__file__).parents[1]
 STEPS = 6
+SMALL = (
+    f"train.steps={STEPS}", "train.batch_size=2", "train.checkpoint_every=1", "train.validate_every=3", "train.log_every=1",
+    "optim.learning_rate=3e-2", "optim.warmup_steps=1", "optim.schedule=constant", "sample.steps=2",
+    "data.validation_fraction=0.2", "data.test_fraction=0.2",
+)  # fmt: skip
 
 GUARD = """
 import os, socket
@@ -63,11 +73,13 @@ class Place:
         }
 
     def start(self, out: str, *overrides: str) -> "subprocess.Popen[str]":
-        command = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "train" / "lora.py")]
-        options = ["--recipe", str(self.recipe), "--out", str(self.root / out), *overrides]
+        """The README's command, made small."""
+        launcher, script, *options = readme_command("accelerate launch train/lora.py --recipe mine.yaml").split()[1:]
+        assert (launcher, script) == ("launch", "train/lora.py")
+        command = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / script), *options]
         return subprocess.Popen(
-            [*command, *options], cwd=self.root, env=self.environment, text=True, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, start_new_session=True,
+            [*command, "--out", f"runs/{out}", *SMALL, *overrides], cwd=self.root, env=self.environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
 
     def train(self, out: str, *overrides: str) -> str:
@@ -75,6 +87,18 @@ class Place:
         output, _ = process.communicate(timeout=300)
         assert process.returncode == 0, output
         return output
+
+
+def readme_command(start: str) -> str:
+    """The one line of the README's shell blocks that starts with `start`."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    (line,) = [line for block in blocks for line in block.splitlines() if line.startswith(start)]
+    return line.partition("#")[0].strip()
+
+
+def readme_recipe() -> str:
+    (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    return text
 
 
 @pytest.fixture(scope="session")
@@ -90,22 +114,16 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
         (photos / f"{i:02d}.txt").write_text(f"a {colours[i % 4]} blob number {i}")
     (root / "guard").mkdir()
     (root / "guard" / "sitecustomize.py").write_text(GUARD)
-    (root / "mine.yaml").write_text(
-        "extends: _base\n"
-        "data: {folder: ./photos, validation_fraction: 0.2, test_fraction: 0.2}\n"
-        f"train: {{steps: {STEPS}, batch_size: 2, checkpoint_every: 1, validate_every: 3, log_every: 1}}\n"
-        "optim: {learning_rate: 3e-2, warmup_steps: 1, schedule: constant}\n"
-        "sample: {prompts: ['a red blob'], steps: 2}\n"
-    )
+    (root / "mine.yaml").write_text(readme_recipe())
     return Place(root)
 
 
 @pytest.fixture(scope="session")
 def run(place: Place) -> Path:
     """One uninterrupted run."""
-    output = place.train("whole")
+    output = place.train("mine")
     assert "reference" in output, "the ledger was not printed"
-    return place.root / "whole"
+    return place.root / "runs" / "mine"
 
 
 def losses(run: Path) -> list[dict[str, float]]:
@@ -136,7 +154,7 @@ def test_adapter_file_says_what_it_is_and_nothing_local(run: Path, place: Place)
 def test_killed_with_9_and_resumed_equals_uninterrupted(place: Place, run: Path) -> None:
     """Bit for bit: every loss, gradient norm and validation loss, and the adapter."""
     process = place.start("killed")
-    metrics, deadline = place.root / "killed" / "metrics.jsonl", time.monotonic() + 240
+    metrics, deadline = place.root / "runs" / "killed" / "metrics.jsonl", time.monotonic() + 240
     while process.poll() is None and time.monotonic() < deadline:
         if metrics.exists() and len(metrics.read_text().splitlines()) >= 3:
             break
@@ -144,10 +162,12 @@ def test_killed_with_9_and_resumed_equals_uninterrupted(place: Place, run: Path)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert process.returncode != 0
-    assert not (place.root / "killed" / "summary.json").exists(), "finished before it was killed"
+    assert not (place.root / "runs" / "killed" / "summary.json").exists(), "finished before it was killed"
     place.train("killed")
-    assert losses(place.root / "killed") == losses(run)
-    files = [folder / "adapter" / "pytorch_lora_weights.safetensors" for folder in (run, place.root / "killed")]
+    assert losses(place.root / "runs" / "killed") == losses(run)
+    files = [
+        folder / "adapter" / "pytorch_lora_weights.safetensors" for folder in (run, place.root / "runs" / "killed")
+    ]
     with safe_open(files[0], "pt") as a, safe_open(files[1], "pt") as b:
         assert set(a.keys()) == set(b.keys())
         assert all(torch.equal(a.get_tensor(key), b.get_tensor(key)) for key in a.keys())  # noqa: SIM118
@@ -157,7 +177,7 @@ def test_interchange_profile_trains_in_its_own_numerics(place: Place, monkeypatc
     output = place.train("interchange", "numerics=interchange", "train.steps=2")
     assert "w4a4" in output
     assert "w4a8" not in output
-    assert len(losses(place.root / "interchange")) == 2
+    assert len(losses(place.root / "runs" / "interchange")) == 2
 
 
 def test_the_offline_wandb_run_reads_back(run: Path) -> None:
@@ -175,34 +195,69 @@ def test_the_offline_wandb_run_reads_back(run: Path) -> None:
     assert "artifact" in kinds or any("mine-adapter" in line for line in records)
 
 
-def test_generate_draws_before_and_after(run: Path, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def at_place(place: Place, monkeypatch: pytest.MonkeyPatch) -> Place:
+    """The test process itself in the user's folder, with the user's cache."""
+    monkeypatch.chdir(place.root)
     monkeypatch.setenv("LORAGRAFT_CACHE", str(place.root / "cache"))
-    out = place.root / "images"
-    command = [
-        "generate",
-        "--adapter",
-        f"{run}@0.9",
-        "--prompt",
-        "a blue blob",
-        "--steps",
-        "3",
-        "--compare",
-        "--out",
-        str(out),
-    ]
-    assert cli.main(command) == 0
-    about = json.loads(Image.open(out / "0000.png").text["loragraft"])  # type: ignore[attr-defined]
-    assert about["prompt"] == "a blue blob"
-    assert about["adapters"] == [{"name": "mine", "weight": 0.9}]
-    assert (out / "before_after.png").exists()
+    return place
 
 
-def test_score_measures_both_sides(run: Path, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LORAGRAFT_CACHE", str(place.root / "cache"))
+def test_generate_draws_before_and_after(run: Path, at_place: Place) -> None:
+    command = shlex.split(readme_command("loragraft generate --adapter runs/mine"))
+    assert cli.main([*command[1:], "--steps", "2"]) == 0
+    about = json.loads(Image.open("images/0000.png").text["loragraft"])  # type: ignore[attr-defined]
+    assert about["prompt"] == "in my style, a red bicycle"
+    assert about["adapters"] == [{"name": "mine", "weight": 1.0}]
+    assert Path("images/before_after.png").exists()
+    assert cli.main(["generate", "--adapter", f"{run}@0.5", "--prompt", "a blob", "--steps", "2", "--out", "half"]) == 0
+    assert json.loads(Image.open("half/0000.png").text["loragraft"])["adapters"][0]["weight"] == 0.5  # type: ignore[attr-defined]
+
+
+def test_score_measures_both_sides(run: Path, at_place: Place) -> None:
     assert cli.main(["score", str(run), "--images", "4"]) == 0
     score = json.loads((run / "score.json").read_text())
     assert score["images"] == 4
     assert score["kid_lite0_base"]["value"] != score["kid_lite0_adapter"]["value"]
+
+
+def test_publish_and_list(run: Path, at_place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(shlex.split(readme_command("loragraft publish runs/mine"))[1:]) == 0
+    assert "base_model_relation: adapter" in Path("zoo/mine/README.md").read_text()
+    assert cli.main(shlex.split(readme_command("loragraft zoo"))[1:]) == 0
+    assert "mine" in capsys.readouterr().out
+
+
+def test_readme_shows_a_recipe_resolved(at_place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(shlex.split(readme_command("loragraft recipe"))[1:]) == 0
+    assert "rank: 32" in capsys.readouterr().out
+
+
+def test_the_two_commands_are_what_the_readme_says() -> None:
+    """`make marketing` expands to the commands of the section Step by step; `make test` to the checks and pytest."""
+    readme_command("make marketing"), readme_command("make test")
+    plan = subprocess.run(["make", "-n", "marketing"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    for verb in ("accelerate launch train/lora.py --recipe marketing", "loragraft generate", "loragraft score"):
+        assert verb in plan
+    assert (
+        "-m pytest"
+        in subprocess.run(["make", "-n", "test"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    )
+
+
+def test_the_trained_adapter_grafts_exactly(run: Path, at_place: Place) -> None:
+    """Bounds of benchmarks/graft.py, on the layers' real inputs: float32 1e-5, bf16 5e-3, and every byte restored."""
+    spec = importlib.util.spec_from_file_location("benchmark_graft", ROOT / "benchmarks" / "graft.py")
+    assert spec is not None
+    assert spec.loader is not None
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    adapter = load_adapter(run / "adapter")
+    backbone = load_backbone("pocket", "native", "cpu", at_place.root / "cache")
+    measured = benchmark.measure(backbone, adapter)
+    assert measured["velocity_change"] >= 0.05, "the adapter hardly does anything: the bounds would mean nothing"
+    assert measured["passed"], {key: value for key, value in measured.items() if key != "layers"}
+    assert len(measured["layers"]) == 66
 
 
 def test_no_network_but_loopback(place: Place, run: Path) -> None:

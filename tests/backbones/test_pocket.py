@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -65,8 +66,11 @@ def test_encoders_shapes_and_identity(backbone: Backbone) -> None:
 def test_an_image_depends_on_its_own_seed_alone(backbone: Backbone) -> None:
     both = generate_images(backbone, ["a star", "a house"], [7, 8], steps=2)
     alone = generate_images(backbone, ["a house"], [8], steps=2)[0]
-    difference = torch.tensor(list(both[1].getdata())).float() - torch.tensor(list(alone.getdata())).float()
-    assert difference.abs().max() <= 2  # 8-bit rounding of float32 sums in another order
+    first, second = (np.asarray(image, dtype=np.float64) for image in (both[1], alone))
+    # Sums in another order now and then round an activation code the other way; that must stay invisible.
+    assert np.abs(first - second).mean() < 1
+    other = np.asarray(both[0], dtype=np.float64)
+    assert np.abs(first - other).mean() > 5
 
 
 def test_released_text_encoder_refuses(tmp_path: Path) -> None:
