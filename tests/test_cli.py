@@ -1,0 +1,70 @@
+"""The command teaches through --help and answers mistakes in one sentence."""
+
+from pathlib import Path
+
+import pytest
+
+from loragraft import cli
+
+VERBS = ("recipe", "train", "generate", "quantize", "score", "preflight", "publish", "zoo", "demo")
+
+
+def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert all(f"\n    {verb} " in text for verb in VERBS)
+    assert "accelerate launch train/lora.py --recipe marketing" in text
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([verb, "--help"])
+    assert stop.value.code == 0
+    assert len(capsys.readouterr().out.splitlines()) >= 4
+
+
+def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["recipe"]) == 0
+    assert "marketing" in capsys.readouterr().out.split()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["score", "."], "no run folder"),
+        (["publish", ".", "--to", "zoo"], "no finished adapter"),
+        (["zoo", "nowhere"], "is no folder"),
+        (["generate", "--adapter", "runs/mine@strong"], "what follows @ is the adapter's weight"),
+        (["generate", "--base", "pocet", "--prompt", "x"], "Did you mean 'pocket'"),
+        (["generate"], 'give --prompt "..."'),
+        (["quantize", "pocket", "--out", "."], "exists already"),
+        (["demo"], "no browser page yet"),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert error.startswith("error: ")
+    assert "\n" not in error
+
+
+def test_preflight_counts_what_a_run_takes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("LORAGRAFT_CACHE", str(tmp_path))
+    assert cli.main(["preflight", "marketing", "data.count=12"]) == 0
+    text = capsys.readouterr().out
+    assert "w4a8" in text
+    assert "'train': " in text
+    assert "parameters), and as much again for its gradient" in text
