@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import yaml
 
+from loragraft.data.cache import write_atomic
 from loragraft.recipes.load import recipe_hash, recipe_to_dict
 from loragraft.recipes.schema import Recipe
 
@@ -54,7 +55,7 @@ class RunFolder:
             run._resume(recipe)
         else:
             path.mkdir(parents=True, exist_ok=True)
-            write_atomically(path / "recipe.yaml", yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False))
+            write_atomic(path / "recipe.yaml", yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False).encode())
         return run
 
     def _resume(self, recipe: Recipe) -> None:
@@ -91,7 +92,7 @@ class RunFolder:
         if file.exists():
             lines = file.read_text(encoding="utf-8").splitlines()[: self.step + 1]
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.step]
-            write_atomically(file, "".join(line + "\n" for line in kept))
+            write_atomic(file, "".join(line + "\n" for line in kept).encode())
 
     @property
     def adapter_folder(self) -> Path:
@@ -119,18 +120,8 @@ class RunFolder:
     def finish(self) -> None:
         """Marks the run as done: writes summary.json, then removes the checkpoint that nothing needs any more."""
         self.finished = True
-        write_atomically(self.path / "summary.json", json.dumps(self.summary, indent=1) + "\n")
+        write_atomic(self.path / "summary.json", (json.dumps(self.summary, indent=1) + "\n").encode())
         (self.path / "checkpoint.pt").unlink(missing_ok=True)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Old content or new, never half: written beside, flushed to disk, renamed."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

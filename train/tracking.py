@@ -33,12 +33,16 @@ class Tracking:
         if recipe.tracking.mode == "disabled" or not accelerator.is_main_process:
             return cls(None, recipe.name)
         run_id = hashlib.sha256(f"{folder.recipe_hash}/{folder.path.name}".encode()).hexdigest()[:12]
+        mode = wandb_mode(recipe.tracking.mode)
+        if mode == "offline":
+            # The run's own mode does not reach W&B's telemetry, which asks the process-wide settings and would go online.
+            wandb.setup(settings=wandb.Settings(mode="offline"))
         tracker = WandBTracker(
             recipe.tracking.project,
             name=recipe.name,
             id=run_id,
             resume="allow",
-            mode=wandb_mode(recipe.tracking.mode),
+            mode=mode,
             dir=str(folder.path),
             settings=wandb.Settings(silent=True, disable_git=True, disable_code=True, x_disable_stats=True),
         )

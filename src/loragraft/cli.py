@@ -108,7 +108,7 @@ def _score(args: argparse.Namespace) -> int:
     import dataclasses
 
     from loragraft.backbones.load import load_backbone
-    from loragraft.data.cache import default_cache_root
+    from loragraft.data.cache import default_cache_root, write_atomic
     from loragraft.data.sources import open_source
     from loragraft.evaluation.score import score_adapter
 
@@ -123,7 +123,7 @@ def _score(args: argparse.Namespace) -> int:
         held_out = held_out[: args.references]
     score = score_adapter(backbone, adapter, held_out, config)
     target = Path(args.run) / "score.json"
-    target.write_text(json.dumps(score.to_dict(), indent=1) + "\n", encoding="utf-8")
+    write_atomic(target, (json.dumps(score.to_dict(), indent=1) + "\n").encode())
     print(score.table())
     print(f"written to {target}")
     return 0
