@@ -64,9 +64,13 @@ def _graft(result: dict[str, Any]) -> list[str]:
     ]
 
 
+def _counts(layers: dict[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in layers.items())
+
+
 def _gpu(result: dict[str, Any]) -> list[str]:
     rows = [
-        f"| {profile} | {figures['layers']} | {', '.join(figures['backends'])} | {figures['gradient_cosine_min']:.4f} | "
+        f"| {profile} | {_counts(figures['layers'])} | {', '.join(figures['backends'])} | {figures['gradient_cosine_min']:.4f} | "
         f"{figures['step_ms']:.0f} |"
         for profile, figures in result["profiles"].items()
     ]
