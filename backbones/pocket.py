@@ -34,7 +34,8 @@ class PocketEncoders:
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.vae: AutoencoderTiny = AutoencoderTiny.from_pretrained(WEIGHTS / "vae", local_files_only=True)
-        nn.Module.to(self.vae, device=device, dtype=dtype, memory_format=torch.channels_last)
+        nn.Module.to(self.vae, device=device, dtype=dtype)
+        self.vae.to(memory_format=torch.channels_last)
         self.vae.eval().requires_grad_(False)
         if device.type == "cpu":
             # One image at a time: a batch's feature maps pass 32 MB, which malloc maps and unmaps anew at every layer.
