@@ -33,9 +33,9 @@ def load_lite0(device: torch.device | str) -> Any:
 
 
 @torch.no_grad()
-def lite0_features(images: Sequence[Image], device: torch.device | str, batch_size: int = 32) -> Tensor:
-    """N PIL images of any size -> float64 features [N, 1280] on the CPU."""
-    network = load_lite0(device)
+def lite0_features(network: Any, images: Sequence[Image], batch_size: int = 32) -> Tensor:
+    """N PIL images of any size -> float64 features [N, 1280] on the CPU; `network` as `load_lite0` returns it."""
+    device = next(network.parameters()).device
     rows: list[Tensor] = []
     for start in tqdm(range(0, len(images), batch_size), desc="features", unit="batch", leave=False):
         chunk = [

@@ -14,7 +14,7 @@ from PIL import Image
 
 from loragraft.adapters.checkpoint import Adapter
 from loragraft.backbones.spec import Backbone
-from loragraft.evaluation.features import lite0_features
+from loragraft.evaluation.features import lite0_features, load_lite0
 from loragraft.evaluation.generate import Settings, render
 from loragraft.evaluation.metrics import Interval, kernel_distance, kernel_distance_interval
 from loragraft.recipes.schema import EvalConfig
@@ -75,9 +75,10 @@ def score_adapter(
     for path, _ in references:
         with Image.open(path) as image:
             pictures.append(image.convert("RGB"))
-    real = lite0_features(pictures, backbone.device)
-    base = lite0_features(render(backbone, [], settings), backbone.device)
-    moved = lite0_features(render(backbone, [(adapter, 1.0)], settings), backbone.device)
+    network = load_lite0(backbone.device)
+    real = lite0_features(network, pictures)
+    base = lite0_features(network, render(backbone, [], settings))
+    moved = lite0_features(network, render(backbone, [(adapter, 1.0)], settings))
     order = torch.randperm(len(real), generator=torch.Generator().manual_seed(config.seed))
     half = len(real) // 2
     return Score(
