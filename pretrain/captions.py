@@ -7,6 +7,7 @@ colour icon, large, centred, on white) is written into the caption, so that colo
 import random
 
 import numpy as np
+from fillers import OPENINGS, REMARKS, WORDS, with_filler
 from icons import SIZES, Icon, Stats
 
 CANVAS = 128
@@ -213,7 +214,7 @@ def draw_scene(index: int, icon: Icon, stats: Stats, rng: random.Random) -> tupl
         ground_caption = f"{ground_words} background"
         options = (f"{caption} on {article(ground_caption)}",) * 3
         caption = rng.choice((*options, f"{caption}, {ground_caption}", f"{ground_caption}, {caption}"))
-    return [index, size, top, left, background, *a, *b, tint, *colour], caption
+    return [index, size, top, left, background, *a, *b, tint, *colour], with_filler(caption, rng)
 
 
 def draw_scenes(
@@ -230,4 +231,16 @@ def vocabulary() -> set[str]:
     """Every text that ``draw_scene`` may add to an icon's own words, for ``minilm.reduce_encoder``."""
     fixed = "a an of on in at the top left right bottom small large light gradient background to icon symbol silhouette"
     synonyms = {text for texts in SYNONYMS.values() for text in texts}
-    return {*fixed.split(), "glyph", "outline", ", .", *DIRECTIONS.values(), *COLOURS, *SYNONYMS, *synonyms}
+    return {
+        *fixed.split(),
+        "glyph",
+        "outline",
+        ", .",
+        *DIRECTIONS.values(),
+        *COLOURS,
+        *SYNONYMS,
+        *synonyms,
+        *OPENINGS,
+        *WORDS,
+        *REMARKS,
+    }

@@ -144,13 +144,18 @@ def split_of(icon: Icon) -> str:
 
 
 def sampling_weights(icons: Sequence[Icon]) -> list[float]:
-    """Weight per record so that a name drawn in n styles counts sqrt(n), not n; core objects x2, people and flags x0.3."""
+    """Weight per record so that a name drawn in n styles counts sqrt(n), not n.
+
+    Core objects x2, and x4 under a short name (what people type: "rocket", "coffee cup"); other names of more than
+    three words x0.5; people and flags x0.3.
+    """
     count = collections.Counter(icon.words for icon in icons)
     weights = []
     for icon in icons:
-        words = set(icon.words.split())
-        weight = 2.0 if words & CORE_WORDS else 1.0
-        weight *= 0.3 if words & PEOPLE_WORDS else 1.0
+        words = icon.words.split()
+        core = not CORE_WORDS.isdisjoint(words)
+        weight = (4.0 if len(words) <= 2 else 2.0) if core else (1.0 if len(words) <= 3 else 0.5)
+        weight *= 1.0 if PEOPLE_WORDS.isdisjoint(words) else 0.3
         weights.append(weight / math.sqrt(count[icon.words]))
     return weights
 

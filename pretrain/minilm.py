@@ -86,6 +86,9 @@ class TextEncoder:
         if self.model is None:
             raise RuntimeError("TextEncoder.embed before load(device): call load first")
         mask = (rows_BT != 0).long()
-        states = self.model(input_ids=rows_BT.long(), attention_mask=mask).last_hidden_state * mask[..., None]
+        # half on a GPU: two times faster, and an error (1e-3) below that of the bf16 in which the states are kept
+        with torch.autocast(rows_BT.device.type, torch.float16, enabled=rows_BT.device.type == "cuda"):
+            states = self.model(input_ids=rows_BT.long(), attention_mask=mask).last_hidden_state
+        states = states.float() * mask[..., None]
         mean = states.sum(1) / mask.sum(1, keepdim=True)
         return states, torch.nn.functional.normalize(mean, dim=1)

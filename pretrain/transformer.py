@@ -5,6 +5,7 @@ T = 32 text tokens, latents [B, 16, 16, 16] packed 2 x 2 into 64 tokens x 64 cha
 """
 
 import math
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,13 +15,14 @@ import torch
 import torch.nn.functional as F
 from autoencoder import mixed_precision
 from diffusers import FluxPipeline, FluxTransformer2DModel
+from muon import Muon
 from torch import Tensor
 
 CONFIG = {
     "patch_size": 1,
     "in_channels": 64,
     "num_layers": 3,
-    "num_single_layers": 6,
+    "num_single_layers": 5,
     "attention_head_dim": 64,
     "num_attention_heads": 4,
     "joint_attention_dim": 384,
@@ -28,6 +30,10 @@ CONFIG = {
     "guidance_embeds": False,
     "axes_dims_rope": (16, 24, 24),
 }
+TEXT_TOKENS = 32
+# What Muon takes: adaLN is six functions in one matrix, and the embedders and the output are not square maps of a stream.
+BLOCK_MATRIX = re.compile(r"transformer_blocks\.\d+\.(attn|ff|ff_context|proj_mlp|proj_out)")
+EMA_EVERY = 4
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,9 @@ class TransformerSettings:
 
     batch: int = 512
     learning_rate: float = 8e-4
+    """Of AdamW: embedders, adaLN, output, biases, norms."""
+    muon_rate: float = 2e-3
+    """Of Muon: the matrices of the blocks; 0 = AdamW for all."""
     weight_decay: float = 0.01
     warmup: int = 500
     decay: float = 0.4
@@ -78,6 +87,13 @@ def build_transformer() -> FluxTransformer2DModel:
     return model
 
 
+def shortened(folder: Path, drop_single: int) -> FluxTransformer2DModel:
+    """An exported transformer, fp32, without its single block ``drop_single``: residual blocks can be left out."""
+    model = FluxTransformer2DModel.from_pretrained(folder, torch_dtype=torch.float32)
+    del model.single_transformer_blocks[drop_single]
+    return model
+
+
 def pack(latents: Tensor) -> Tensor:
     """[B, 16, 16, 16] -> [B, 64, 64]"""
     return FluxPipeline._pack_latents(latents, *latents.shape)
@@ -93,27 +109,76 @@ def position_ids(device: str, text_tokens: int) -> dict[str, Tensor]:
     return {"img_ids": image, "txt_ids": torch.zeros(text_tokens, 3, device=device)}
 
 
-def learning_rate(settings: TransformerSettings, step: int, done: float) -> float:
-    """Rate at ``step`` with the share ``done`` of the run behind it."""
+def schedule(settings: TransformerSettings, step: int, done: float) -> float:
+    """Share of the peak rate at ``step`` with the share ``done`` of the run behind it."""
     warm = min(1.0, (step + 1) / settings.warmup)
-    return settings.learning_rate * warm * min(1.0, max(0.0, (1 - done) / settings.decay))
+    return warm * min(1.0, max(0.0, (1 - done) / settings.decay))
+
+
+@dataclass
+class Batch:
+    """One batch: latents [B, 16, 16, 16], their noise, times t [B], and text with some prompts emptied."""
+
+    clean: Tensor
+    noise: Tensor
+    t: Tensor
+    states: Tensor
+    pooled: Tensor
+
+    def copy_(self, other: "Batch") -> None:
+        for name, value in vars(self).items():
+            value.copy_(getattr(other, name))
 
 
 class Trainer:
-    """Model, EMA, optimizer and counters; every random number depends on (seed, step) alone, so a resumed run is the
-    same run."""
+    """Model, EMA, optimizers and counters; every random number depends on (seed, step) alone, so a resumed run is the
+    same run. On a GPU a whole step (forward, backward, clipping, both optimizers) is one CUDA graph: the model is small
+    and launches would be a third of its time."""
 
-    def __init__(self, settings: TransformerSettings, device: str, compiled: bool = True) -> None:
+    def __init__(
+        self, settings: TransformerSettings, device: str, compiled: bool = True, captured: bool = True
+    ) -> None:
         torch.manual_seed(settings.seed)
         self.settings, self.device = settings, device
+        self.captured = captured and device != "cpu"
         self.model = build_transformer().to(device)
         self.ema = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+        matrices = {
+            name: parameter
+            for name, parameter in self.model.named_parameters()
+            if settings.muon_rate and parameter.ndim == 2 and BLOCK_MATRIX.search(name)
+        }
+        rest = [parameter for name, parameter in self.model.named_parameters() if name not in matrices]
+        self.rate, self.muon_rate = torch.zeros((), device=device), torch.zeros((), device=device)
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=settings.weight_decay, fused=True
-        )
+            rest, lr=self.rate, betas=(0.9, 0.95), weight_decay=settings.weight_decay, fused=True, capturable=device != "cpu"
+        )  # fmt: skip
+        self.optimizer.param_groups[0]["lr"] = self.rate  # the tensor itself, whatever the constructor copied
+        self.muon = Muon(matrices.values(), self.muon_rate, weight_decay=settings.weight_decay)
         self.forward = torch.compile(self.model, dynamic=False) if compiled else self.model
         self.generator = torch.Generator(device)
+        self.ids = position_ids(device, TEXT_TOKENS)
+        self.graph: tuple[torch.cuda.CUDAGraph, Batch, Tensor] | None = None
+        self.warm = 0
         self.progress = Progress()
+
+    def start_from(self, model: FluxTransformer2DModel) -> None:
+        """Weights of another model of this architecture. Raises RuntimeError naming what does not fit."""
+        self.model.load_state_dict(model.state_dict())
+        self.ema = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+
+    def prepare(self) -> None:
+        """Compiles and captures on an empty batch, at rate 0, and forgets it: this needs no data, and takes a minute."""
+        count = self.settings.batch
+        shapes = {"clean": (16, 16, 16), "noise": (16, 16, 16), "t": (), "states": (TEXT_TOKENS, 384), "pooled": (384,)}
+        batch = Batch(**{name: torch.rand(count, *shape, device=self.device) for name, shape in shapes.items()})
+        for _ in range(4 if self.captured else 1):
+            self.replay(batch) if self.captured else self.update(batch)
+        for state in self.optimizer.state.values():
+            for value in state.values():
+                value.zero_()  # in place: the graph holds these addresses
+        for average in self.muon.averages.values():
+            average.zero_()
 
     def save(self, path: Path) -> None:
         """Atomically: a killed run leaves the previous checkpoint."""
@@ -121,6 +186,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "ema": self.ema,
             "optimizer": self.optimizer.state_dict(),
+            "muon": self.muon.state_dict(),
             "progress": vars(self.progress),
         }
         torch.save(content, path.with_suffix(".new"))
@@ -131,50 +197,87 @@ class Trainer:
         self.model.load_state_dict(content["model"])
         self.ema = content["ema"]
         self.optimizer.load_state_dict(content["optimizer"])
+        self.optimizer.param_groups[0]["lr"] = self.rate
+        self.muon.load_state_dict(content["muon"])
         self.progress = Progress(**content["progress"])
 
-    def loss(self, pool: Pool, index: Tensor, t: Tensor, noise: Tensor, dropped: Tensor) -> Tensor:
-        """Flow-matching loss per sample [B] for pool items ``index``, ``dropped`` ones with the empty prompt."""
-        states = torch.where(dropped[:, None, None], pool.empty_states, pool.states[index])
-        pooled = torch.where(dropped[:, None], pool.empty_pooled, pool.pooled[index])
-        clean = pool.latents[index].float()
-        noisy = torch.lerp(clean, noise, t[:, None, None, None])
-        with mixed_precision(self.device):
-            predicted = self.forward(
-                hidden_states=pack(noisy),
-                encoder_hidden_states=states.float(),
-                pooled_projections=pooled.float(),
-                timestep=t,
-                return_dict=False,
-                **position_ids(self.device, states.shape[1]),
-            )[0]
-        return F.mse_loss(predicted.float(), pack(noise - clean), reduction="none").mean((1, 2))
-
-    def draw(self, pool: Pool, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(index, t logit-normal, noise, dropped) of one batch, from ``seed`` alone."""
+    def draw(self, pool: Pool, seed: int) -> Batch:
+        """One batch, from ``seed`` alone; t is logit-normal."""
         generator, batch = self.generator.manual_seed(seed), self.settings.batch
         keyed = {"generator": generator, "device": self.device}
         index = torch.randint(len(pool.latents), (batch,), **keyed)
         t = torch.sigmoid(torch.randn(batch, **keyed))
         noise = torch.randn(batch, *pool.latents.shape[1:], **keyed)
-        return index, t, noise, torch.rand(batch, **keyed) < self.settings.text_dropout
+        dropped = torch.rand(batch, **keyed) < self.settings.text_dropout
+        return Batch(
+            clean=pool.latents[index].float(),
+            noise=noise,
+            t=t,
+            states=torch.where(dropped[:, None, None], pool.empty_states, pool.states[index]).float(),
+            pooled=torch.where(dropped[:, None], pool.empty_pooled, pool.pooled[index]).float(),
+        )
 
-    def step(self, pool: Pool, done: float) -> Tensor:
-        """One AdamW step; returns the mean loss, still on the device."""
-        now = self.progress.step
-        rate = learning_rate(self.settings, now, done)
-        self.optimizer.param_groups[0]["lr"] = rate
-        loss = self.loss(pool, *self.draw(pool, self.settings.seed * 10**9 + now)).mean()
+    def loss(self, batch: Batch) -> Tensor:
+        """Flow-matching loss per sample [B]."""
+        noisy = torch.lerp(batch.clean, batch.noise, batch.t[:, None, None, None])
+        with mixed_precision(self.device):
+            predicted = self.forward(
+                hidden_states=pack(noisy),
+                encoder_hidden_states=batch.states,
+                pooled_projections=batch.pooled,
+                timestep=batch.t,
+                return_dict=False,
+                **self.ids,
+            )[0]
+        return F.mse_loss(predicted.float(), pack(batch.noise - batch.clean), reduction="none").mean((1, 2))
+
+    def update(self, batch: Batch) -> Tensor:
+        """Gradients and one step of both optimizers; the mean loss, still on the device."""
         self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
+        loss = self.loss(batch).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
-        decay = min(self.settings.ema, (1 + now) / (10 + now))
-        with torch.no_grad():
-            values = list(self.model.state_dict().values())
-            torch._foreach_lerp_(list(self.ema.values()), values, 1 - decay)
-        self.progress.step += 1
+        self.muon.step()
         return loss.detach()
+
+    def replay(self, batch: Batch) -> Tensor:
+        """``update`` as a CUDA graph: three warm steps on a side stream, then captured once and replayed."""
+        if self.warm < 3:
+            self.warm += 1
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                loss = self.update(batch)
+            torch.cuda.current_stream().wait_stream(stream)
+            return loss
+        if self.graph is None:
+            graph = torch.cuda.CUDAGraph()
+            self.model.zero_grad(set_to_none=True)
+            with torch.cuda.graph(graph):
+                loss = self.update(batch)
+            self.graph = graph, batch, loss
+        graph, inputs, loss = self.graph
+        if inputs is not batch:
+            inputs.copy_(batch)
+        graph.replay()
+        return loss
+
+    def step(self, pool: Pool, done: float) -> Tensor:
+        """One step; returns the mean loss, still on the device."""
+        now = self.progress.step
+        share = schedule(self.settings, now, done)
+        self.rate.fill_(self.settings.learning_rate * share)
+        self.muon_rate.fill_(self.settings.muon_rate * share)
+        batch = self.draw(pool, self.settings.seed * 10**9 + now)
+        loss = self.replay(batch) if self.captured else self.update(batch)
+        if now % EMA_EVERY == 0:
+            decay = min(self.settings.ema, (1 + now) / (10 + now)) ** EMA_EVERY
+            with torch.no_grad():
+                torch._foreach_lerp_(list(self.ema.values()), list(self.model.state_dict().values()), 1 - decay)
+        self.progress.step += 1
+        return loss
 
     def train(
         self, pool: Pool, seconds: float, later: float, checkpoint: Path, log: Callable[[str], None], every: int = 200
@@ -183,6 +286,8 @@ class Trainer:
         start, before = time.perf_counter(), self.progress.seconds
         total, saved, running, since = before + seconds + later, 0.0, torch.zeros((), device=self.device), 0
         while True:
+            if self.progress.step % 20 == 0 and self.device != "cpu":
+                torch.cuda.synchronize()  # a graph queues without end: the clock would run ahead of the work
             elapsed = time.perf_counter() - start
             done = self.progress.step / self.settings.steps if self.settings.steps else (before + elapsed) / total
             if done >= 1 or elapsed >= seconds:
@@ -202,10 +307,9 @@ class Trainer:
     def note(self, seconds: float, loss: float, log: Callable[[str], None]) -> None:
         if not math.isfinite(loss):
             raise FloatingPointError(f"loss {loss} at step {self.progress.step}: lower the learning rate and resume")
-        rate = self.optimizer.param_groups[0]["lr"]
-        self.progress.losses.append((self.progress.step, round(seconds, 1), round(loss, 5), rate))
+        self.progress.losses.append((self.progress.step, round(seconds, 1), round(loss, 5), round(self.rate.item(), 7)))
         if self.progress.step % 1000 == 0 or len(self.progress.losses) < 4:
-            log(f"transformer step {self.progress.step} {seconds:.0f} s loss {loss:.4f} rate {rate:.1e}")
+            log(f"transformer step {self.progress.step} {seconds:.0f} s loss {loss:.4f} rate {self.rate.item():.1e}")
 
     def averaged(self) -> FluxTransformer2DModel:
         """The EMA weights as a model of their own."""

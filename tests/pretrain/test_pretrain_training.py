@@ -10,7 +10,10 @@ minilm = pytest.importorskip("minilm")
 
 def pool(count: int = 6) -> object:
     draw = torch.Generator().manual_seed(0)
-    states, pooled = torch.randn(count, 8, 384, generator=draw), torch.randn(count, 384, generator=draw)
+    states, pooled = (
+        torch.randn(count, transformer.TEXT_TOKENS, 384, generator=draw),
+        torch.randn(count, 384, generator=draw),
+    )
     latents = torch.randn(count, 16, 16, 16, generator=draw)
     return transformer.Pool(*(x.bfloat16() for x in (latents, states, pooled, states[0] * 0, pooled[0] * 0)))
 
@@ -21,10 +24,25 @@ def settings(steps: int) -> object:
 
 def test_rate_warms_up_holds_and_ends_at_zero() -> None:
     plan = transformer.TransformerSettings()
-    rates = [
-        transformer.learning_rate(plan, step, done) for step, done in ((0, 0.0), (500, 0.3), (900, 0.8), (999, 1.0))
-    ]
-    assert rates == pytest.approx([plan.learning_rate / 500, plan.learning_rate, plan.learning_rate / 2, 0.0])
+    shares = [transformer.schedule(plan, step, done) for step, done in ((0, 0.0), (500, 0.3), (900, 0.8), (999, 1.0))]
+    assert shares == pytest.approx([1 / 500, 1, 1 / 2, 0.0])
+
+
+def test_muon_steps_are_orthogonal_and_as_large_as_adamw_s() -> None:
+    muon = pytest.importorskip("muon")
+    torch.manual_seed(0)
+    wide, tall = (torch.nn.Parameter(torch.zeros(shape)) for shape in ((32, 64), (64, 32)))
+    rate = torch.tensor(0.1)
+    optimizer = muon.Muon([wide, tall], rate)
+    for parameter in (wide, tall):
+        parameter.grad = torch.randn(parameter.shape)
+    optimizer.step()
+    for parameter in (wide, tall):
+        singular = torch.linalg.svdvals(parameter.detach()) / (0.1 * 0.2 * 64**0.5)
+        assert singular.min() > 0.6
+        assert singular.max() < 1.3
+        assert parameter.detach().square().mean().sqrt().item() == pytest.approx(0.02, rel=0.2)
+        assert (parameter.detach() * parameter.grad).sum() < 0  # downhill
 
 
 def test_starts_at_zero_output_and_resumes_bit_identically(tmp_path, monkeypatch) -> None:
@@ -32,11 +50,11 @@ def test_starts_at_zero_output_and_resumes_bit_identically(tmp_path, monkeypatch
     monkeypatch.setattr(transformer, "CONFIG", transformer.CONFIG | small)
     material, path = pool(), tmp_path / "checkpoint.pt"
     straight = transformer.Trainer(settings(3), "cpu", compiled=False)
-    first = straight.loss(material, *straight.draw(material, 0))
-    _, _, noise, _ = straight.draw(material, 0)
-    index = straight.draw(material, 0)[0]
-    target = noise - material.latents[index].float()
-    assert torch.allclose(first, target.square().mean((1, 2, 3)), rtol=1e-5)  # predicts exactly 0 at first
+    batch = straight.draw(material, 0)
+    target = batch.noise - batch.clean
+    assert torch.allclose(
+        straight.loss(batch), target.square().mean((1, 2, 3)), rtol=1e-5
+    )  # predicts exactly 0 at first
     straight.train(material, 1e9, 0.0, path, print)
     broken = transformer.Trainer(settings(3), "cpu", compiled=False)
     for _ in range(2):
