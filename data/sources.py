@@ -6,6 +6,7 @@ any model is loaded, and each error names the files at fault.
 
 import csv
 import difflib
+import hashlib
 import json
 import re
 from collections.abc import Iterable
@@ -43,6 +44,8 @@ class Sample:
     split: Split
     concept: str
     licence: str
+    short: str = ""
+    """The caption as a lazy person would type it; empty where the data set has none."""
 
 
 def open_source(config: DataConfig, resolution: int, cache_root: Path) -> list[Sample]:
@@ -56,9 +59,37 @@ def open_source(config: DataConfig, resolution: int, cache_root: Path) -> list[S
     else:
         folder = _existing_folder(Path(config.folder or ""))
     samples = _read_folder(folder, config)
-    if config.trigger:
-        samples = [replace(sample, caption=f"{config.trigger}, {sample.caption}") for sample in samples]
-    return _limit(samples, config.limit)
+    samples = [
+        replace(s, caption=with_trigger(s.caption, config.trigger), short=with_trigger(s.short, config.trigger))
+        for s in samples
+    ]
+    return _limit(_shortened(samples, config, folder), config.limit)
+
+
+def with_trigger(text: str, trigger: str) -> str:
+    """A caption or a prompt behind the trigger; an empty one stays empty."""
+    return f"{trigger}, {text}" if trigger and text else text
+
+
+def _shortened(samples: list[Sample], config: DataConfig, folder: Path) -> list[Sample]:
+    """`short_captions` of the training samples show their short caption: those whose sha256(seed, file name, caption)
+    says so. Held-out samples keep the long one."""
+    if not config.short_captions:
+        return samples
+    if not any(sample.short for sample in samples if sample.split == "train"):
+        raise DataError(
+            f"data.short_captions is {config.short_captions:g}, but no training image of {folder} has a short caption; "
+            "add a column `short` to its metadata, or set data.short_captions=0"
+        )
+
+    def chosen(sample: Sample) -> bool:
+        digest = hashlib.sha256(f"{config.seed}/{sample.image.name}/{sample.caption}".encode()).digest()
+        return int.from_bytes(digest[:8], "big") < config.short_captions * 2**64
+
+    return [
+        replace(sample, caption=sample.short) if sample.split == "train" and sample.short and chosen(sample) else sample
+        for sample in samples
+    ]
 
 
 def _existing_folder(folder: Path) -> Path:
@@ -176,7 +207,8 @@ def _with_splits(rows: list[dict[str, Any]], folder: Path, config: DataConfig) -
         if name not in _SPLIT_NAMES:
             raise DataError(f"{row['image']}: unknown split {name!r}; use one of {', '.join(SPLITS)}")
         licence = str(row.get("licence") or row.get("license") or config.licence)
-        samples.append(Sample(row["image"], row["caption"], _SPLIT_NAMES[name], concept, licence))
+        short = str(row.get("short") or "").strip()
+        samples.append(Sample(row["image"], row["caption"], _SPLIT_NAMES[name], concept, licence, short))
     if not any(sample.split == "train" for sample in samples):
         raise DataError(f"{folder} has no image in the train split; lower data.validation_fraction and test_fraction")
     return samples

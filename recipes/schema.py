@@ -44,6 +44,9 @@ class DataConfig:
     """Field of `metadata.jsonl` that holds the caption; empty = `text`, else `caption`."""
     trigger: str = ""
     """Words put before every caption, so that a prompt can call the style by name; empty = none."""
+    short_captions: float = 0.0
+    """Share of the training samples that are shown with their short caption (column `short`) instead of the long one,
+    chosen by hash, so that short prompts become enough; 0 to 1."""
     validation_fraction: float = 0.1
     """Share of the concepts kept for the validation loss; 0 to 0.5."""
     test_fraction: float = 0.1
@@ -66,6 +69,7 @@ class DataConfig:
             )
         _check_range("data.count", self.count, 1, 1_000_000)
         _check_range("data.seed", self.seed, 0)
+        _check_range("data.short_captions", self.short_captions, 0, 1)
         _check_range("data.validation_fraction", self.validation_fraction, 0, 0.5)
         _check_range("data.test_fraction", self.test_fraction, 0, 0.5)
         _check_range("data.resolution", self.resolution, 0, 8192)

@@ -65,6 +65,32 @@ def test_caption_column(tmp_path: Path) -> None:
         _open(tmp_path, caption_column="promt")
 
 
+def test_short_captions_replace_a_fixed_share_of_the_training_captions(tmp_path: Path) -> None:
+    rows = []
+    for i in range(60):
+        _image(tmp_path / f"{i}.png")
+        split = "test" if i >= 50 else "train"
+        rows.append({"file_name": f"{i}.png", "text": f"long {i}", "short": f"s {i}", "split": split})
+    _metadata(tmp_path, *rows)
+    long = _open(tmp_path, trigger="x")
+    assert {s.caption[:7] for s in long} == {"x, long"}
+    assert {s.short[:4] for s in long} == {"x, s"}
+    mixed = _open(tmp_path, trigger="x", short_captions=0.3)
+    shortened = [s.image.name for s in mixed if s.caption == s.short]
+    assert 6 <= len(shortened) <= 26
+    assert all(s.caption != s.short for s in mixed if s.split == "test")
+    assert mixed == _open(tmp_path, trigger="x", short_captions=0.3)
+    more = [s.image.name for s in _open(tmp_path, trigger="x", short_captions=0.6) if s.caption == s.short]
+    assert set(shortened) < set(more)
+    assert all(s.caption == s.short for s in _open(tmp_path, short_captions=1.0) if s.split == "train")
+
+
+def test_short_captions_without_any_are_an_error(tmp_path: Path) -> None:
+    _image(tmp_path / "a.png").with_suffix(".txt").write_text("a dog")
+    with pytest.raises(DataError, match=r"no training image of .* has a short caption; add a column `short`"):
+        _open(tmp_path, short_captions=0.25)
+
+
 def test_faults(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no image"):
         _open(tmp_path)
