@@ -9,8 +9,6 @@ import hashlib
 import importlib
 import itertools
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -20,6 +18,7 @@ import resvg_py
 from tqdm.auto import tqdm
 
 from loragraft.data.dice import Dice
+from loragraft.data.folders import build_once
 from loragraft.data.splits import Split, split_concepts
 from loragraft.recipes.schema import DataConfig
 
@@ -100,30 +99,13 @@ def domain(name: str) -> Domain:
 
 
 def build_domain(config: DataConfig, resolution: int, cache_root: Path) -> Path:
-    """The folder with the domain's PNG files, `metadata.jsonl` and `ATTRIBUTION.md`; drawn if it is not there yet.
-
-    It is filled under a temporary name and renamed at the end, so a folder of the final name is always complete.
-    """
+    """The folder with the domain's PNG files, `metadata.jsonl` and `ATTRIBUTION.md`; drawn if it is not there yet."""
     assert config.domain is not None
     made = domain(config.domain)
     options = [made.version, config.count, config.seed, config.validation_fraction, config.test_fraction, resolution]
     key = hashlib.sha256(json.dumps([made.name, *options, version("resvg_py")]).encode()).hexdigest()[:16]
     folder = cache_root / "domains" / f"{made.name}-{key}"
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        _write(made, config, resolution, scratch)
-        scratch.chmod(0o755)  # mkdtemp makes it private
-        try:
-            scratch.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # otherwise another process was faster, with the same content
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return folder
+    return build_once(folder, lambda scratch: _write(made, config, resolution, scratch))
 
 
 def render(svg: str, resolution: int) -> bytes:

@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from loragraft.data.domains import domain
-from loragraft.data.sources import DataError, open_source, with_trigger
+from loragraft.data.errors import DataError
+from loragraft.data.sources import open_source, with_trigger
 from loragraft.data.splits import split_concepts
 from loragraft.recipes.schema import DataConfig
 

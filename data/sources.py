@@ -17,9 +17,12 @@ from typing import Any
 from PIL import Image
 
 from loragraft.data.domains import build_domain
+from loragraft.data.errors import DataError
 from loragraft.data.images import SUFFIXES
 from loragraft.data.splits import SPLITS, Split, split_concepts
 from loragraft.recipes.schema import DataConfig
+
+__all__ = ["DataError", "Sample", "check_source", "open_source", "with_trigger"]
 
 _SPLIT_NAMES: dict[str, Split] = {
     **{split: split for split in SPLITS},
@@ -29,10 +32,6 @@ _SPLIT_NAMES: dict[str, Split] = {
     "dev": "validation",
 }
 _CAMERA_NAME = re.compile(r"(img|dsc|dscn|dscf|pxl|image|photo|picture|screenshot|p)?[\W\d_]*", re.IGNORECASE)
-
-
-class DataError(ValueError):
-    """A data set that cannot be used; the message names the files and the remedy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +53,16 @@ def open_source(config: DataConfig, resolution: int, cache_root: Path) -> list[S
     resolution: edge in pixels at which a domain is drawn, that is `config.resolution or` the base's own.
     Raises DataError.
     """
+    check_source(config)
     if config.domain is not None:
         folder = build_domain(config, resolution, cache_root)
+    elif config.dataset is not None:
+        from loragraft.data.hub import build_dataset  # `datasets` takes a second to import
+
+        folder = build_dataset(config, cache_root)
+        config = replace(config, caption_column="")  # what was built has `text`
     else:
-        folder = _existing_folder(Path(config.folder or ""))
+        folder = Path(config.folder or "")
     samples = _read_folder(folder, config)
     samples = [
         replace(s, caption=with_trigger(s.caption, config.trigger), short=with_trigger(s.short, config.trigger))
@@ -66,9 +71,30 @@ def open_source(config: DataConfig, resolution: int, cache_root: Path) -> list[S
     return _limit(_shortened(samples, config, folder), config.limit)
 
 
+def check_source(config: DataConfig) -> None:
+    """What can be said before anything is opened: raises DataError where there is no folder, or no such one."""
+    if config.folder is None:
+        return
+    if not config.folder:
+        raise DataError(
+            "this recipe trains on images of your own: say where they are, for example\n"
+            '  accelerate launch train/lora.py --recipe personal data.folder=./photos data.trigger="sks mug"'
+        )
+    folder = Path(config.folder)
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"data.folder {folder} is a file; give the folder that holds the images")
+    if not folder.exists():
+        parent = next(p for p in folder.parents if p.is_dir())
+        near = difflib.get_close_matches(
+            folder.relative_to(parent).parts[0], [p.name for p in parent.iterdir() if p.is_dir()], n=1, cutoff=0.5
+        )
+        remedy = f"; did you mean {parent / near[0]}?" if near else ""
+        raise DataError(f"data.folder {folder} does not exist{remedy}")
+
+
 def with_trigger(text: str, trigger: str) -> str:
-    """A caption or a prompt behind the trigger; an empty one stays empty."""
-    return f"{trigger}, {text}" if trigger and text else text
+    """A caption or a prompt behind the trigger, unless it says it already; an empty one stays empty."""
+    return text if not trigger or not text or trigger in text else f"{trigger}, {text}"
 
 
 def _shortened(samples: list[Sample], config: DataConfig, folder: Path) -> list[Sample]:
@@ -92,18 +118,6 @@ def _shortened(samples: list[Sample], config: DataConfig, folder: Path) -> list[
     ]
 
 
-def _existing_folder(folder: Path) -> Path:
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise DataError(f"data.folder {folder} is a file; give the folder that holds the images")
-    parent = next(p for p in folder.parents if p.is_dir())
-    near = difflib.get_close_matches(
-        folder.relative_to(parent).parts[0], [p.name for p in parent.iterdir() if p.is_dir()], n=1, cutoff=0.5
-    )
-    raise DataError(f"data.folder {folder} does not exist" + (f"; did you mean {parent / near[0]}?" if near else ""))
-
-
 def _read_folder(folder: Path, config: DataConfig) -> list[Sample]:
     images = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
     if not images:
@@ -116,22 +130,32 @@ def _read_folder(folder: Path, config: DataConfig) -> list[Sample]:
         rows = _rows_of_metadata(jsonl if jsonl.is_file() else table, images, config)
     elif with_text:
         missing = sorted(set(images) - set(with_text))
-        if missing:
+        if missing and not config.caption:
             raise DataError(
                 f"{len(with_text)} images of {folder} have a .txt caption beside them and {len(missing)} do not: "
-                f"{_listed(missing, folder)}; write the missing ones, or use metadata.jsonl for all"
+                f"{_listed(missing, folder)}; write the missing ones, use metadata.jsonl for all, or give "
+                "data.caption for those without"
             )
-        rows = [{"image": i, "caption": i.with_suffix(".txt").read_text(encoding="utf-8").strip()} for i in images]
+        rows = [{"image": i, "caption": _text_beside(i) if i in with_text else ""} for i in images]
+    elif config.caption:
+        rows = [{"image": image, "caption": ""} for image in images]
     else:
         rows = [{"image": image, "caption": _caption_of_name(image.stem)} for image in images]
-    empty = [row["image"] for row in rows if not row["caption"]]
-    if empty:
+    empty = [row for row in rows if not row["caption"]]
+    if empty and not config.caption:
         raise DataError(
-            f"{len(empty)} images of {folder} have no caption: {_listed(empty, folder)}; put a .txt beside each image, "
-            "or write metadata.jsonl with lines such as "
-            '{"file_name": "a.png", "text": "a red bicycle"}, or name the files after what they show'
+            f"{len(empty)} images of {folder} have no caption: {_listed([row['image'] for row in empty], folder)}; put a "
+            ".txt beside each image, or write metadata.jsonl with lines such as "
+            '{"file_name": "a.png", "text": "a red bicycle"}, or name the files after what they show, or give one '
+            'caption for all, such as data.caption="a photo in sks style"'
         )
+    for row in empty:  # many images share the caption, so each is a concept of its own: the split goes by image
+        row |= {"caption": config.caption, "concept": row.get("concept") or str(row["image"].relative_to(folder))}
     return _with_splits(rows, folder, config)
+
+
+def _text_beside(image: Path) -> str:
+    return image.with_suffix(".txt").read_text(encoding="utf-8").strip()
 
 
 def _check_headers(images: Iterable[Path]) -> None:

@@ -29,21 +29,36 @@ def _check_range(key: str, value: float, low: float, high: float = math.inf, *, 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
-    """Where images and captions come from: exactly one of `domain` and `folder`."""
+    """Where images and captions come from: exactly one of `domain`, `folder` and `dataset`."""
 
     domain: str | None = None
     """A built-in generated domain, such as `marketing`: a module of `data/` that builds it from installed packages."""
     folder: str | None = None
     """A folder of images with captions: `metadata.jsonl`, or a `.txt` beside each image, or file names as captions.
-    A relative path starts at the recipe's own folder (at the working directory when given on the command line)."""
+    A relative path starts at the recipe's own folder (at the working directory when given on the command line).
+    Empty = yours to give: the recipe loads, and training asks for it."""
+    dataset: str | None = None
+    """A data set that Hugging Face's `datasets` reads and that has an image and a caption column: what `save_to_disk`
+    wrote, a folder or file of parquet, an image folder, or a hub's `user/name` (see `allow_download`).
+    A relative path starts where that of `folder` does."""
+    dataset_split: str = "train"
+    """The split of `dataset` to read; its concepts are then divided as a folder's are."""
+    image_column: str = ""
+    """Column of `dataset` that holds the images; empty = its only image column."""
+    allow_download: bool = False
+    """Whether `dataset` may be fetched from a hub; otherwise nothing is, whatever its name."""
     count: int = 2400
-    """Images that a domain generates; 1 to 1,000,000. Ignored for a folder."""
+    """Images that a domain generates; 1 to 1,000,000. Ignored for own data."""
     seed: int = 0
     """Seed of the generator and of the split; any non-negative integer."""
     caption_column: str = ""
-    """Field of `metadata.jsonl` that holds the caption; empty = `text`, else `caption`."""
+    """Field of `metadata.jsonl`, or column of `dataset`, that holds the caption; empty = `text`, else `caption`."""
+    caption: str = ""
+    """One caption for every image that has none of its own, such as `a photo in sks style`; file names are then not
+    read as captions. `{trigger}` stands for the trigger. Empty = an image without caption is an error."""
     trigger: str = ""
-    """Words put before every caption, so that a prompt can call the style by name; empty = none."""
+    """Words put before every caption that lacks them, so that a prompt can call the style by name; empty = none.
+    `{trigger}` in `data.caption` and in `sample.prompts` stands for them."""
     short_captions: float = 0.0
     """Share of the training samples that are shown with their short caption (column `short`) instead of the long one,
     chosen by hash, so that short prompts become enough; 0 to 1."""
@@ -56,14 +71,15 @@ class DataConfig:
     limit: int = 0
     """Use at most this many samples, evenly spaced over each split; 0 = all."""
     licence: str = "unspecified"
-    """Licence of a folder's images (an SPDX name where there is one), written into the adapter's card.
+    """Licence of your own images (an SPDX name where there is one), written into the adapter's card.
     A domain knows its own."""
 
     def __post_init__(self) -> None:
-        if (self.domain is None) == (self.folder is None):
-            given = "neither" if self.domain is None else f"both ({self.domain!r} and {self.folder!r})"
+        given = {key: value for key in ("domain", "folder", "dataset") if (value := getattr(self, key)) is not None}
+        if len(given) != 1:
+            found = " and ".join(f"{key}={value!r}" for key, value in given.items()) or "none"
             raise RecipeError(
-                f"data needs exactly one of data.domain and data.folder, and got {given}; "
+                f"data needs exactly one of data.domain, data.folder and data.dataset, and got {found}; "
                 "set one, and clear an inherited one with `null`",
                 "data",
             )
