@@ -72,14 +72,21 @@ def open_source(config: DataConfig, resolution: int, cache_root: Path) -> list[S
 
 
 def check_source(config: DataConfig) -> None:
-    """What can be said before anything is opened: raises DataError where there is no folder, or no such one."""
+    """What can be said before anything is opened: raises DataError where there is no folder, or no such one, or where
+    class images are wanted of nothing."""
+    if config.folder == "":
+        wanted = ' data.prior.prompt="mug icon"' if config.prior.images else ""
+        raise DataError(
+            "this recipe trains on images of your own: say where they are and what to call them, for example\n"
+            f'  accelerate launch train/lora.py --recipe personal data.folder=./photos data.trigger="sks mug"{wanted}'
+        )
+    if config.prior.images and not config.prior.prompt:
+        raise DataError(
+            f"data.prior.images is {config.prior.images}, but data.prior.prompt is empty: say what kind of thing it is, "
+            'such as data.prior.prompt="mug icon", or train without class images: data.prior.images=0'
+        )
     if config.folder is None:
         return
-    if not config.folder:
-        raise DataError(
-            "this recipe trains on images of your own: say where they are, for example\n"
-            '  accelerate launch train/lora.py --recipe personal data.folder=./photos data.trigger="sks mug"'
-        )
     folder = Path(config.folder)
     if folder.exists() and not folder.is_dir():
         raise DataError(f"data.folder {folder} is a file; give the folder that holds the images")

@@ -248,12 +248,14 @@ def _convert(hint: Any, value: Any, key: str, origin: str) -> Any:
 
 def _build(merged: Mapping[str, Any]) -> Recipe:
     """The merged, checked mapping as a Recipe. Range checks happen in the dataclasses."""
-    hints = typing.get_type_hints(Recipe)
-    values = {
-        key: typing.cast(Any, hints[key])(**value) if dataclasses.is_dataclass(hints[key]) else value
-        for key, value in ({"data": {}} | dict(merged)).items()
-    }
-    return _with_trigger(Recipe(**values))
+    recipe: Recipe = _block(Recipe, {"data": {}} | dict(merged))
+    return _with_trigger(recipe)
+
+
+def _block(cls: type, values: Mapping[str, Any]) -> Any:
+    """A dataclass from its values, the blocks inside it first."""
+    hints = typing.get_type_hints(cls)
+    return cls(**{k: _block(hints[k], v) if dataclasses.is_dataclass(hints[k]) else v for k, v in values.items()})
 
 
 def _with_trigger(recipe: Recipe) -> Recipe:

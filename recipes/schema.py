@@ -28,6 +28,32 @@ def _check_range(key: str, value: float, low: float, high: float = math.inf, *, 
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PriorConfig:
+    """Prior preservation (Ruiz et al., "DreamBooth", 2023): half of every batch shows the base's own images of the class,
+    so that the adapter learns one thing and keeps the rest. loss = mean over the batch of w l, w = 1 or `weight`."""
+
+    prompt: str = ""
+    """The class in words that the base knows, without the trigger: `mug icon`."""
+    images: int = 0
+    """Class images; the frozen base draws them before training, once. 0 = no prior preservation."""
+    weight: float = 1.0
+    """Weight of a class image in the loss; 0 to 100."""
+    steps: int = 20
+    """Euler steps of a class image; 1 to 1000."""
+    guidance: float = 3.0
+    """Classifier-free guidance of a class image; 1 to 100."""
+    seed: int = 0
+    """Class image i is drawn from seed + i."""
+
+    def __post_init__(self) -> None:
+        _check_range("data.prior.images", self.images, 0, 1_000_000)
+        _check_range("data.prior.weight", self.weight, 0, 100)
+        _check_range("data.prior.steps", self.steps, 1, 1000)
+        _check_range("data.prior.guidance", self.guidance, 1, 100)
+        _check_range("data.prior.seed", self.seed, 0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     """Where images and captions come from: exactly one of `domain`, `folder` and `dataset`."""
 
@@ -73,6 +99,8 @@ class DataConfig:
     licence: str = "unspecified"
     """Licence of your own images (an SPDX name where there is one), written into the adapter's card.
     A domain knows its own."""
+    prior: PriorConfig = PriorConfig()
+    """Images of the class beside those of the one thing."""
 
     def __post_init__(self) -> None:
         given = {key: value for key in ("domain", "folder", "dataset") if (value := getattr(self, key)) is not None}
@@ -282,3 +310,8 @@ class Recipe:
         for key, value in (("name", self.name), ("base", self.base)):
             if not value.strip():
                 raise RecipeError(f"{key} must not be empty", key)
+        if self.data.prior.images and self.train.batch_size < 2:
+            raise RecipeError(
+                "train.batch_size must be at least 2 with data.prior.images: half of a batch shows the class",
+                "train.batch_size",
+            )
