@@ -99,6 +99,9 @@ class DataConfig:
     licence: str = "unspecified"
     """Licence of your own images (an SPDX name where there is one), written into the adapter's card.
     A domain knows its own."""
+    allow_overlap: bool = False
+    """Whether an image of your own may stand in the training split and, the same or almost, in a held-out one. It makes
+    validation and score too good; otherwise it is an error."""
     prior: PriorConfig = PriorConfig()
     """Images of the class beside those of the one thing."""
 
@@ -168,6 +171,9 @@ class TrainConfig:
     """Steps between checkpoints that a run can resume from; 0 = only at the end."""
     validate_every: int = 100
     """Steps between validation losses; 0 = only at the start and the end."""
+    patience: int = 0
+    """Stop after so many validations in a row without a lower loss, and save the adapter of the best one; 0 = train all
+    steps and save the last. Needs a validation split."""
     sample_every: int = 0
     """Steps between sample images; 0 = only at the end."""
     log_every: int = 10
@@ -184,6 +190,12 @@ class TrainConfig:
         _check_range("train.text_dropout", self.text_dropout, 0, 1)
         _check_range("train.checkpoint_every", self.checkpoint_every, 0)
         _check_range("train.validate_every", self.validate_every, 0)
+        _check_range("train.patience", self.patience, 0)
+        if self.patience and not self.validate_every:
+            raise RecipeError(
+                "train.patience counts validations, and train.validate_every is 0: set how many steps lie between them",
+                "train.patience",
+            )
         _check_range("train.sample_every", self.sample_every, 0)
         _check_range("train.log_every", self.log_every, 1)
         _check_range("train.threads", self.threads, 0, 4096)

@@ -25,6 +25,7 @@ from loragraft.backbones.flow import flow_loss, sample_timesteps
 from loragraft.backbones.spec import Backbone
 from loragraft.data.dataset import Batch, LatentCache, LatentDataset, batch_indices, collate
 from loragraft.recipes.schema import OptimConfig, Recipe
+from loragraft.train.early_stop import EarlyStop
 from loragraft.train.previews import Previews
 from loragraft.train.run_folder import RunFolder
 from loragraft.train.tracking import Tracking
@@ -56,12 +57,21 @@ def train(
         folder.summary = dict(folder.checkpoint["summary"])
     batches = Batches(cache.split("train"), cache.empty, recipe, backbone, accelerator, prior)
     validation = cache.split("validation")
+    early = EarlyStop(config.patience)
+    if config.patience and not len(validation):
+        raise ValueError(
+            "train.patience needs held-out images, and the validation split is empty: raise data.validation_fraction, or "
+            "set train.patience=0"
+        )
+    if folder.checkpoint is not None:
+        early.load(folder.checkpoint["early_stop"])
     started, elapsed_before = time.perf_counter(), float((folder.checkpoint or {}).get("elapsed_seconds", 0.0))
 
     def checkpoint() -> None:
         if accelerator.is_main_process:
             elapsed = elapsed_before + time.perf_counter() - started
-            folder.save_checkpoint(_state(parameters, optimizer, schedule, elapsed) | {"summary": folder.summary})
+            state = _state(parameters, optimizer, schedule, elapsed)
+            folder.save_checkpoint(state | {"summary": folder.summary, "early_stop": early.state()})
 
     if folder.step == 0:
         folder.summary["validation_loss_start"] = validation_loss(transformer, backbone, validation, recipe)
@@ -70,14 +80,16 @@ def train(
         total=config.steps, initial=folder.step, desc="train", unit="step", disable=not accelerator.is_main_process
     )
     with _stop_on_signal() as stop, bar:
-        while folder.step < config.steps:
+        while folder.step < config.steps and not early.exhausted:
             clock = time.perf_counter()
             metrics = _one_step(accelerator, transformer, optimizer, schedule, batches, parameters, recipe, folder.step)
             folder.step += 1
             last = folder.step == config.steps
             if last or _due(folder.step, config.validate_every):
                 metrics["validation_loss"] = validation_loss(transformer, backbone, validation, recipe)
-                folder.summary["validation_loss_end"] = metrics["validation_loss"]
+                early.observe(_agreed(metrics["validation_loss"], accelerator), folder.step, parameters)
+                folder.summary["validation_loss_end"] = early.best_loss if early.best else metrics["validation_loss"]
+                last = last or early.exhausted
             if accelerator.is_main_process:
                 folder.append_metrics({"step": folder.step, **metrics})
                 if last or folder.step == 1 or _due(folder.step, config.log_every):
@@ -87,12 +99,17 @@ def train(
             bar.update()
             if stop.requested or last or _due(folder.step, config.checkpoint_every):
                 checkpoint()
+            if last:
+                early.restore(parameters)  # after the checkpoint, which keeps the state that training goes on from
             if accelerator.is_main_process and (last or _due(folder.step, config.sample_every)):
                 tracking.log_images(previews.render(backbone, folder.path, folder.step), step=folder.step)
             if stop.requested and not last:
                 return True
+    early.restore(parameters)
+    if early.best:
+        folder.summary |= {"best_step": early.best_step, "stopped_early": early.exhausted}
     folder.summary |= {
-        "steps": config.steps,
+        "steps": folder.step,
         "train_seconds": elapsed_before + time.perf_counter() - started,
         "device": str(accelerator.device),
     }
@@ -245,6 +262,12 @@ def memory_in_use(device: torch.device) -> str:
     """Peak GPU memory allocated, or on a CPU the process's resident memory, as text in GiB."""
     used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
     return f"{used / 2**30:.2f}GiB"
+
+
+def _agreed(loss: float, accelerator: Accelerator) -> float:
+    """The mean over the processes: on GPUs their losses may differ in the last bits, and all must stop together."""
+    mean = accelerator.reduce(torch.tensor(loss, dtype=torch.float64, device=accelerator.device), "mean")
+    return float(mean)
 
 
 def _due(step: int, every: int) -> bool:

@@ -26,6 +26,7 @@ from loragraft.backbones.load import load_backbone
 from loragraft.data.cache import default_cache_root
 from loragraft.data.dataset import LatentCache
 from loragraft.data.encode import encode_dataset
+from loragraft.data.overlap import check_overlap
 from loragraft.data.sources import Sample, check_source, open_source
 from loragraft.recipes.load import load_recipe
 from loragraft.train.loop import train
@@ -53,13 +54,14 @@ def main(argv: list[str] | None = None) -> int:
     backbone = load_backbone(recipe.base, recipe.numerics, accelerator.device, default_cache_root())
     backbone.set_training_numerics(recipe.train.save_x, recipe.train.dgrad)
     base_before = backbone.fingerprint()
+    resolution = recipe.data.resolution or backbone.spec.resolution
+    samples = open_source(recipe.data, resolution, default_cache_root())
+    check_overlap(samples, recipe.data, default_cache_root())
     folder = RunFolder.open(Path(args.out or f"runs/{recipe.name}"), recipe, backbone.base_id, fresh=args.fresh)
     if folder.finished:
         print(f"{folder.path} is finished: {folder.adapter_file}. Train again with --fresh, or elsewhere with --out.")
         return 0
 
-    resolution = recipe.data.resolution or backbone.spec.resolution
-    samples = open_source(recipe.data, resolution, default_cache_root())
     encoders = backbone.encoders
 
     def encode(samples: list[Sample]) -> LatentCache:

@@ -162,11 +162,13 @@ def _preflight(args: argparse.Namespace) -> int:
     from loragraft.adapters.inject import inject_adapter
     from loragraft.backbones.load import load_backbone
     from loragraft.data.cache import default_cache_root
+    from loragraft.data.overlap import check_overlap
     from loragraft.data.sources import open_source
 
     recipe = _recipe_from(args)
     backbone = load_backbone(recipe.base, recipe.numerics, "cpu", default_cache_root())
     samples = open_source(recipe.data, recipe.data.resolution or backbone.spec.resolution, default_cache_root())
+    check_overlap(samples, recipe.data, default_cache_root())
     parameters = inject_adapter(backbone.transformer, recipe.adapter, backbone.spec.lora_targets)
     adapter = sum(p.numel() for p in parameters)
     frozen = sum(t.nbytes for t in (*backbone.transformer.buffers(), *backbone.transformer.parameters())) - 4 * adapter
