@@ -40,8 +40,21 @@ def predict_velocity(transformer: nn.Module, latents: Tensor, times: Tensor, tex
     return unpacked.reshape(b, c, h, w)
 
 
-def flow_loss(transformer: nn.Module, latents: Tensor, noise: Tensor, times: Tensor, text: dict[str, Tensor]) -> Tensor:
-    """Mean squared velocity error of a batch, a float32 scalar. Shapes as in `predict_velocity`."""
+def flow_loss(
+    transformer: nn.Module,
+    latents: Tensor,
+    noise: Tensor,
+    times: Tensor,
+    text: dict[str, Tensor],
+    weights: Tensor | None = None,
+) -> Tensor:
+    """Mean squared velocity error of a batch, a float32 scalar. Shapes as in `predict_velocity`.
+
+    weights [B]: the error of sample b counts weights[b] times; the mean is still over B.
+    """
     t = times.view(-1, 1, 1, 1).to(latents.dtype)
-    velocity = predict_velocity(transformer, (1 - t) * latents + t * noise, times, text)
-    return torch.nn.functional.mse_loss(velocity.float(), (noise - latents).float())
+    velocity = predict_velocity(transformer, (1 - t) * latents + t * noise, times, text).float()
+    target = (noise - latents).float()
+    if weights is None:
+        return torch.nn.functional.mse_loss(velocity, target)
+    return ((velocity - target).square().flatten(1).mean(1) * weights).mean()

@@ -7,10 +7,9 @@ module rasterises them once into a folder named by what went in, and later runs 
 import difflib
 import hashlib
 import importlib
+import itertools
 import json
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,10 +17,24 @@ from pathlib import Path
 import resvg_py
 from tqdm.auto import tqdm
 
-from loragraft.data.splits import Split
+from loragraft.data.dice import Dice
+from loragraft.data.folders import build_once
+from loragraft.data.splits import Split, split_concepts
 from loragraft.recipes.schema import DataConfig
 
-DOMAINS = {"marketing": "loragraft.data.marketing"}
+DOMAINS = {"marketing": "loragraft.data.marketing", "design": "loragraft.data.design"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Composition:
+    """What a domain draws of one concept, not yet rasterised."""
+
+    svg: str
+    """A whole SVG document with a square view box."""
+    caption: str
+    """All that is drawn, as a careful person would write it; at most 30 MiniLM tokens."""
+    short: str
+    """The same request as a lazy person would type it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,8 +44,8 @@ class Picture:
     name: str
     """File stem, unique in its domain."""
     svg: str
-    """A whole SVG document with a square view box."""
     caption: str
+    short: str
     concept: str
     split: Split
 
@@ -43,13 +56,36 @@ class Domain:
 
     name: str
     version: int
-    """Raise it whenever the pictures change: it is part of the folder's key."""
+    """Raise it whenever pictures or captions change: it is part of the folder's key."""
     licence: str
     """SPDX name, for every picture."""
     attribution: str
     """Markdown that the licence asks for; written beside the images."""
-    pictures: Callable[[int, int, float, float], Iterator[Picture]]
-    """(count, seed, validation_fraction, test_fraction) -> pictures; a pure function."""
+    concepts: tuple[str, ...]
+    """The things that it shows; they are dealt out evenly and split so that no concept is in two splits."""
+    compose: Callable[[str, Dice], Composition]
+    """One image of a concept, all else drawn from the dice; a pure function."""
+
+    def pictures(self, count: int, seed: int, validation_fraction: float, test_fraction: float) -> Iterator[Picture]:
+        """`count` pictures; the same arguments give the same pictures."""
+        splits = split_concepts(self.concepts, seed, validation_fraction, test_fraction)
+        dealt = self.compositions(self.concepts, f"{self.name}/{seed}")
+        for index, (concept, made) in enumerate(itertools.islice(dealt, count)):
+            yield Picture(
+                name=f"{index:06d}",
+                svg=made.svg,
+                caption=made.caption,
+                short=made.short,
+                concept=concept,
+                split=splits[concept],
+            )
+
+    def compositions(self, concepts: Sequence[str], seed: str) -> Iterator[tuple[str, Composition]]:
+        """Endless (concept, composition): all concepts in a new order, again and again."""
+        dice = Dice(seed)
+        while True:
+            for concept in dice.shuffled(concepts):
+                yield concept, self.compose(concept, dice)
 
 
 def domain(name: str) -> Domain:
@@ -63,30 +99,13 @@ def domain(name: str) -> Domain:
 
 
 def build_domain(config: DataConfig, resolution: int, cache_root: Path) -> Path:
-    """The folder with the domain's PNG files, `metadata.jsonl` and `ATTRIBUTION.md`; drawn if it is not there yet.
-
-    It is filled under a temporary name and renamed at the end, so a folder of the final name is always complete.
-    """
+    """The folder with the domain's PNG files, `metadata.jsonl` and `ATTRIBUTION.md`; drawn if it is not there yet."""
     assert config.domain is not None
     made = domain(config.domain)
     options = [made.version, config.count, config.seed, config.validation_fraction, config.test_fraction, resolution]
     key = hashlib.sha256(json.dumps([made.name, *options, version("resvg_py")]).encode()).hexdigest()[:16]
     folder = cache_root / "domains" / f"{made.name}-{key}"
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        _write(made, config, resolution, scratch)
-        scratch.chmod(0o755)  # mkdtemp makes it private
-        try:
-            scratch.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # otherwise another process was faster, with the same content
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return folder
+    return build_once(folder, lambda scratch: _write(made, config, resolution, scratch))
 
 
 def render(svg: str, resolution: int) -> bytes:
@@ -104,6 +123,7 @@ def _write(made: Domain, config: DataConfig, resolution: int, folder: Path) -> N
             row = {
                 "file_name": file_name,
                 "text": picture.caption,
+                "short": picture.short,
                 "split": picture.split,
                 "concept": picture.concept,
                 "licence": made.licence,

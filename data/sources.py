@@ -6,6 +6,7 @@ any model is loaded, and each error names the files at fault.
 
 import csv
 import difflib
+import hashlib
 import json
 import re
 from collections.abc import Iterable
@@ -16,9 +17,12 @@ from typing import Any
 from PIL import Image
 
 from loragraft.data.domains import build_domain
+from loragraft.data.errors import DataError
 from loragraft.data.images import SUFFIXES
 from loragraft.data.splits import SPLITS, Split, split_concepts
 from loragraft.recipes.schema import DataConfig
+
+__all__ = ["DataError", "Sample", "check_source", "open_source", "with_trigger"]
 
 _SPLIT_NAMES: dict[str, Split] = {
     **{split: split for split in SPLITS},
@@ -30,10 +34,6 @@ _SPLIT_NAMES: dict[str, Split] = {
 _CAMERA_NAME = re.compile(r"(img|dsc|dscn|dscf|pxl|image|photo|picture|screenshot|p)?[\W\d_]*", re.IGNORECASE)
 
 
-class DataError(ValueError):
-    """A data set that cannot be used; the message names the files and the remedy."""
-
-
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One image and what is known about it."""
@@ -43,6 +43,8 @@ class Sample:
     split: Split
     concept: str
     licence: str
+    short: str = ""
+    """The caption as a lazy person would type it; empty where the data set has none."""
 
 
 def open_source(config: DataConfig, resolution: int, cache_root: Path) -> list[Sample]:
@@ -51,26 +53,76 @@ def open_source(config: DataConfig, resolution: int, cache_root: Path) -> list[S
     resolution: edge in pixels at which a domain is drawn, that is `config.resolution or` the base's own.
     Raises DataError.
     """
+    check_source(config)
     if config.domain is not None:
         folder = build_domain(config, resolution, cache_root)
+    elif config.dataset is not None:
+        from loragraft.data.hub import build_dataset  # `datasets` takes a second to import
+
+        folder = build_dataset(config, cache_root)
+        config = replace(config, caption_column="")  # what was built has `text`
     else:
-        folder = _existing_folder(Path(config.folder or ""))
+        folder = Path(config.folder or "")
     samples = _read_folder(folder, config)
-    if config.trigger:
-        samples = [replace(sample, caption=f"{config.trigger}, {sample.caption}") for sample in samples]
-    return _limit(samples, config.limit)
+    samples = [
+        replace(s, caption=with_trigger(s.caption, config.trigger), short=with_trigger(s.short, config.trigger))
+        for s in samples
+    ]
+    return _limit(_shortened(samples, config, folder), config.limit)
 
 
-def _existing_folder(folder: Path) -> Path:
-    if folder.is_dir():
-        return folder
-    if folder.exists():
+def check_source(config: DataConfig) -> None:
+    """What can be said before anything is opened: raises DataError where there is no folder, or no such one, or where
+    class images are wanted of nothing."""
+    if config.folder == "":
+        wanted = ' data.prior.prompt="mug icon"' if config.prior.images else ""
+        raise DataError(
+            "this recipe trains on images of your own: say where they are and what to call them, for example\n"
+            f'  accelerate launch train/lora.py --recipe personal data.folder=./photos data.trigger="sks mug"{wanted}'
+        )
+    if config.prior.images and not config.prior.prompt:
+        raise DataError(
+            f"data.prior.images is {config.prior.images}, but data.prior.prompt is empty: say what kind of thing it is, "
+            'such as data.prior.prompt="mug icon", or train without class images: data.prior.images=0'
+        )
+    if config.folder is None:
+        return
+    folder = Path(config.folder)
+    if folder.exists() and not folder.is_dir():
         raise DataError(f"data.folder {folder} is a file; give the folder that holds the images")
-    parent = next(p for p in folder.parents if p.is_dir())
-    near = difflib.get_close_matches(
-        folder.relative_to(parent).parts[0], [p.name for p in parent.iterdir() if p.is_dir()], n=1, cutoff=0.5
-    )
-    raise DataError(f"data.folder {folder} does not exist" + (f"; did you mean {parent / near[0]}?" if near else ""))
+    if not folder.exists():
+        parent = next(p for p in folder.parents if p.is_dir())
+        near = difflib.get_close_matches(
+            folder.relative_to(parent).parts[0], [p.name for p in parent.iterdir() if p.is_dir()], n=1, cutoff=0.5
+        )
+        remedy = f"; did you mean {parent / near[0]}?" if near else ""
+        raise DataError(f"data.folder {folder} does not exist{remedy}")
+
+
+def with_trigger(text: str, trigger: str) -> str:
+    """A caption or a prompt behind the trigger, unless it says it already; an empty one stays empty."""
+    return text if not trigger or not text or trigger in text else f"{trigger}, {text}"
+
+
+def _shortened(samples: list[Sample], config: DataConfig, folder: Path) -> list[Sample]:
+    """`short_captions` of the training samples show their short caption: those whose sha256(seed, file name, caption)
+    says so. Held-out samples keep the long one."""
+    if not config.short_captions:
+        return samples
+    if not any(sample.short for sample in samples if sample.split == "train"):
+        raise DataError(
+            f"data.short_captions is {config.short_captions:g}, but no training image of {folder} has a short caption; "
+            "add a column `short` to its metadata, or set data.short_captions=0"
+        )
+
+    def chosen(sample: Sample) -> bool:
+        digest = hashlib.sha256(f"{config.seed}/{sample.image.name}/{sample.caption}".encode()).digest()
+        return int.from_bytes(digest[:8], "big") < config.short_captions * 2**64
+
+    return [
+        replace(sample, caption=sample.short) if sample.split == "train" and sample.short and chosen(sample) else sample
+        for sample in samples
+    ]
 
 
 def _read_folder(folder: Path, config: DataConfig) -> list[Sample]:
@@ -85,22 +137,32 @@ def _read_folder(folder: Path, config: DataConfig) -> list[Sample]:
         rows = _rows_of_metadata(jsonl if jsonl.is_file() else table, images, config)
     elif with_text:
         missing = sorted(set(images) - set(with_text))
-        if missing:
+        if missing and not config.caption:
             raise DataError(
                 f"{len(with_text)} images of {folder} have a .txt caption beside them and {len(missing)} do not: "
-                f"{_listed(missing, folder)}; write the missing ones, or use metadata.jsonl for all"
+                f"{_listed(missing, folder)}; write the missing ones, use metadata.jsonl for all, or give "
+                "data.caption for those without"
             )
-        rows = [{"image": i, "caption": i.with_suffix(".txt").read_text(encoding="utf-8").strip()} for i in images]
+        rows = [{"image": i, "caption": _text_beside(i) if i in with_text else ""} for i in images]
+    elif config.caption:
+        rows = [{"image": image, "caption": ""} for image in images]
     else:
         rows = [{"image": image, "caption": _caption_of_name(image.stem)} for image in images]
-    empty = [row["image"] for row in rows if not row["caption"]]
-    if empty:
+    empty = [row for row in rows if not row["caption"]]
+    if empty and not config.caption:
         raise DataError(
-            f"{len(empty)} images of {folder} have no caption: {_listed(empty, folder)}; put a .txt beside each image, "
-            "or write metadata.jsonl with lines such as "
-            '{"file_name": "a.png", "text": "a red bicycle"}, or name the files after what they show'
+            f"{len(empty)} images of {folder} have no caption: {_listed([row['image'] for row in empty], folder)}; put a "
+            ".txt beside each image, or write metadata.jsonl with lines such as "
+            '{"file_name": "a.png", "text": "a red bicycle"}, or name the files after what they show, or give one '
+            'caption for all, such as data.caption="a photo in sks style"'
         )
+    for row in empty:  # many images share the caption, so each is a concept of its own: the split goes by image
+        row |= {"caption": config.caption, "concept": row.get("concept") or str(row["image"].relative_to(folder))}
     return _with_splits(rows, folder, config)
+
+
+def _text_beside(image: Path) -> str:
+    return image.with_suffix(".txt").read_text(encoding="utf-8").strip()
 
 
 def _check_headers(images: Iterable[Path]) -> None:
@@ -176,7 +238,8 @@ def _with_splits(rows: list[dict[str, Any]], folder: Path, config: DataConfig) -
         if name not in _SPLIT_NAMES:
             raise DataError(f"{row['image']}: unknown split {name!r}; use one of {', '.join(SPLITS)}")
         licence = str(row.get("licence") or row.get("license") or config.licence)
-        samples.append(Sample(row["image"], row["caption"], _SPLIT_NAMES[name], concept, licence))
+        short = str(row.get("short") or "").strip()
+        samples.append(Sample(row["image"], row["caption"], _SPLIT_NAMES[name], concept, licence, short))
     if not any(sample.split == "train" for sample in samples):
         raise DataError(f"{folder} has no image in the train split; lower data.validation_fraction and test_fraction")
     return samples

@@ -22,6 +22,8 @@ from loragraft.recipes.schema import Recipe, RecipeError
 __all__ = ["RecipeError", "list_recipes", "load_recipe", "recipe_hash", "recipe_to_dict"]
 
 _SHIPPED = Path(__file__).parent
+_PATHS = ("folder", "dataset")
+"""Keys of `data` that hold a path, or may."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -68,12 +70,14 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
 
 
 def recipe_to_dict(recipe: Recipe, *, public: bool = False) -> dict[str, Any]:
-    """The resolved recipe as plain JSON types. With `public`, a folder is its name without the path to it, and
-    `publish.to` is left out: fit for files that leave this machine."""
+    """The resolved recipe as plain JSON types. With `public`, a folder or a data set on disk is its name without the
+    path to it, and `publish.to` is left out: fit for files that leave this machine."""
     plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(recipe)))
     if public:
-        if recipe.data.folder is not None:
-            plain["data"]["folder"] = Path(recipe.data.folder).name
+        for key in _PATHS:
+            value = plain["data"][key]
+            if value is not None and Path(value).is_absolute():
+                plain["data"][key] = Path(value).name
         del plain["publish"]
     return plain
 
@@ -120,7 +124,7 @@ def _load_layer(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], di
             raise RecipeError(f"{path}: extends: {error}") from None
         merged, origins = _load_layer(parent_path, (*chain, path))
         merged.pop("name", None)  # a child that gives no name is called after its own file
-    _resolve_folder(layer, path.parent)
+    _resolve_paths(layer, path.parent)
     _merge(merged, layer, origins, str(path))
     return merged, origins
 
@@ -150,15 +154,19 @@ def _parse_override(override: str) -> dict[str, Any]:
     layer: Any = value
     for part in reversed(parts):
         layer = {part: layer}
-    _resolve_folder(layer, Path.cwd())
+    _resolve_paths(layer, Path.cwd())
     return typing.cast(dict[str, Any], layer)
 
 
-def _resolve_folder(layer: dict[str, Any], start: Path) -> None:
-    """Make `data.folder` absolute while it is still known where it was written."""
+def _resolve_paths(layer: dict[str, Any], start: Path) -> None:
+    """Make `data.folder` and a `data.dataset` on disk absolute while it is still known where they were written."""
     data = layer.get("data")
-    if isinstance(data, dict) and isinstance(data.get("folder"), str):
-        data["folder"] = str(Path(start, Path(data["folder"]).expanduser()).resolve())
+    for key in _PATHS:
+        value = data.get(key) if isinstance(data, dict) else None
+        if isinstance(data, dict) and isinstance(value, str) and value:
+            path = Path(start, Path(value).expanduser()).resolve()
+            if key == "folder" or value.startswith((".", "/", "~")) or path.exists():
+                data[key] = str(path)
 
 
 def _merge(target: dict[str, Any], layer: Mapping[str, Any], origins: dict[str, str], origin: str) -> None:
@@ -240,12 +248,29 @@ def _convert(hint: Any, value: Any, key: str, origin: str) -> Any:
 
 def _build(merged: Mapping[str, Any]) -> Recipe:
     """The merged, checked mapping as a Recipe. Range checks happen in the dataclasses."""
-    hints = typing.get_type_hints(Recipe)
-    values = {
-        key: typing.cast(Any, hints[key])(**value) if dataclasses.is_dataclass(hints[key]) else value
-        for key, value in ({"data": {}} | dict(merged)).items()
-    }
-    return Recipe(**values)
+    recipe: Recipe = _block(Recipe, {"data": {}} | dict(merged))
+    return _with_trigger(recipe)
+
+
+def _block(cls: type, values: Mapping[str, Any]) -> Any:
+    """A dataclass from its values, the blocks inside it first."""
+    hints = typing.get_type_hints(cls)
+    return cls(**{k: _block(hints[k], v) if dataclasses.is_dataclass(hints[k]) else v for k, v in values.items()})
+
+
+def _with_trigger(recipe: Recipe) -> Recipe:
+    """`{trigger}` replaced in the constant caption and the sample prompts. Raises RecipeError without a trigger."""
+    texts = (recipe.data.caption, *recipe.sample.prompts)
+    if not any("{trigger}" in text for text in texts):
+        return recipe
+    if not recipe.data.trigger:
+        raise RecipeError("a text says {trigger}, but data.trigger is empty: give the words", "data.trigger")
+    caption, *prompts = (text.replace("{trigger}", recipe.data.trigger) for text in texts)
+    return dataclasses.replace(
+        recipe,
+        data=dataclasses.replace(recipe.data, caption=caption),
+        sample=dataclasses.replace(recipe.sample, prompts=tuple(prompts)),
+    )
 
 
 def _below(key: str, origins: dict[str, str]) -> list[str]:

@@ -28,22 +28,66 @@ def _check_range(key: str, value: float, low: float, high: float = math.inf, *, 
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PriorConfig:
+    """Prior preservation (Ruiz et al., "DreamBooth", 2023): half of every batch shows the base's own images of the class,
+    so that the adapter learns one thing and keeps the rest. loss = mean over the batch of w l, w = 1 or `weight`."""
+
+    prompt: str = ""
+    """The class in words that the base knows, without the trigger: `mug icon`."""
+    images: int = 0
+    """Class images; the frozen base draws them before training, once. 0 = no prior preservation."""
+    weight: float = 1.0
+    """Weight of a class image in the loss; 0 to 100."""
+    steps: int = 20
+    """Euler steps of a class image; 1 to 1000."""
+    guidance: float = 3.0
+    """Classifier-free guidance of a class image; 1 to 100."""
+    seed: int = 0
+    """Class image i is drawn from seed + i."""
+
+    def __post_init__(self) -> None:
+        _check_range("data.prior.images", self.images, 0, 1_000_000)
+        _check_range("data.prior.weight", self.weight, 0, 100)
+        _check_range("data.prior.steps", self.steps, 1, 1000)
+        _check_range("data.prior.guidance", self.guidance, 1, 100)
+        _check_range("data.prior.seed", self.seed, 0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
-    """Where images and captions come from: exactly one of `domain` and `folder`."""
+    """Where images and captions come from: exactly one of `domain`, `folder` and `dataset`."""
 
     domain: str | None = None
     """A built-in generated domain, such as `marketing`: a module of `data/` that builds it from installed packages."""
     folder: str | None = None
     """A folder of images with captions: `metadata.jsonl`, or a `.txt` beside each image, or file names as captions.
-    A relative path starts at the recipe's own folder (at the working directory when given on the command line)."""
+    A relative path starts at the recipe's own folder (at the working directory when given on the command line).
+    Empty = yours to give: the recipe loads, and training asks for it."""
+    dataset: str | None = None
+    """A data set that Hugging Face's `datasets` reads and that has an image and a caption column: what `save_to_disk`
+    wrote, a folder or file of parquet, an image folder, or a hub's `user/name` (see `allow_download`).
+    A relative path starts where that of `folder` does."""
+    dataset_split: str = "train"
+    """The split of `dataset` to read; its concepts are then divided as a folder's are."""
+    image_column: str = ""
+    """Column of `dataset` that holds the images; empty = its only image column."""
+    allow_download: bool = False
+    """Whether `dataset` may be fetched from a hub; otherwise nothing is, whatever its name."""
     count: int = 2400
-    """Images that a domain generates; 1 to 1,000,000. Ignored for a folder."""
+    """Images that a domain generates; 1 to 1,000,000. Ignored for own data."""
     seed: int = 0
     """Seed of the generator and of the split; any non-negative integer."""
     caption_column: str = ""
-    """Field of `metadata.jsonl` that holds the caption; empty = `text`, else `caption`."""
+    """Field of `metadata.jsonl`, or column of `dataset`, that holds the caption; empty = `text`, else `caption`."""
+    caption: str = ""
+    """One caption for every image that has none of its own, such as `a photo in sks style`; file names are then not
+    read as captions. `{trigger}` stands for the trigger. Empty = an image without caption is an error."""
     trigger: str = ""
-    """Words put before every caption, so that a prompt can call the style by name; empty = none."""
+    """Words put before every caption that lacks them, so that a prompt can call the style by name; empty = none.
+    `{trigger}` in `data.caption` and in `sample.prompts` stands for them."""
+    short_captions: float = 0.0
+    """Share of the training samples that are shown with their short caption (column `short`) instead of the long one,
+    chosen by hash, so that short prompts become enough; 0 to 1."""
     validation_fraction: float = 0.1
     """Share of the concepts kept for the validation loss; 0 to 0.5."""
     test_fraction: float = 0.1
@@ -53,19 +97,26 @@ class DataConfig:
     limit: int = 0
     """Use at most this many samples, evenly spaced over each split; 0 = all."""
     licence: str = "unspecified"
-    """Licence of a folder's images (an SPDX name where there is one), written into the adapter's card.
+    """Licence of your own images (an SPDX name where there is one), written into the adapter's card.
     A domain knows its own."""
+    allow_overlap: bool = False
+    """Whether an image of your own may stand in the training split and, the same or almost, in a held-out one. It makes
+    validation and score too good; otherwise it is an error."""
+    prior: PriorConfig = PriorConfig()
+    """Images of the class beside those of the one thing."""
 
     def __post_init__(self) -> None:
-        if (self.domain is None) == (self.folder is None):
-            given = "neither" if self.domain is None else f"both ({self.domain!r} and {self.folder!r})"
+        given = {key: value for key in ("domain", "folder", "dataset") if (value := getattr(self, key)) is not None}
+        if len(given) != 1:
+            found = " and ".join(f"{key}={value!r}" for key, value in given.items()) or "none"
             raise RecipeError(
-                f"data needs exactly one of data.domain and data.folder, and got {given}; "
+                f"data needs exactly one of data.domain, data.folder and data.dataset, and got {found}; "
                 "set one, and clear an inherited one with `null`",
                 "data",
             )
         _check_range("data.count", self.count, 1, 1_000_000)
         _check_range("data.seed", self.seed, 0)
+        _check_range("data.short_captions", self.short_captions, 0, 1)
         _check_range("data.validation_fraction", self.validation_fraction, 0, 0.5)
         _check_range("data.test_fraction", self.test_fraction, 0, 0.5)
         _check_range("data.resolution", self.resolution, 0, 8192)
@@ -120,6 +171,9 @@ class TrainConfig:
     """Steps between checkpoints that a run can resume from; 0 = only at the end."""
     validate_every: int = 100
     """Steps between validation losses; 0 = only at the start and the end."""
+    patience: int = 0
+    """Stop after so many validations in a row without a lower loss, and save the adapter of the best one; 0 = train all
+    steps and save the last. Needs a validation split."""
     sample_every: int = 0
     """Steps between sample images; 0 = only at the end."""
     log_every: int = 10
@@ -136,6 +190,12 @@ class TrainConfig:
         _check_range("train.text_dropout", self.text_dropout, 0, 1)
         _check_range("train.checkpoint_every", self.checkpoint_every, 0)
         _check_range("train.validate_every", self.validate_every, 0)
+        _check_range("train.patience", self.patience, 0)
+        if self.patience and not self.validate_every:
+            raise RecipeError(
+                "train.patience counts validations, and train.validate_every is 0: set how many steps lie between them",
+                "train.patience",
+            )
         _check_range("train.sample_every", self.sample_every, 0)
         _check_range("train.log_every", self.log_every, 1)
         _check_range("train.threads", self.threads, 0, 4096)
@@ -262,3 +322,8 @@ class Recipe:
         for key, value in (("name", self.name), ("base", self.base)):
             if not value.strip():
                 raise RecipeError(f"{key} must not be empty", key)
+        if self.data.prior.images and self.train.batch_size < 2:
+            raise RecipeError(
+                "train.batch_size must be at least 2 with data.prior.images: half of a batch shows the class",
+                "train.batch_size",
+            )

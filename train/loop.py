@@ -23,8 +23,9 @@ from tqdm import tqdm
 
 from loragraft.backbones.flow import flow_loss, sample_timesteps
 from loragraft.backbones.spec import Backbone
-from loragraft.data.dataset import LatentCache, LatentDataset, batch_indices
+from loragraft.data.dataset import Batch, LatentCache, LatentDataset, batch_indices, collate
 from loragraft.recipes.schema import OptimConfig, Recipe
+from loragraft.train.early_stop import EarlyStop
 from loragraft.train.previews import Previews
 from loragraft.train.run_folder import RunFolder
 from loragraft.train.tracking import Tracking
@@ -42,22 +43,35 @@ def train(
     previews: Previews,
     folder: RunFolder,
     tracking: Tracking,
+    prior: LatentDataset | None = None,
 ) -> bool:
-    """Runs the steps that are left. Returns True if it was interrupted (a checkpoint is on disk), False when done."""
+    """Runs the steps that are left. Returns True if it was interrupted (a checkpoint is on disk), False when done.
+
+    prior: class images, mixed into every batch (`PriorConfig`).
+    """
     config = recipe.train
     optimizer, schedule = build_optimizer(parameters, recipe.optim, config.steps)
     transformer, optimizer = accelerator.prepare(backbone.transformer, optimizer)
     if folder.checkpoint is not None:
         _restore(folder.checkpoint, parameters, optimizer, schedule)
         folder.summary = dict(folder.checkpoint["summary"])
-    batches = Batches(cache.split("train"), cache.empty, recipe, backbone, accelerator)
+    batches = Batches(cache.split("train"), cache.empty, recipe, backbone, accelerator, prior)
     validation = cache.split("validation")
+    early = EarlyStop(config.patience)
+    if config.patience and not len(validation):
+        raise ValueError(
+            "train.patience needs held-out images, and the validation split is empty: raise data.validation_fraction, or "
+            "set train.patience=0"
+        )
+    if folder.checkpoint is not None:
+        early.load(folder.checkpoint["early_stop"])
     started, elapsed_before = time.perf_counter(), float((folder.checkpoint or {}).get("elapsed_seconds", 0.0))
 
     def checkpoint() -> None:
         if accelerator.is_main_process:
             elapsed = elapsed_before + time.perf_counter() - started
-            folder.save_checkpoint(_state(parameters, optimizer, schedule, elapsed) | {"summary": folder.summary})
+            state = _state(parameters, optimizer, schedule, elapsed)
+            folder.save_checkpoint(state | {"summary": folder.summary, "early_stop": early.state()})
 
     if folder.step == 0:
         folder.summary["validation_loss_start"] = validation_loss(transformer, backbone, validation, recipe)
@@ -66,14 +80,16 @@ def train(
         total=config.steps, initial=folder.step, desc="train", unit="step", disable=not accelerator.is_main_process
     )
     with _stop_on_signal() as stop, bar:
-        while folder.step < config.steps:
+        while folder.step < config.steps and not early.exhausted:
             clock = time.perf_counter()
             metrics = _one_step(accelerator, transformer, optimizer, schedule, batches, parameters, recipe, folder.step)
             folder.step += 1
             last = folder.step == config.steps
             if last or _due(folder.step, config.validate_every):
                 metrics["validation_loss"] = validation_loss(transformer, backbone, validation, recipe)
-                folder.summary["validation_loss_end"] = metrics["validation_loss"]
+                early.observe(_agreed(metrics["validation_loss"], accelerator), folder.step, parameters)
+                folder.summary["validation_loss_end"] = early.best_loss if early.best else metrics["validation_loss"]
+                last = last or early.exhausted
             if accelerator.is_main_process:
                 folder.append_metrics({"step": folder.step, **metrics})
                 if last or folder.step == 1 or _due(folder.step, config.log_every):
@@ -83,12 +99,17 @@ def train(
             bar.update()
             if stop.requested or last or _due(folder.step, config.checkpoint_every):
                 checkpoint()
+            if last:
+                early.restore(parameters)  # after the checkpoint, which keeps the state that training goes on from
             if accelerator.is_main_process and (last or _due(folder.step, config.sample_every)):
                 tracking.log_images(previews.render(backbone, folder.path, folder.step), step=folder.step)
             if stop.requested and not last:
                 return True
+    early.restore(parameters)
+    if early.best:
+        folder.summary |= {"best_step": early.best_step, "stopped_early": early.exhausted}
     folder.summary |= {
-        "steps": config.steps,
+        "steps": folder.step,
         "train_seconds": elapsed_before + time.perf_counter() - started,
         "device": str(accelerator.device),
     }
@@ -96,7 +117,11 @@ def train(
 
 
 class Batches:
-    """Step number -> this process's part of the step's batches. Holds no state that a resume would have to restore."""
+    """Step number -> this process's part of the step's batches. Holds no state that a resume would have to restore.
+
+    With `prior`, every second sample of a batch is one of its images, whatever the number of processes; `weights` [B]
+    then says how much each sample counts in the loss.
+    """
 
     def __init__(
         self,
@@ -105,23 +130,27 @@ class Batches:
         recipe: Recipe,
         backbone: Backbone,
         accelerator: Accelerator,
+        prior: LatentDataset | None = None,
     ) -> None:
-        self.dataset, self.empty_text, self.config = dataset, empty_text, recipe.train
+        self.dataset, self.empty_text, self.config, self.prior = dataset, empty_text, recipe.train, prior
         self.device, self.dtype = backbone.device, backbone.dtype
-        self.rank, self.world = accelerator.process_index, accelerator.num_processes
+        self.total = recipe.train.batch_size * accelerator.num_processes
+        self.mine = slice(accelerator.process_index, None, accelerator.num_processes)
+        self.weights: Tensor | None = None
+        if prior is not None:
+            weights = [recipe.data.prior.weight if place % 2 else 1.0 for place in range(self.total)]
+            self.weights = torch.tensor(weights[self.mine], device=self.device)
 
     def __call__(self, step: int) -> Iterator[tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]]:
         """Yields (latents [B, C, h, w], noise, times [B], text) for each of `accumulation` micro-batches."""
-        total = self.config.batch_size * self.world
         for micro in range(self.config.accumulation):
             number = step * self.config.accumulation + micro
-            mine = slice(self.rank, None, self.world)
             generator = seeded(self.config.seed, "step", number)
-            batch = self.dataset.batch(batch_indices(number, total, len(self.dataset), self.config.seed)[mine])
+            batch = self._samples(number)
             latents = batch["latents"].float()
-            times = sample_timesteps(total, generator)[mine]
-            noise = torch.randn(total, *latents.shape[1:], generator=generator)[mine]
-            dropped = (torch.rand(total, generator=generator) < self.config.text_dropout)[mine]
+            times = sample_timesteps(self.total, generator)[self.mine]
+            noise = torch.randn(self.total, *latents.shape[1:], generator=generator)[self.mine]
+            dropped = (torch.rand(self.total, generator=generator) < self.config.text_dropout)[self.mine]
             text = {
                 key: torch.where(dropped.view(-1, *[1] * empty.dim()), empty.float(), batch[key].float())  # type: ignore[literal-required]
                 for key, empty in self.empty_text.items()
@@ -132,6 +161,16 @@ class Batches:
                 times.to(self.device),
                 {key: value.to(self.device, self.dtype) for key, value in text.items()},
             )
+
+    def _samples(self, number: int) -> Batch:
+        """This process's samples of micro-batch `number`."""
+        seed = self.config.seed
+        if self.prior is None:
+            return self.dataset.batch(batch_indices(number, self.total, len(self.dataset), seed)[self.mine])
+        own = batch_indices(number, self.total - self.total // 2, len(self.dataset), seed)
+        of_class = batch_indices(number, self.total // 2, len(self.prior), seed)
+        places = range(self.total)[self.mine]
+        return collate([self.prior[of_class[p // 2]] if p % 2 else self.dataset[own[p // 2]] for p in places])
 
 
 def _one_step(
@@ -149,7 +188,7 @@ def _one_step(
     for micro, (latents, noise, times, text) in enumerate(batches(step)):
         sync = contextlib.nullcontext() if micro == count - 1 else accelerator.no_sync(transformer)
         with sync:
-            loss = flow_loss(transformer, latents, noise, times, text) / count
+            loss = flow_loss(transformer, latents, noise, times, text, batches.weights) / count
             accelerator.backward(loss)
         total += loss.detach()
     value = float(accelerator.reduce(total, "mean"))
@@ -223,6 +262,12 @@ def memory_in_use(device: torch.device) -> str:
     """Peak GPU memory allocated, or on a CPU the process's resident memory, as text in GiB."""
     used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
     return f"{used / 2**30:.2f}GiB"
+
+
+def _agreed(loss: float, accelerator: Accelerator) -> float:
+    """The mean over the processes: on GPUs their losses may differ in the last bits, and all must stop together."""
+    mean = accelerator.reduce(torch.tensor(loss, dtype=torch.float64, device=accelerator.device), "mean")
+    return float(mean)
 
 
 def _due(step: int, every: int) -> bool:

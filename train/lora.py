@@ -24,12 +24,15 @@ from loragraft.adapters.checkpoint import save_adapter
 from loragraft.adapters.inject import inject_adapter, remove_adapter
 from loragraft.backbones.load import load_backbone
 from loragraft.data.cache import default_cache_root
+from loragraft.data.dataset import LatentCache
 from loragraft.data.encode import encode_dataset
-from loragraft.data.sources import open_source
+from loragraft.data.overlap import check_overlap
+from loragraft.data.sources import Sample, check_source, open_source
 from loragraft.recipes.load import load_recipe
 from loragraft.train.loop import train
 from loragraft.train.metadata import adapter_metadata
 from loragraft.train.previews import Previews
+from loragraft.train.prior import prior_samples
 from loragraft.train.run_folder import RunFolder
 from loragraft.train.tracking import Tracking
 
@@ -40,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     """The whole line, read from top to bottom. Returns the exit code: 0 done, 130 interrupted and resumable."""
     args = _parse(argv)
     recipe = load_recipe(args.recipe, args.overrides)
+    check_source(recipe.data)
     accelerator = Accelerator(cpu=args.cpu, log_with=None)
     if accelerator.device.type == "cpu":
         # accelerate launch sets OMP_NUM_THREADS=1, which is right for many ranks and wrong for one.
@@ -50,24 +54,32 @@ def main(argv: list[str] | None = None) -> int:
     backbone = load_backbone(recipe.base, recipe.numerics, accelerator.device, default_cache_root())
     backbone.set_training_numerics(recipe.train.save_x, recipe.train.dgrad)
     base_before = backbone.fingerprint()
+    resolution = recipe.data.resolution or backbone.spec.resolution
+    samples = open_source(recipe.data, resolution, default_cache_root())
+    check_overlap(samples, recipe.data, default_cache_root())
     folder = RunFolder.open(Path(args.out or f"runs/{recipe.name}"), recipe, backbone.base_id, fresh=args.fresh)
     if folder.finished:
         print(f"{folder.path} is finished: {folder.adapter_file}. Train again with --fresh, or elsewhere with --out.")
         return 0
 
-    resolution = recipe.data.resolution or backbone.spec.resolution
-    samples = open_source(recipe.data, resolution, default_cache_root())
     encoders = backbone.encoders
-    cache = encode_dataset(
-        samples, encoders.encode_images, encoders.encode_text, encoders.id, resolution, default_cache_root()
-    )
+
+    def encode(samples: list[Sample]) -> LatentCache:
+        return encode_dataset(
+            samples, encoders.encode_images, encoders.encode_text, encoders.id, resolution, default_cache_root()
+        )
+
+    cache = encode(samples)
+    prior = None
+    if recipe.data.prior.images:
+        prior = encode(prior_samples(recipe.data.prior, backbone, default_cache_root())).split("train")
     previews = Previews.prepare(recipe.sample, backbone, cache)
     encoders.release_text()  # memory back before the first step
 
     parameters = inject_adapter(backbone.transformer, recipe.adapter, backbone.spec.lora_targets)
     print(backbone.ledger.table())
     with Tracking.start(recipe, backbone, folder, accelerator) as tracking:
-        interrupted = train(accelerator, recipe, backbone, parameters, cache, previews, folder, tracking)
+        interrupted = train(accelerator, recipe, backbone, parameters, cache, previews, folder, tracking, prior)
         if interrupted:
             print(f"\nstopped at step {folder.step}, nothing lost: run the same command again to go on.")
             return 130

@@ -24,7 +24,7 @@ def adapter_metadata(recipe: Recipe, backbone: Backbone, cache: LatentCache, fol
         "rank": recipe.adapter.rank,
         "alpha": recipe.adapter.alpha,
         "targets": list(recipe.adapter.targets or backbone.spec.lora_targets),
-        "steps": folder.step,
+        "steps": folder.summary.get("best_step", folder.step),
         "validation_loss_start": folder.summary.get("validation_loss_start"),
         "validation_loss_end": folder.summary.get("validation_loss_end"),
         "versions": {"loragraft": loragraft.__version__} | {p: version(p) for p in ("torch", "diffusers", "peft")},

@@ -66,6 +66,19 @@ def _recipe(args: argparse.Namespace) -> int:
     return 0
 
 
+def _prompts(args: argparse.Namespace) -> int:
+    import dataclasses
+
+    from loragraft.data.cache import default_cache_root
+    from loragraft.data.prompts import evaluation_prompts, prompts_id
+
+    prompts = evaluation_prompts(_recipe_from(args).data, args.count, default_cache_root())
+    for prompt in prompts:
+        print(json.dumps(dataclasses.asdict(prompt), ensure_ascii=False))
+    print(f"{len(prompts)} prompts, sha256 {prompts_id(prompts)}", file=sys.stderr)
+    return 0
+
+
 def _generate(args: argparse.Namespace) -> int:
     from loragraft.backbones.load import load_backbone
     from loragraft.data.cache import default_cache_root
@@ -149,11 +162,13 @@ def _preflight(args: argparse.Namespace) -> int:
     from loragraft.adapters.inject import inject_adapter
     from loragraft.backbones.load import load_backbone
     from loragraft.data.cache import default_cache_root
+    from loragraft.data.overlap import check_overlap
     from loragraft.data.sources import open_source
 
     recipe = _recipe_from(args)
     backbone = load_backbone(recipe.base, recipe.numerics, "cpu", default_cache_root())
     samples = open_source(recipe.data, recipe.data.resolution or backbone.spec.resolution, default_cache_root())
+    check_overlap(samples, recipe.data, default_cache_root())
     parameters = inject_adapter(backbone.transformer, recipe.adapter, backbone.spec.lora_targets)
     adapter = sum(p.numel() for p in parameters)
     frozen = sum(t.nbytes for t in (*backbone.transformer.buffers(), *backbone.transformer.parameters())) - 4 * adapter
@@ -265,6 +280,17 @@ def _parser() -> argparse.ArgumentParser:
     recipe = verb("recipe", _recipe, "list the recipes, or show one resolved", "loragraft recipe marketing train.steps=800")
     recipe.add_argument("name", nargs="?", help="a shipped recipe's name or a YAML file; without it: the list")
     recipe.add_argument("overrides", nargs="*", metavar="key=value")
+
+    prompts = verb(
+        "prompts",
+        _prompts,
+        "print evaluation prompts about a recipe's test concepts, as JSON lines",
+        "loragraft prompts marketing --count 256\n\n"
+        "Each line has `long`, `short` and `concept`. The list is the same everywhere; its sha256 goes to stderr.",
+    )
+    prompts.add_argument("name", metavar="recipe")
+    prompts.add_argument("--count", type=int, default=256, help="how many (default: 256)")
+    prompts.add_argument("overrides", nargs="*", metavar="key=value")
 
     verb("train", _recipe, "train an adapter: all options as in train/lora.py", "loragraft train --recipe marketing")
 

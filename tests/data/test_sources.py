@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from loragraft.data.images import load_pixels
-from loragraft.data.sources import DataError, Sample, open_source
+from loragraft.data.sources import DataError, Sample, check_source, open_source
 from loragraft.data.splits import split_concepts
 from loragraft.recipes.schema import DataConfig
 
@@ -63,6 +63,58 @@ def test_caption_column(tmp_path: Path) -> None:
     assert _open(tmp_path, caption_column="prompt")[0].caption == "long"
     with pytest.raises(DataError, match=r"metadata.jsonl:1 has no column 'promt'; did you mean prompt\?"):
         _open(tmp_path, caption_column="promt")
+
+
+def test_one_caption_for_photos_without_any(tmp_path: Path) -> None:
+    for i in range(10):
+        _image(tmp_path / f"IMG_{i:04d}.png")
+    _image(tmp_path / "summer_final.png")  # a name that says nothing about the picture
+    samples = _open(tmp_path, caption="a photo in sks style", trigger="sks style")
+    assert {s.caption for s in samples} == {"a photo in sks style"}, "the trigger is there already"
+    assert {s.split for s in samples} == {"train", "validation", "test"}, "the split goes by image"
+    (tmp_path / "IMG_0003.txt").write_text("a dog")
+    captions = {s.image.name: s.caption for s in _open(tmp_path, caption="a photo", trigger="sks style")}
+    assert captions.pop("IMG_0003.png") == "sks style, a dog"
+    assert set(captions.values()) == {"sks style, a photo"}
+
+
+def test_one_caption_fills_the_gaps_of_metadata(tmp_path: Path) -> None:
+    _image(tmp_path / "a.png"), _image(tmp_path / "b.png")
+    _metadata(tmp_path, {"file_name": "a.png", "text": "mine"}, {"file_name": "b.png", "text": ""})
+    assert [s.caption for s in _open(tmp_path, caption="a photo")] == ["mine", "a photo"]
+
+
+def test_a_folder_that_is_yours_to_give_is_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data\.folder=\./photos data\.trigger"):
+        check_source(DataConfig(folder=""))
+    check_source(DataConfig(folder=str(tmp_path)))
+    check_source(DataConfig(domain="marketing"))
+
+
+def test_short_captions_replace_a_fixed_share_of_the_training_captions(tmp_path: Path) -> None:
+    rows = []
+    for i in range(60):
+        _image(tmp_path / f"{i}.png")
+        split = "test" if i >= 50 else "train"
+        rows.append({"file_name": f"{i}.png", "text": f"long {i}", "short": f"s {i}", "split": split})
+    _metadata(tmp_path, *rows)
+    long = _open(tmp_path, trigger="x")
+    assert {s.caption[:7] for s in long} == {"x, long"}
+    assert {s.short[:4] for s in long} == {"x, s"}
+    mixed = _open(tmp_path, trigger="x", short_captions=0.3)
+    shortened = [s.image.name for s in mixed if s.caption == s.short]
+    assert 6 <= len(shortened) <= 26
+    assert all(s.caption != s.short for s in mixed if s.split == "test")
+    assert mixed == _open(tmp_path, trigger="x", short_captions=0.3)
+    more = [s.image.name for s in _open(tmp_path, trigger="x", short_captions=0.6) if s.caption == s.short]
+    assert set(shortened) < set(more)
+    assert all(s.caption == s.short for s in _open(tmp_path, short_captions=1.0) if s.split == "train")
+
+
+def test_short_captions_without_any_are_an_error(tmp_path: Path) -> None:
+    _image(tmp_path / "a.png").with_suffix(".txt").write_text("a dog")
+    with pytest.raises(DataError, match=r"no training image of .* has a short caption; add a column `short`"):
+        _open(tmp_path, short_captions=0.25)
 
 
 def test_faults(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_layers_later_wins_and_lists_are_replaced(tmp_path: Path) -> None:
 
 def test_folder_replaces_domain_only_when_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(RecipeError, match=r"exactly one of data\.domain and data\.folder"):
+    with pytest.raises(RecipeError, match=r"exactly one of data\.domain, data\.folder and data\.dataset"):
         load_recipe("marketing", ["data.folder=photos"])
     recipe = load_recipe("marketing", ["data.folder=photos", "data.domain=null"])
     assert recipe.data.folder == str(tmp_path / "photos")
@@ -110,6 +110,24 @@ def test_mistakes_in_overrides(override: str, message: str) -> None:
 def test_mistakes_in_a_file_name_the_file(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         load_recipe(_write(tmp_path, "mine.yaml", text))
+
+
+def test_trigger_is_filled_in(tmp_path: Path) -> None:
+    text = "data: {folder: '', trigger: sks mug, caption: 'a {trigger}'}\nsample: {prompts: ['{trigger}, blue', x]}"
+    recipe = load_recipe(_write(tmp_path, "mine.yaml", text))
+    assert (recipe.data.caption, recipe.sample.prompts) == ("a sks mug", ("sks mug, blue", "x"))
+    with pytest.raises(RecipeError, match=r"mine.yaml: a text says \{trigger\}, but data.trigger is empty"):
+        load_recipe(_write(tmp_path, "mine.yaml", text.replace("sks mug", "''")))
+
+
+def test_a_data_set_on_disk_is_a_path_and_a_hub_name_is_not(tmp_path: Path) -> None:
+    path = _write(tmp_path, "mine.yaml", "data: {dataset: ./mine.parquet}")
+    recipe = load_recipe(path)
+    assert recipe.data.dataset == str(tmp_path / "mine.parquet")
+    assert recipe_to_dict(recipe, public=True)["data"]["dataset"] == "mine.parquet"
+    named = load_recipe(path, ["data.dataset=someone/flowers"])
+    assert named.data.dataset == "someone/flowers"
+    assert recipe_to_dict(named, public=True)["data"]["dataset"] == "someone/flowers"
 
 
 def test_circle_of_parents(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the marketing domain shows: concept names as people say them, and the Font Awesome solid icons that draw each.
+"""Concepts of the icon domains: names as people say them, and the Font Awesome solid icons that draw each.
 
 Names are those that icon and emoji sets share, since a base model knows icons by such names. Look-alikes (a car from
 the front and from the side) are one concept, so that no concept leaks from one split into another under a second name.
