@@ -9,7 +9,6 @@ import hashlib
 import importlib
 import json
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -19,6 +18,7 @@ import resvg_py
 from tqdm.auto import tqdm
 
 from loragraft.data.splits import Split
+from loragraft.disk import naming_full_disk, scratch_name, sweep
 from loragraft.recipes.schema import DataConfig
 
 DOMAINS = {"marketing": "loragraft.data.marketing"}
@@ -75,17 +75,19 @@ def build_domain(config: DataConfig, resolution: int, cache_root: Path) -> Path:
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        _write(made, config, resolution, scratch)
-        scratch.chmod(0o755)  # mkdtemp makes it private
+    sweep(folder.parent, older_than_hours=24)
+    scratch = scratch_name(folder)
+    with naming_full_disk(folder):
         try:
-            scratch.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # otherwise another process was faster, with the same content
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir()
+            _write(made, config, resolution, scratch)
+            try:
+                scratch.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # otherwise another process was faster, with the same content
+                    raise
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
     return folder
 
 

@@ -18,10 +18,11 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
+from loragraft.disk import replacing_folder
 from loragraft.quantization.linear import SVDQuantLinear, buffer_layout
 from loragraft.quantization.names import named_module, nearest, replace_module
 from loragraft.quantization.settings import Numerics
-from loragraft.quantization.tensor_file import CheckpointError, read_tensors, replacing_folder, write_tensors
+from loragraft.quantization.tensor_file import CheckpointError, read_tensors, write_tensors
 
 QUANT_METHOD, VERSION = "loragraft", 1
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "diffusion_pytorch_model.safetensors"

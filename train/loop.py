@@ -59,9 +59,17 @@ def train(
             elapsed = elapsed_before + time.perf_counter() - started
             folder.save_checkpoint(_state(parameters, optimizer, schedule, elapsed) | {"summary": folder.summary})
 
+    def draw(lacking_only: bool = False) -> None:
+        due = folder.step == config.steps or _due(folder.step, config.sample_every)
+        there = lacking_only and previews.file(folder.path, folder.step).exists()
+        if accelerator.is_main_process and due and not there:
+            tracking.log_images(previews.render(backbone, folder.path, folder.step), step=folder.step)
+
     if folder.step == 0:
         folder.summary["validation_loss_start"] = validation_loss(transformer, backbone, validation, recipe)
         tracking.log({"validation/loss": folder.summary["validation_loss_start"]}, step=0)
+    else:
+        draw(lacking_only=True)  # the checkpoint comes before the images: the run may have been killed between the two
     bar = tqdm(
         total=config.steps, initial=folder.step, desc="train", unit="step", disable=not accelerator.is_main_process
     )
@@ -83,8 +91,7 @@ def train(
             bar.update()
             if stop.requested or last or _due(folder.step, config.checkpoint_every):
                 checkpoint()
-            if accelerator.is_main_process and (last or _due(folder.step, config.sample_every)):
-                tracking.log_images(previews.render(backbone, folder.path, folder.step), step=folder.step)
+            draw()
             if stop.requested and not last:
                 return True
     folder.summary |= {

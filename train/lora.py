@@ -26,6 +26,7 @@ from loragraft.backbones.load import load_backbone
 from loragraft.data.cache import default_cache_root
 from loragraft.data.encode import encode_dataset
 from loragraft.data.sources import open_source
+from loragraft.outcome import guarded
 from loragraft.recipes.load import load_recipe
 from loragraft.train.loop import train
 from loragraft.train.metadata import adapter_metadata
@@ -99,9 +100,4 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except ValueError as error:  # recipe, data, checkpoint and adapter errors: a sentence, not a traceback
-        if os.environ.get("LORAGRAFT_TRACEBACK"):
-            raise
-        sys.exit(f"error: {error}")
+    sys.exit(guarded(main))

@@ -1,5 +1,6 @@
 """Sample images during training: the recipe's prompts at fixed seeds, one grid per preview."""
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from loragraft.backbones.sampler import build_pipeline, generate_from_text
 from loragraft.backbones.spec import Backbone
 from loragraft.data.dataset import LatentCache
+from loragraft.disk import write_atomic
 from loragraft.recipes.schema import SampleConfig
 
 DEFAULT_PROMPTS = 8
@@ -34,8 +36,13 @@ class Previews:
         encode = backbone.encoders.encode_text
         return cls(tuple(repeated), encode(repeated), encode([config.negative_prompt]), config)
 
+    @staticmethod
+    def file(run: Path, step: int) -> Path:
+        """`run`/samples/step_NNNNNN.png."""
+        return run / "samples" / f"step_{step:06d}.png"
+
     def render(self, backbone: Backbone, run: Path, step: int) -> list[tuple[Image, str]]:
-        """Images with their prompts; also writes `run`/samples/step_NNNNNN.png."""
+        """Images with their prompts; also writes `file(run, step)`."""
         seeds = [self.config.seed + i % self.config.per_prompt for i in range(len(self.prompts))]
         images = generate_from_text(
             build_pipeline(backbone.transformer, backbone.encoders),
@@ -46,9 +53,11 @@ class Previews:
             steps=self.config.steps,
             guidance=self.config.guidance,
         )
-        folder = run / "samples"
-        folder.mkdir(exist_ok=True)
+        file = self.file(run, step)
+        file.parent.mkdir(exist_ok=True)
         blanks = -len(images) % COLUMNS
         padded = images + [images[0].point(lambda _: 255)] * blanks
-        make_image_grid(padded, len(padded) // COLUMNS, COLUMNS).save(folder / f"step_{step:06d}.png")
+        content = io.BytesIO()
+        make_image_grid(padded, len(padded) // COLUMNS, COLUMNS).save(content, "PNG")
+        write_atomic(file, content.getbuffer())
         return list(zip(images, self.prompts, strict=True))

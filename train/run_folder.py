@@ -10,8 +10,8 @@
 Steps draw everything random from (seed, step), so a checkpoint needs no generator state.
 """
 
+import io
 import json
-import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,9 +20,12 @@ from typing import Any
 import torch
 import yaml
 
-from loragraft.data.cache import write_atomic
+from loragraft.disk import naming_full_disk, sweep, write_atomic
 from loragraft.recipes.load import recipe_hash, recipe_to_dict
 from loragraft.recipes.schema import Recipe
+
+STARTED = ("metrics.jsonl", "checkpoint.pt", "summary.json")
+"""A folder with any of these holds work of its recipe."""
 
 
 class RunError(ValueError):
@@ -51,15 +54,19 @@ class RunFolder:
         if fresh and path.exists():
             path.rename(path.with_name(f"{path.name}.{time.strftime('%Y%m%d-%H%M%S')}"))
         run = cls(path=path, recipe_hash=recipe_hash(recipe), base_id=base_id)
-        if (path / "recipe.yaml").exists():
+        path.mkdir(parents=True, exist_ok=True)
+        for place in (path, run.adapter_folder, path / "samples"):
+            sweep(place, older_than_hours=0)
+        if any((path / name).exists() for name in STARTED):
             run._resume(recipe)
-        else:
-            path.mkdir(parents=True, exist_ok=True)
+        else:  # new, or given up before the first step: another recipe may have it
             write_atomic(path / "recipe.yaml", yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False).encode())
         return run
 
     def _resume(self, recipe: Recipe) -> None:
         remedy = "Give another folder with --out, or start over with --fresh (the old run is moved aside)."
+        if not (self.path / "recipe.yaml").exists():
+            raise RunError(f"{self.path} holds a run but no recipe.yaml, so nobody can tell whose. {remedy}")
         stored = yaml.safe_load((self.path / "recipe.yaml").read_text(encoding="utf-8"))
         if _flat(stored) != _flat(json.loads(json.dumps(recipe_to_dict(recipe)))):
             mine = _flat(json.loads(json.dumps(recipe_to_dict(recipe))))
@@ -72,7 +79,8 @@ class RunFolder:
             self.finished, self.step = True, int(self.summary["steps"])
             return
         file = self.path / "checkpoint.pt"
-        if not file.exists():
+        if not file.exists():  # killed before the first checkpoint: step 1 comes again
+            self._truncate_metrics()
             return
         try:
             checkpoint: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
@@ -90,7 +98,7 @@ class RunFolder:
         """Drops the lines after the checkpoint, which the resumed run writes again, and a half-written last line."""
         file = self.path / "metrics.jsonl"
         if file.exists():
-            lines = file.read_text(encoding="utf-8").splitlines()[: self.step + 1]
+            lines = file.read_text(encoding="utf-8").splitlines()[: self.step]
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.step]
             write_atomic(file, "".join(line + "\n" for line in kept).encode())
 
@@ -104,18 +112,16 @@ class RunFolder:
 
     def append_metrics(self, metrics: dict[str, float | int]) -> None:
         """One JSON line. Lines beyond the last checkpoint are written again on resume."""
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        path = self.path / "metrics.jsonl"
+        with naming_full_disk(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Writes `state` (tensors and plain values) as the state after `self.step` steps; old or new, never half."""
         state = {**state, "step": self.step, "recipe_hash": self.recipe_hash, "base_id": self.base_id}
-        partial = self.path / "checkpoint.pt.partial"
-        with partial.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, self.path / "checkpoint.pt")
+        content = io.BytesIO()
+        torch.save(state, content)
+        write_atomic(self.path / "checkpoint.pt", content.getbuffer())
 
     def finish(self) -> None:
         """Marks the run as done: writes summary.json, then removes the checkpoint that nothing needs any more."""
