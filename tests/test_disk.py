@@ -80,7 +80,7 @@ def test_other_errors_pass_through(tmp_path: Path) -> None:
 
 
 def test_sweep_removes_old_scratch_and_nothing_else(tmp_path: Path) -> None:
-    names = [".a.00000000.writing", ".b.11111111.writing", "c.writing", ".hidden"]
+    names = [".a.00000000.writing", ".tmpAbC123", ".b.11111111.writing", "c.writing", ".hidden"]
     for name in names:
         (tmp_path / name).mkdir() if name.startswith(".b") else (tmp_path / name).write_text("x")
     sweep(tmp_path, older_than_hours=1)

@@ -77,6 +77,7 @@ class RunFolder:
         if (self.path / "summary.json").exists():
             self.summary = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
             self.finished, self.step = True, int(self.summary["steps"])
+            (self.path / "checkpoint.pt").unlink(missing_ok=True)  # killed within `finish`
             return
         file = self.path / "checkpoint.pt"
         if not file.exists():  # killed before the first checkpoint: step 1 comes again

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 SCRATCH = ".writing"
+SWEPT = (f".*{SCRATCH}", ".tmp??????")
+"""Scratch names: ours, and those of the safetensors library, which writes beside its target as well."""
 FULL = {
     errno.ENOSPC: "no space is left on the disk",
     errno.EDQUOT: "the disk quota is used up",
@@ -112,7 +114,7 @@ def replacing_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
 
 def sweep(folder: Path, older_than_hours: float) -> None:
     """Removes scratch names in `folder` that have not changed for so long: what a killed process left."""
-    for path in folder.glob(f".*{SCRATCH}"):
+    for path in (p for pattern in SWEPT for p in folder.glob(pattern)):
         try:
             if time.time() - path.stat().st_mtime < 3600 * older_than_hours:
                 continue
