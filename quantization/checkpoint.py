@@ -153,7 +153,10 @@ def load_quantized(folder: Path | str, model_class: type[Any], *, device: torch.
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"no {CONFIG_NAME} in {path.parent}; expected the folder that save_quantized wrote")
-    config = json.loads(path.read_text())
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); fetch it again") from error
     block = config.get("quantization_config") or {}
     method, version = block.get("quant_method"), block.get("version")
     if method != QUANT_METHOD:

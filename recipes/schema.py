@@ -44,6 +44,9 @@ class DataConfig:
     """Field of `metadata.jsonl` that holds the caption; empty = `text`, else `caption`."""
     trigger: str = ""
     """Words put before every caption, so that a prompt can call the style by name; empty = none."""
+    long_captions: Literal["error", "cut"] = "error"
+    """What to do with captions longer than the base's text encoder reads (`pocket`: 32 word pieces, about 20 words):
+    refuse them, naming the words that would be lost, or cut them, with a warning."""
     validation_fraction: float = 0.1
     """Share of the concepts kept for the validation loss; 0 to 0.5."""
     test_fraction: float = 0.1

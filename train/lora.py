@@ -24,7 +24,7 @@ from loragraft.adapters.checkpoint import save_adapter
 from loragraft.adapters.inject import inject_adapter, remove_adapter
 from loragraft.backbones.load import load_backbone
 from loragraft.data.cache import default_cache_root
-from loragraft.data.encode import encode_dataset
+from loragraft.data.encode import check_captions, encode_dataset
 from loragraft.data.sources import open_source
 from loragraft.outcome import guarded
 from loragraft.recipes.load import load_recipe
@@ -59,6 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     resolution = recipe.data.resolution or backbone.spec.resolution
     samples = open_source(recipe.data, resolution, default_cache_root())
     encoders = backbone.encoders
+    check_captions(samples, encoders.readable, cut=recipe.data.long_captions == "cut")
     cache = encode_dataset(
         samples, encoders.encode_images, encoders.encode_text, encoders.id, resolution, default_cache_root()
     )

@@ -8,7 +8,7 @@ from diffusers.utils import make_image_grid
 from PIL.Image import Image
 from torch import Tensor
 
-from loragraft.backbones.sampler import build_pipeline, generate_from_text
+from loragraft.backbones.sampler import build_pipeline, generate_from_text, unread
 from loragraft.backbones.spec import Backbone
 from loragraft.data.dataset import LatentCache
 from loragraft.disk import write_atomic
@@ -29,9 +29,18 @@ class Previews:
 
     @classmethod
     def prepare(cls, config: SampleConfig, backbone: Backbone, cache: LatentCache) -> "Previews":
-        """Encodes the recipe's prompts; without any, the first captions of the test split (or of the training split)."""
+        """Encodes the recipe's prompts; without any, the first captions of the test split (or of the training split).
+
+        Raises ValueError for a prompt of the recipe that is longer than the text encoder reads.
+        """
         known = cache.split("test").samples or cache.split("train").samples
         prompts = config.prompts or tuple(dict.fromkeys(sample.caption for sample in known))[:DEFAULT_PROMPTS]
+        for prompt in (*config.prompts, config.negative_prompt):
+            if lost := unread(backbone.encoders, prompt):
+                raise ValueError(
+                    f"the recipe's sample prompt {prompt!r} is longer than the base's text encoder reads: {lost!r} would be "
+                    "lost. Shorten it, what matters first"
+                )
         repeated = [prompt for prompt in prompts for _ in range(config.per_prompt)]
         encode = backbone.encoders.encode_text
         return cls(tuple(repeated), encode(repeated), encode([config.negative_prompt]), config)
