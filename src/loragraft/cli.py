@@ -82,9 +82,9 @@ def _generate(args: argparse.Namespace) -> int:
         for prompt in prompts
         for i in range(args.per_prompt)
     ]
+    images = render(backbone, adapters, settings, any_base=args.any_base)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    images = render(backbone, adapters, settings, any_base=args.any_base)
     for i, (image, setting) in enumerate(zip(images, settings, strict=True)):
         save_image(image, out / f"{i:04d}.png", setting, backbone, adapters)
     print(f"{len(images)} images in {out}")
