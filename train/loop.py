@@ -12,11 +12,13 @@ import math
 import signal
 import time
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from typing import Any
 
 import psutil
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, KwargsHandler
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -100,6 +102,15 @@ def train(
         "device": str(accelerator.device),
     }
     return False
+
+
+def distributed() -> list[KwargsHandler]:
+    """How several processes work together: the frozen base, which is all buffers, is never broadcast again, and the others
+    wait for the first while it draws, encodes and quantizes."""
+    return [
+        DistributedDataParallelKwargs(broadcast_buffers=False),
+        InitProcessGroupKwargs(timeout=timedelta(hours=12)),
+    ]
 
 
 class Batches:

@@ -10,8 +10,10 @@
 Steps draw everything random from (seed, step), so a checkpoint needs no generator state.
 """
 
+import fcntl
 import io
 import json
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,18 +45,25 @@ class RunFolder:
     finished: bool = False
     checkpoint: dict[str, Any] | None = None
     summary: dict[str, Any] = field(default_factory=dict)
+    lock: "FolderLock | None" = None
+    """Open while no other process may train here."""
 
     @classmethod
-    def open(cls, path: Path, recipe: Recipe, base_id: str, *, fresh: bool = False) -> "RunFolder":
-        """Opens, creates or resumes `path`.
+    def open(
+        cls, path: Path, recipe: Recipe, base_id: str, *, fresh: bool = False, exclusive: bool = False
+    ) -> "RunFolder":
+        """Opens, creates or resumes `path`; `exclusive` keeps other processes out for as long as the result lives.
 
-        Raises RunError when the folder holds a run of another recipe or another base, or a checkpoint that cannot
-        be read; `fresh` moves such a folder aside instead (nothing is deleted).
+        Raises RunError when another process trains in the folder, when it holds a run of another recipe or another base,
+        or a checkpoint that cannot be read; `fresh` moves such a folder aside instead (nothing is deleted).
         """
         if fresh and path.exists():
+            lock = FolderLock(path)
             path.rename(path.with_name(f"{path.name}.{time.strftime('%Y%m%d-%H%M%S')}"))
+            lock.close()
         run = cls(path=path, recipe_hash=recipe_hash(recipe), base_id=base_id)
         path.mkdir(parents=True, exist_ok=True)
+        run.lock = FolderLock(path) if exclusive else None
         for place in (path, run.adapter_folder, path / "samples"):
             sweep(place, older_than_hours=0)
         if any((path / name).exists() for name in STARTED):
@@ -129,6 +138,31 @@ class RunFolder:
         self.finished = True
         write_atomic(self.path / "summary.json", (json.dumps(self.summary, indent=1) + "\n").encode())
         (self.path / "checkpoint.pt").unlink(missing_ok=True)
+
+
+class FolderLock:
+    """Keeps other processes out of a folder until it is closed or its process ends, `kill -9` included.
+
+    It matters after ctrl-C under `accelerate launch`: the prompt is back while the run still writes its checkpoint.
+    Raises RunError if another process holds the folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_RDONLY)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunError(
+                f"another process is training in {path}: wait until it has stopped, or give another folder with --out"
+            ) from error
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __del__(self) -> None:
+        self.close()
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -57,6 +57,19 @@ def test_what_a_killed_process_left_half_written_is_swept(run: RunFolder) -> Non
     assert [path.name for path in run.path.iterdir()] == ["recipe.yaml"]
 
 
+def test_two_processes_never_train_in_one_folder(tmp_path: Path) -> None:
+    recipe = load_recipe("marketing")
+    first = RunFolder.open(tmp_path / "run", recipe, BASE, exclusive=True)
+    checkpoint_at(first, 1)
+    before = (first.path / "metrics.jsonl").read_text()
+    for fresh in (False, True):
+        with pytest.raises(RunError, match=r"another process is training in .*run: wait .*--out"):
+            RunFolder.open(tmp_path / "run", recipe, BASE, exclusive=True, fresh=fresh)
+    assert (first.path / "metrics.jsonl").read_text() == before
+    del first
+    assert RunFolder.open(tmp_path / "run", recipe, BASE, exclusive=True).step == 1
+
+
 def test_work_without_its_recipe_is_not_touched(run: RunFolder) -> None:
     checkpoint_at(run, 2)
     (run.path / "recipe.yaml").unlink()
