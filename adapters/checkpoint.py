@@ -55,7 +55,7 @@ class Adapter:
         if self.base_id != base_id:
             raise ValueError(
                 f"adapter {self.name!r} was trained on base {self.base_id} ({self.metadata.get('base', 'no name')}), "
-                f"this base is {base_id}; load that base, or allow any base explicitly and expect another result"
+                f"this base is {base_id}; load that base, or graft it all the same with --any-base (any_base=True) and expect another result"
             )
 
 

@@ -17,6 +17,7 @@ from loragraft.quantization.convert import plan_layers, quantize_backbone
 from loragraft.quantization.ledger import build_ledger
 from loragraft.quantization.linear import SVDQuantLinear
 from loragraft.quantization.settings import LayerReport, Numerics, QuantSettings, Smoothing
+from loragraft.quantization.tensor_file import CheckpointError
 
 NUMERICS: dict[Profile, Numerics] = {"native": "w4a8", "interchange": "w4a4"}
 CALIBRATION_STEPS = 10
@@ -52,13 +53,18 @@ def load_backbone(name: str, profile: Profile | None, device: torch.device | str
     if profile is None:
         transformer = load_16bit(spec)
     else:
-        folder = spec.transformer_int4.get(profile)
-        if folder is None:
+        shipped = spec.transformer_int4.get(profile)
+        if shipped is not None:
+            transformer = load_quantized(shipped, spec.transformer_class)
+        else:
             folder = cache_root / "bases" / f"{spec.name}-{profile}-{recorded_base_id(load_16bit(spec))[:16]}"
             if not folder.exists():
                 print(f"{spec.name} ships no {profile} checkpoint: quantizing it once into {folder}", file=sys.stderr)
                 quantize_base(spec, profile, folder, device)
-        transformer = load_quantized(folder, spec.transformer_class)
+            try:
+                transformer = load_quantized(folder, spec.transformer_class)
+            except CheckpointError as error:
+                raise CheckpointError(f"{error}. {folder} is a cache: delete it, and it is quantized again") from error
     transformer.eval().requires_grad_(False)
     nn.Module.to(transformer, device=device, dtype=dtype)  # INT4 layers keep the dtypes of their buffers
     return Backbone(

@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging
 
 TOKENS = 32
-"""Longest caption in word pieces, the two specials included; `count_tokens` tells how long a caption is."""
+"""Longest caption in word pieces, the two specials included; `readable` tells how far a caption gets."""
 
 
 class MiniLMEncoder(nn.Module):
@@ -28,9 +28,10 @@ class MiniLMEncoder(nn.Module):
         self.model = AutoModel.from_pretrained(folder, local_files_only=True)
         self.eval().requires_grad_(False)
 
-    def count_tokens(self, caption: str) -> int:
-        """Word pieces of a caption, specials included; more than `TOKENS` are cut off by `forward`."""
-        return len(self.tokenizer(caption)["input_ids"])
+    def readable(self, caption: str) -> str:
+        """The part of a caption that `forward` reads: all of it, or as far as the first `TOKENS` word pieces reach."""
+        ends = [end for _, end in self.tokenizer(caption, return_offsets_mapping=True)["offset_mapping"][1:-1]]
+        return caption if len(ends) <= TOKENS - 2 else caption[: ends[TOKENS - 3]]
 
     @torch.no_grad()
     def forward(self, captions: list[str]) -> dict[str, Tensor]:

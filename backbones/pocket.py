@@ -56,9 +56,17 @@ class PocketEncoders:
 
     def encode_text(self, captions: list[str]) -> dict[str, Tensor]:
         """B captions -> token states [B, 32, 384] and the sentence vector [B, 384]."""
+        return self._loaded_text(captions)
+
+    def readable(self, caption: str) -> str:
+        """The caption as far as 32 word pieces reach."""
+        return self._loaded_text.readable(caption)
+
+    @property
+    def _loaded_text(self) -> MiniLMEncoder:
         if self.text is None:
             raise RuntimeError("the text encoder was released: encode captions before release_text()")
-        return self.text(captions)
+        return self.text
 
     def release_text(self) -> None:
         """Frees MiniLM (90 MB)."""

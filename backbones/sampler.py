@@ -5,6 +5,7 @@ v = v_empty + g (v_prompt - v_empty) (Ho and Salimans, 2022). Each image has a s
 an image does not depend on its batch or on the device.
 """
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -13,6 +14,13 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from loragraft.backbones.spec import Backbone, Encoders
+
+_log = logging.getLogger(__name__)
+
+
+def unread(encoders: Encoders, prompt: str) -> str:
+    """The end of a prompt that the text encoder does not read; "" if it reads all of it."""
+    return prompt.removeprefix(encoders.readable(prompt)).strip()
 
 
 def build_pipeline(transformer: nn.Module, encoders: Encoders) -> FluxPipeline:
@@ -71,7 +79,10 @@ def generate_images(
     negative_prompt: str = "",
     batch_size: int = 16,
 ) -> list[Image]:
-    """One image per prompt and seed; `guidance` None takes the base's default."""
+    """One image per prompt and seed; `guidance` None takes the base's default. Warns of prompts that are too long."""
+    for prompt in dict.fromkeys((*prompts, negative_prompt)):
+        if lost := unread(backbone.encoders, prompt):
+            _log.warning("the prompt %r is longer than the text encoder reads; its end is lost: %r", prompt, lost)
     pipeline = build_pipeline(backbone.transformer, backbone.encoders)
     empty = backbone.encoders.encode_text([negative_prompt])
     images: list[Image] = []

@@ -41,6 +41,10 @@ class Encoders(Protocol):
         """B captions -> `prompt_embeds` [B, T, D] and `pooled_prompt_embeds` [B, P]."""
         ...
 
+    def readable(self, caption: str) -> str:
+        """The part of a caption that `encode_text` reads: the caption itself unless it is too long."""
+        ...
+
     def release_text(self) -> None:
         """Frees the text encoder; `encode_text` raises RuntimeError from here on."""
         ...

@@ -14,7 +14,6 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from loragraft.data.images import TRANSFORM_VERSION
+from loragraft.disk import sweep, write_atomic
 
 FORMAT_VERSION = 1
 SHARD_SAMPLES = 256
@@ -67,6 +67,7 @@ class ShardStore:
         ).hexdigest()[:16]
         self.folder = cache_root / "encoded" / store_id
         self.folder.mkdir(parents=True, exist_ok=True)
+        sweep(self.folder, older_than_hours=24)
         self._hashes: dict[Path, str] = {}
         self._rows: dict[str, Row] = {}
         self._verified: set[Path] = set()
@@ -134,18 +135,3 @@ class ShardStore:
         self._rows = {key: row for key, row in self._rows.items() if row.shard != shard}
         shard.with_suffix(".json").unlink(missing_ok=True)
         shard.unlink(missing_ok=True)
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write under a temporary name beside `path`, flush to disk, rename."""
-    handle, scratch = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(scratch, 0o644)  # mkstemp makes it private
-        os.replace(scratch, path)
-    except BaseException:
-        Path(scratch).unlink(missing_ok=True)
-        raise

@@ -3,6 +3,7 @@
 This module never sees a model: it is given two functions. Only samples that the cache lacks are encoded.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -20,6 +21,7 @@ EncodeImages = Callable[[Tensor], Tensor]
 EncodeText = Callable[[list[str]], dict[str, Tensor]]
 """B prompts -> named tensors [B, ...]"""
 
+_log = logging.getLogger(__name__)
 _NO_IMAGE = b"the empty prompt has no image"
 
 
@@ -60,6 +62,26 @@ def encode_dataset(
                 bar.update(len(batch))
             store.write([key for key, _ in shard], {name: torch.cat([p[name] for p in parts]) for name in parts[0]})
     return LatentCache(store, keys, samples, empty_key)
+
+
+def check_captions(samples: Sequence[Sample], readable: Callable[[str], str], cut: bool) -> None:
+    """Nothing of a caption is lost unseen. `readable`: caption -> the part that the text encoder reads.
+
+    Raises ValueError with the number of captions that are too long, the first one's file and the words that would be
+    lost; with `cut`, that is a warning.
+    """
+    too_long = [sample for sample in samples if readable(sample.caption) != sample.caption]
+    if not too_long:
+        return
+    first = too_long[0]
+    lost = first.caption.removeprefix(readable(first.caption)).strip()
+    sentence = (
+        f"{len(too_long)} of {len(samples)} captions are longer than the base's text encoder reads; "
+        f"of {first.image} the end is lost: {lost!r}"
+    )
+    if not cut:
+        raise ValueError(f"{sentence}. Shorten them (what matters first), or accept the cut: data.long_captions=cut")
+    _log.warning("%s", sentence)
 
 
 @torch.no_grad()

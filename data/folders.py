@@ -1,29 +1,32 @@
 """Folders of the cache that are either complete or not there."""
 
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from loragraft.disk import naming_full_disk, scratch_name, sweep
+
 
 def build_once(folder: Path, fill: Callable[[Path], None]) -> Path:
-    """`folder`, filled by `fill` if it is not there yet.
+    """`folder`, filled by `fill` if it is not there yet. Raises DiskFullError.
 
     It is filled under a temporary name beside it and renamed at the end, so a folder of the final name is complete, and
-    whatever happens before leaves nothing of that name.
+    whatever happens before leaves nothing of that name; what a killed process left is swept up a day later.
     """
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        fill(scratch)
-        scratch.chmod(0o755)  # mkdtemp makes it private
+    sweep(folder.parent, older_than_hours=24)
+    scratch = scratch_name(folder)
+    with naming_full_disk(folder):
         try:
-            scratch.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # otherwise another process was faster, with the same content
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir()
+            fill(scratch)
+            try:
+                scratch.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # otherwise another process was faster, with the same content
+                    raise
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
     return folder

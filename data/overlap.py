@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from loragraft.data.cache import write_atomic
 from loragraft.data.errors import DataError
 from loragraft.data.images import load_pixels
 from loragraft.data.sources import Sample
+from loragraft.disk import write_atomic
 from loragraft.recipes.schema import DataConfig
 
 VERSION = 1

@@ -18,10 +18,11 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
+from loragraft.disk import replacing_folder
 from loragraft.quantization.linear import SVDQuantLinear, buffer_layout
 from loragraft.quantization.names import named_module, nearest, replace_module
 from loragraft.quantization.settings import Numerics
-from loragraft.quantization.tensor_file import CheckpointError, read_tensors, replacing_folder, write_tensors
+from loragraft.quantization.tensor_file import CheckpointError, read_tensors, write_tensors
 
 QUANT_METHOD, VERSION = "loragraft", 1
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "diffusion_pytorch_model.safetensors"
@@ -152,7 +153,10 @@ def load_quantized(folder: Path | str, model_class: type[Any], *, device: torch.
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"no {CONFIG_NAME} in {path.parent}; expected the folder that save_quantized wrote")
-    config = json.loads(path.read_text())
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); fetch it again") from error
     block = config.get("quantization_config") or {}
     method, version = block.get("quant_method"), block.get("version")
     if method != QUANT_METHOD:

@@ -1,15 +1,10 @@
 """Safetensors files, written whole or not at all and read with errors that name the tensor.
 
-The `safetensors` library reads and writes; this module adds the atomic rename, the flush to disk, and a look at the header
+The `safetensors` library reads and writes; this module adds the atomic rename and a look at the header
 first, because the library reports a truncated file without saying which tensors are gone.
 """
 
 import json
-import os
-import secrets
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from loragraft.disk import replacing_file
 
 
 class CheckpointError(ValueError):
@@ -27,52 +24,10 @@ HEADER_LIMIT = 100_000_000
 """Bytes; the safetensors format's own limit."""
 
 
-@contextmanager
-def replacing_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A scratch folder beside `folder` that takes its name when the block ends well, and vanishes when it does not.
-
-    Raises FileExistsError if `folder` exists and `overwrite` is false.
-    """
-    if folder.exists() and not overwrite:
-        raise FileExistsError(f"{folder} exists; choose another folder or pass overwrite=True")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    token = secrets.token_hex(4)
-    scratch = folder.with_name(f".{folder.name}.{token}.writing")
-    scratch.mkdir()
-    try:
-        yield scratch
-        for path in scratch.iterdir():
-            _flush(path)
-        if folder.exists():  # a folder cannot be renamed onto a full one: move the old one aside first
-            old = folder.with_name(f".{folder.name}.{token}.old")
-            os.replace(folder, old)
-            os.replace(scratch, folder)
-            shutil.rmtree(old)
-        else:
-            os.replace(scratch, folder)
-        _flush(folder.parent)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write one safetensors file atomically: a scratch file beside it is flushed, then renamed."""
-    scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}.writing")
-    try:
+    """Write one safetensors file, whole or not at all. Raises DiskFullError where there is no room."""
+    with replacing_file(path, sum(tensor.nbytes for tensor in tensors.values())) as scratch:
         save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, scratch, metadata)
-        _flush(scratch)
-        os.replace(scratch, path)
-        _flush(path.parent)
-    finally:
-        scratch.unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], dict[str, str]]:

@@ -88,6 +88,9 @@ class DataConfig:
     short_captions: float = 0.0
     """Share of the training samples that are shown with their short caption (column `short`) instead of the long one,
     chosen by hash, so that short prompts become enough; 0 to 1."""
+    long_captions: Literal["error", "cut"] = "error"
+    """What to do with captions longer than the base's text encoder reads (`pocket`: 32 word pieces, about 20 words):
+    refuse them, naming the words that would be lost, or cut them, with a warning."""
     validation_fraction: float = 0.1
     """Share of the concepts kept for the validation loss; 0 to 0.5."""
     test_fraction: float = 0.1

@@ -12,11 +12,13 @@ import math
 import signal
 import time
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from typing import Any
 
 import psutil
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, KwargsHandler
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -73,14 +75,27 @@ def train(
             state = _state(parameters, optimizer, schedule, elapsed)
             folder.save_checkpoint(state | {"summary": folder.summary, "early_stop": early.state()})
 
+    def finished() -> bool:
+        return folder.step >= config.steps or early.exhausted
+
+    def draw(lacking_only: bool = False) -> None:
+        due = finished() or _due(folder.step, config.sample_every)
+        there = lacking_only and previews.file(folder.path, folder.step).exists()
+        if accelerator.is_main_process and due and not there:
+            tracking.log_images(previews.render(backbone, folder.path, folder.step), step=folder.step)
+
     if folder.step == 0:
         folder.summary["validation_loss_start"] = validation_loss(transformer, backbone, validation, recipe)
         tracking.log({"validation/loss": folder.summary["validation_loss_start"]}, step=0)
+    else:
+        if finished():
+            early.restore(parameters)
+        draw(lacking_only=True)  # the checkpoint comes before the images: the run may have been killed between the two
     bar = tqdm(
         total=config.steps, initial=folder.step, desc="train", unit="step", disable=not accelerator.is_main_process
     )
     with _stop_on_signal() as stop, bar:
-        while folder.step < config.steps and not early.exhausted:
+        while not finished():
             clock = time.perf_counter()
             metrics = _one_step(accelerator, transformer, optimizer, schedule, batches, parameters, recipe, folder.step)
             folder.step += 1
@@ -101,8 +116,7 @@ def train(
                 checkpoint()
             if last:
                 early.restore(parameters)  # after the checkpoint, which keeps the state that training goes on from
-            if accelerator.is_main_process and (last or _due(folder.step, config.sample_every)):
-                tracking.log_images(previews.render(backbone, folder.path, folder.step), step=folder.step)
+            draw()
             if stop.requested and not last:
                 return True
     early.restore(parameters)
@@ -114,6 +128,15 @@ def train(
         "device": str(accelerator.device),
     }
     return False
+
+
+def distributed() -> list[KwargsHandler]:
+    """How several processes work together: the frozen base, which is all buffers, is never broadcast again, and the others
+    wait for the first while it draws, encodes and quantizes."""
+    return [
+        DistributedDataParallelKwargs(broadcast_buffers=False),
+        InitProcessGroupKwargs(timeout=timedelta(hours=12)),
+    ]
 
 
 class Batches:

@@ -10,6 +10,9 @@ Everything goes to the run folder (runs/<recipe name> unless --out says otherwis
 metrics per step, sample images, a checkpoint to resume from, the W&B run (offline by default) and, at the end,
 adapter/pytorch_lora_weights.safetensors. Started again with the same recipe, an interrupted run goes on where its
 last checkpoint was.
+
+Exit codes: 0 done, 2 a mistake that the message names, 130 stopped by ctrl-C and resumable. `accelerate launch` adds a
+traceback of its own to 2 and 130; `accelerate launch --quiet` does not (and makes both 1), nor does `loragraft train`.
 """
 
 import argparse
@@ -25,11 +28,12 @@ from loragraft.adapters.inject import inject_adapter, remove_adapter
 from loragraft.backbones.load import load_backbone
 from loragraft.data.cache import default_cache_root
 from loragraft.data.dataset import LatentCache
-from loragraft.data.encode import encode_dataset
+from loragraft.data.encode import check_captions, encode_dataset
 from loragraft.data.overlap import check_overlap
 from loragraft.data.sources import Sample, check_source, open_source
+from loragraft.outcome import guarded
 from loragraft.recipes.load import load_recipe
-from loragraft.train.loop import train
+from loragraft.train.loop import distributed, train
 from loragraft.train.metadata import adapter_metadata
 from loragraft.train.previews import Previews
 from loragraft.train.prior import prior_samples
@@ -44,20 +48,24 @@ def main(argv: list[str] | None = None) -> int:
     args = _parse(argv)
     recipe = load_recipe(args.recipe, args.overrides)
     check_source(recipe.data)
-    accelerator = Accelerator(cpu=args.cpu, log_with=None)
+    accelerator = Accelerator(cpu=args.cpu, log_with=None, kwargs_handlers=distributed())
     if accelerator.device.type == "cpu":
         # accelerate launch sets OMP_NUM_THREADS=1, which is right for many ranks and wrong for one.
         torch.set_num_threads(recipe.train.threads or max(1, (os.cpu_count() or 1) // accelerator.num_processes))
     else:
         torch.backends.cuda.enable_cudnn_sdp(False)  # its backward fails on torch 2.11 with driver 580
 
-    backbone = load_backbone(recipe.base, recipe.numerics, accelerator.device, default_cache_root())
+    with accelerator.main_process_first():  # it fills the caches, here and below; the others find them full
+        backbone = load_backbone(recipe.base, recipe.numerics, accelerator.device, default_cache_root())
     backbone.set_training_numerics(recipe.train.save_x, recipe.train.dgrad)
     base_before = backbone.fingerprint()
     resolution = recipe.data.resolution or backbone.spec.resolution
-    samples = open_source(recipe.data, resolution, default_cache_root())
-    check_overlap(samples, recipe.data, default_cache_root())
-    folder = RunFolder.open(Path(args.out or f"runs/{recipe.name}"), recipe, backbone.base_id, fresh=args.fresh)
+    with accelerator.main_process_first():
+        samples = open_source(recipe.data, resolution, default_cache_root())
+        check_overlap(samples, recipe.data, default_cache_root())
+        first = accelerator.is_main_process
+        path = Path(args.out or f"runs/{recipe.name}")
+        folder = RunFolder.open(path, recipe, backbone.base_id, fresh=args.fresh and first, exclusive=first)
     if folder.finished:
         print(f"{folder.path} is finished: {folder.adapter_file}. Train again with --fresh, or elsewhere with --out.")
         return 0
@@ -65,14 +73,16 @@ def main(argv: list[str] | None = None) -> int:
     encoders = backbone.encoders
 
     def encode(samples: list[Sample]) -> LatentCache:
+        check_captions(samples, encoders.readable, cut=recipe.data.long_captions == "cut")
         return encode_dataset(
             samples, encoders.encode_images, encoders.encode_text, encoders.id, resolution, default_cache_root()
         )
 
-    cache = encode(samples)
-    prior = None
-    if recipe.data.prior.images:
-        prior = encode(prior_samples(recipe.data.prior, backbone, default_cache_root())).split("train")
+    with accelerator.main_process_first():
+        cache = encode(samples)
+        prior = None
+        if recipe.data.prior.images:
+            prior = encode(prior_samples(recipe.data.prior, backbone, default_cache_root())).split("train")
     previews = Previews.prepare(recipe.sample, backbone, cache)
     encoders.release_text()  # memory back before the first step
 
@@ -111,9 +121,4 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except ValueError as error:  # recipe, data, checkpoint and adapter errors: a sentence, not a traceback
-        if os.environ.get("LORAGRAFT_TRACEBACK"):
-            raise
-        sys.exit(f"error: {error}")
+    sys.exit(guarded(main))

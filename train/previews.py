@@ -1,5 +1,6 @@
 """Sample images during training: the recipe's prompts at fixed seeds, one grid per preview."""
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,9 +8,10 @@ from diffusers.utils import make_image_grid
 from PIL.Image import Image
 from torch import Tensor
 
-from loragraft.backbones.sampler import build_pipeline, generate_from_text
+from loragraft.backbones.sampler import build_pipeline, generate_from_text, unread
 from loragraft.backbones.spec import Backbone
 from loragraft.data.dataset import LatentCache
+from loragraft.disk import write_atomic
 from loragraft.recipes.schema import SampleConfig
 
 DEFAULT_PROMPTS = 8
@@ -27,15 +29,29 @@ class Previews:
 
     @classmethod
     def prepare(cls, config: SampleConfig, backbone: Backbone, cache: LatentCache) -> "Previews":
-        """Encodes the recipe's prompts; without any, the first captions of the test split (or of the training split)."""
+        """Encodes the recipe's prompts; without any, the first captions of the test split (or of the training split).
+
+        Raises ValueError for a prompt of the recipe that is longer than the text encoder reads.
+        """
         known = cache.split("test").samples or cache.split("train").samples
         prompts = config.prompts or tuple(dict.fromkeys(sample.caption for sample in known))[:DEFAULT_PROMPTS]
+        for prompt in (*config.prompts, config.negative_prompt):
+            if lost := unread(backbone.encoders, prompt):
+                raise ValueError(
+                    f"the recipe's sample prompt {prompt!r} is longer than the base's text encoder reads: {lost!r} would be "
+                    "lost. Shorten it, what matters first"
+                )
         repeated = [prompt for prompt in prompts for _ in range(config.per_prompt)]
         encode = backbone.encoders.encode_text
         return cls(tuple(repeated), encode(repeated), encode([config.negative_prompt]), config)
 
+    @staticmethod
+    def file(run: Path, step: int) -> Path:
+        """`run`/samples/step_NNNNNN.png."""
+        return run / "samples" / f"step_{step:06d}.png"
+
     def render(self, backbone: Backbone, run: Path, step: int) -> list[tuple[Image, str]]:
-        """Images with their prompts; also writes `run`/samples/step_NNNNNN.png."""
+        """Images with their prompts; also writes `file(run, step)`."""
         seeds = [self.config.seed + i % self.config.per_prompt for i in range(len(self.prompts))]
         images = generate_from_text(
             build_pipeline(backbone.transformer, backbone.encoders),
@@ -46,9 +62,11 @@ class Previews:
             steps=self.config.steps,
             guidance=self.config.guidance,
         )
-        folder = run / "samples"
-        folder.mkdir(exist_ok=True)
+        file = self.file(run, step)
+        file.parent.mkdir(exist_ok=True)
         blanks = -len(images) % COLUMNS
         padded = images + [images[0].point(lambda _: 255)] * blanks
-        make_image_grid(padded, len(padded) // COLUMNS, COLUMNS).save(folder / f"step_{step:06d}.png")
+        content = io.BytesIO()
+        make_image_grid(padded, len(padded) // COLUMNS, COLUMNS).save(content, "PNG")
+        write_atomic(file, content.getbuffer())
         return list(zip(images, self.prompts, strict=True))

@@ -16,8 +16,8 @@ from tqdm.auto import tqdm
 
 from loragraft.backbones.sampler import generate_images
 from loragraft.backbones.spec import Backbone
-from loragraft.data.cache import write_atomic
 from loragraft.data.sources import Sample
+from loragraft.disk import write_atomic
 from loragraft.recipes.schema import PriorConfig
 
 DRAWN_TOGETHER = 8

@@ -10,6 +10,8 @@
 Steps draw everything random from (seed, step), so a checkpoint needs no generator state.
 """
 
+import fcntl
+import io
 import json
 import os
 import time
@@ -20,9 +22,12 @@ from typing import Any
 import torch
 import yaml
 
-from loragraft.data.cache import write_atomic
+from loragraft.disk import naming_full_disk, sweep, write_atomic
 from loragraft.recipes.load import recipe_hash, recipe_to_dict
 from loragraft.recipes.schema import Recipe
+
+STARTED = ("metrics.jsonl", "checkpoint.pt", "summary.json")
+"""A folder with any of these holds work of its recipe."""
 
 
 class RunError(ValueError):
@@ -40,26 +45,37 @@ class RunFolder:
     finished: bool = False
     checkpoint: dict[str, Any] | None = None
     summary: dict[str, Any] = field(default_factory=dict)
+    lock: "FolderLock | None" = None
+    """Open while no other process may train here."""
 
     @classmethod
-    def open(cls, path: Path, recipe: Recipe, base_id: str, *, fresh: bool = False) -> "RunFolder":
-        """Opens, creates or resumes `path`.
+    def open(
+        cls, path: Path, recipe: Recipe, base_id: str, *, fresh: bool = False, exclusive: bool = False
+    ) -> "RunFolder":
+        """Opens, creates or resumes `path`; `exclusive` keeps other processes out for as long as the result lives.
 
-        Raises RunError when the folder holds a run of another recipe or another base, or a checkpoint that cannot
-        be read; `fresh` moves such a folder aside instead (nothing is deleted).
+        Raises RunError when another process trains in the folder, when it holds a run of another recipe or another base,
+        or a checkpoint that cannot be read; `fresh` moves such a folder aside instead (nothing is deleted).
         """
         if fresh and path.exists():
+            lock = FolderLock(path)
             path.rename(path.with_name(f"{path.name}.{time.strftime('%Y%m%d-%H%M%S')}"))
+            lock.close()
         run = cls(path=path, recipe_hash=recipe_hash(recipe), base_id=base_id)
-        if (path / "recipe.yaml").exists():
+        path.mkdir(parents=True, exist_ok=True)
+        run.lock = FolderLock(path) if exclusive else None
+        for place in (path, run.adapter_folder, path / "samples"):
+            sweep(place, older_than_hours=0)
+        if any((path / name).exists() for name in STARTED):
             run._resume(recipe)
-        else:
-            path.mkdir(parents=True, exist_ok=True)
+        else:  # new, or given up before the first step: another recipe may have it
             write_atomic(path / "recipe.yaml", yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False).encode())
         return run
 
     def _resume(self, recipe: Recipe) -> None:
         remedy = "Give another folder with --out, or start over with --fresh (the old run is moved aside)."
+        if not (self.path / "recipe.yaml").exists():
+            raise RunError(f"{self.path} holds a run but no recipe.yaml, so nobody can tell whose. {remedy}")
         stored = yaml.safe_load((self.path / "recipe.yaml").read_text(encoding="utf-8"))
         if _flat(stored) != _flat(json.loads(json.dumps(recipe_to_dict(recipe)))):
             mine = _flat(json.loads(json.dumps(recipe_to_dict(recipe))))
@@ -70,9 +86,11 @@ class RunFolder:
         if (self.path / "summary.json").exists():
             self.summary = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
             self.finished, self.step = True, int(self.summary["steps"])
+            (self.path / "checkpoint.pt").unlink(missing_ok=True)  # killed within `finish`
             return
         file = self.path / "checkpoint.pt"
-        if not file.exists():
+        if not file.exists():  # killed before the first checkpoint: step 1 comes again
+            self._truncate_metrics()
             return
         try:
             checkpoint: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
@@ -90,7 +108,7 @@ class RunFolder:
         """Drops the lines after the checkpoint, which the resumed run writes again, and a half-written last line."""
         file = self.path / "metrics.jsonl"
         if file.exists():
-            lines = file.read_text(encoding="utf-8").splitlines()[: self.step + 1]
+            lines = file.read_text(encoding="utf-8").splitlines()[: self.step]
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.step]
             write_atomic(file, "".join(line + "\n" for line in kept).encode())
 
@@ -104,24 +122,47 @@ class RunFolder:
 
     def append_metrics(self, metrics: dict[str, float | int]) -> None:
         """One JSON line. Lines beyond the last checkpoint are written again on resume."""
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        path = self.path / "metrics.jsonl"
+        with naming_full_disk(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Writes `state` (tensors and plain values) as the state after `self.step` steps; old or new, never half."""
         state = {**state, "step": self.step, "recipe_hash": self.recipe_hash, "base_id": self.base_id}
-        partial = self.path / "checkpoint.pt.partial"
-        with partial.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, self.path / "checkpoint.pt")
+        content = io.BytesIO()
+        torch.save(state, content)
+        write_atomic(self.path / "checkpoint.pt", content.getbuffer())
 
     def finish(self) -> None:
         """Marks the run as done: writes summary.json, then removes the checkpoint that nothing needs any more."""
         self.finished = True
         write_atomic(self.path / "summary.json", (json.dumps(self.summary, indent=1) + "\n").encode())
         (self.path / "checkpoint.pt").unlink(missing_ok=True)
+
+
+class FolderLock:
+    """Keeps other processes out of a folder until it is closed or its process ends, `kill -9` included.
+
+    It matters after ctrl-C under `accelerate launch`: the prompt is back while the run still writes its checkpoint.
+    Raises RunError if another process holds the folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_RDONLY)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunError(
+                f"another process is training in {path}: wait until it has stopped, or give another folder with --out"
+            ) from error
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __del__(self) -> None:
+        self.close()
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

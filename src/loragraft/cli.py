@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import loragraft
+from loragraft.outcome import guarded
 
 if TYPE_CHECKING:
     from loragraft.adapters.checkpoint import Adapter
@@ -30,20 +31,10 @@ def main(argv: list[str] | None = None) -> int:
     """Parses, runs one verb, returns its exit code. Errors that a user can mend are one sentence on stderr."""
     arguments = sys.argv[1:] if argv is None else argv
     if arguments[:1] == ["train"]:  # hands its options to train/lora.py, which documents them itself
-        return _guarded(lambda: _train(arguments[1:]))
+        return guarded(lambda: _train(arguments[1:]))
     args = _parser().parse_args(arguments)
     verb: Callable[[argparse.Namespace], int] = args.verb
-    return _guarded(lambda: verb(args))
-
-
-def _guarded(run: Callable[[], int]) -> int:
-    try:
-        return run()
-    except (ValueError, FileNotFoundError) as error:
-        if os.environ.get("LORAGRAFT_TRACEBACK"):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return guarded(lambda: verb(args))
 
 
 def _train(arguments: list[str]) -> int:
@@ -104,9 +95,9 @@ def _generate(args: argparse.Namespace) -> int:
         for prompt in prompts
         for i in range(args.per_prompt)
     ]
+    images = render(backbone, adapters, settings, any_base=args.any_base)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    images = render(backbone, adapters, settings, any_base=args.any_base)
     for i, (image, setting) in enumerate(zip(images, settings, strict=True)):
         save_image(image, out / f"{i:04d}.png", setting, backbone, adapters)
     print(f"{len(images)} images in {out}")
@@ -121,8 +112,9 @@ def _score(args: argparse.Namespace) -> int:
     import dataclasses
 
     from loragraft.backbones.load import load_backbone
-    from loragraft.data.cache import default_cache_root, write_atomic
+    from loragraft.data.cache import default_cache_root
     from loragraft.data.sources import open_source
+    from loragraft.disk import write_atomic
     from loragraft.evaluation.score import score_adapter
 
     adapter, recipe = _trained(Path(args.run))
@@ -267,7 +259,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=loragraft.__version__)
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
 
-    def verb(name: str, run: Callable[[argparse.Namespace], int], text: str, details: str = "") -> argparse.ArgumentParser:
+    def verb(
+        name: str, run: Callable[[argparse.Namespace], int], text: str, details: str = ""
+    ) -> argparse.ArgumentParser:
         sub = verbs.add_parser(
             name,
             help=text,
@@ -277,7 +271,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(verb=run)
         return sub
 
-    recipe = verb("recipe", _recipe, "list the recipes, or show one resolved", "loragraft recipe marketing train.steps=800")
+    recipe = verb(
+        "recipe", _recipe, "list the recipes, or show one resolved", "loragraft recipe marketing train.steps=800"
+    )
     recipe.add_argument("name", nargs="?", help="a shipped recipe's name or a YAML file; without it: the list")
     recipe.add_argument("overrides", nargs="*", metavar="key=value")
 
@@ -301,7 +297,13 @@ def _parser() -> argparse.ArgumentParser:
         'loragraft generate --adapter runs/marketing@0.8 --prompt "promo tile: white rocket on blue" --compare\n\n'
         "Without --prompt the recipe's sample prompts are drawn. Every PNG carries its settings.",
     )
-    generate.add_argument("--adapter", action="append", default=[], metavar="PATH[@WEIGHT]", help="a run, an adapter folder or file; can be repeated")
+    generate.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="PATH[@WEIGHT]",
+        help="a run, an adapter folder or file; can be repeated",
+    )
     generate.add_argument("--prompt", action="append", help="can be repeated")
     generate.add_argument("--negative-prompt", default="")
     generate.add_argument("--base", help="default: the adapter's own, else pocket")
@@ -312,7 +314,9 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--per-prompt", type=int, default=1, help="images per prompt, at consecutive seeds")
     generate.add_argument("--steps", type=int, help="Euler steps (default 20)")
     generate.add_argument("--guidance", type=float, help="classifier-free guidance; 1 = off")
-    generate.add_argument("--compare", action="store_true", help="also write before_after.png: base beside adapter, same seeds")
+    generate.add_argument(
+        "--compare", action="store_true", help="also write before_after.png: base beside adapter, same seeds"
+    )
 
     score = verb(
         "score",
@@ -337,7 +341,9 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("--rank", type=int, default=16, help="rank of the 16-bit branch")
     quantize.add_argument("--out", required=True, help="folder to write; must not exist")
 
-    preflight = verb("preflight", _preflight, "what a run will take, before it starts: layers, samples, memory of the weights")
+    preflight = verb(
+        "preflight", _preflight, "what a run will take, before it starts: layers, samples, memory of the weights"
+    )
     preflight.add_argument("name", metavar="recipe")
     preflight.add_argument("overrides", nargs="*", metavar="key=value")
 

@@ -78,3 +78,17 @@ def test_released_text_encoder_refuses(tmp_path: Path) -> None:
     encoders.release_text()
     with pytest.raises(RuntimeError, match="released"):
         encoders.encode_text(["x"])
+
+
+def test_readable_is_what_the_encoder_reads_and_the_rest_is_announced(
+    backbone: Backbone, caplog: pytest.LogCaptureFixture
+) -> None:
+    encoders = backbone.encoders
+    assert encoders.readable("white heart icon") == "white heart icon"
+    words = [f"word{i}" for i in range(20)]  # two word pieces each: 15 fit beside the two specials
+    long = " ".join(words)
+    assert encoders.readable(long) == " ".join(words[:15])
+    for key, value in encoders.encode_text([long]).items():
+        assert torch.equal(value, encoders.encode_text([encoders.readable(long)])[key])
+    generate_images(backbone, [long], [0], steps=1, guidance=1)
+    assert "its end is lost: 'word15 word16 word17 word18 word19'" in caplog.text

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from loragraft.data.cache import default_cache_root, write_atomic
+from loragraft.data.cache import default_cache_root
 from loragraft.data.dataset import LatentCache, batch_indices, collate
 from loragraft.data.encode import encode_dataset
 from loragraft.data.sources import Sample
@@ -180,14 +180,6 @@ def test_dataset_passes_through_a_loader_with_workers(tmp_path: Path) -> None:
     cache = _encode(_samples(tmp_path, 6), tmp_path / "cache", Encoder())
     loader = DataLoader(cache.split("train"), batch_size=5, num_workers=1, collate_fn=collate)
     assert next(iter(loader))["latents"].shape == (5, 3, 2, 2)
-
-
-def test_write_atomic_keeps_the_old_file_on_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_atomic(tmp_path / "f", b"old")
-    monkeypatch.setattr("loragraft.data.cache.os.fsync", lambda fd: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        write_atomic(tmp_path / "f", b"new")
-    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("f", b"old")]
 
 
 def test_cache_root_is_read_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

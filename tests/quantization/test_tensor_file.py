@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from loragraft.quantization.tensor_file import CheckpointError, read_tensors, replacing_folder, write_tensors
+from loragraft.disk import replacing_folder
+from loragraft.quantization.tensor_file import CheckpointError, read_tensors, write_tensors
 
 TENSORS = {
     "first": torch.arange(6.0).view(2, 3),

@@ -37,7 +37,48 @@ def test_resumes_after_the_checkpoint_and_drops_later_lines(run: RunFolder) -> N
     assert steps == [1, 2, 3, 4, 5]
 
 
+def test_a_run_given_up_before_its_first_step_leaves_the_folder_free(run: RunFolder) -> None:
+    """A mistake in the data is found after the folder is made: the mended recipe must not meet a refusal."""
+    again = RunFolder.open(run.path, load_recipe("marketing", ["train.steps=7"]), BASE)
+    assert again.step == 0
+    assert yaml.safe_load((run.path / "recipe.yaml").read_text())["train"]["steps"] == 7
+
+
+def test_killed_before_the_first_checkpoint_starts_the_trace_again(run: RunFolder) -> None:
+    run.append_metrics({"step": 1, "loss": 1.0})
+    again = RunFolder.open(run.path, load_recipe("marketing"), BASE)
+    assert (again.step, again.checkpoint) == (0, None)
+    assert (run.path / "metrics.jsonl").read_text() == ""
+
+
+def test_what_a_killed_process_left_half_written_is_swept(run: RunFolder) -> None:
+    (run.path / ".checkpoint.pt.0a1b2c3d.writing").write_bytes(b"half")
+    RunFolder.open(run.path, load_recipe("marketing"), BASE)
+    assert [path.name for path in run.path.iterdir()] == ["recipe.yaml"]
+
+
+def test_two_processes_never_train_in_one_folder(tmp_path: Path) -> None:
+    recipe = load_recipe("marketing")
+    first = RunFolder.open(tmp_path / "run", recipe, BASE, exclusive=True)
+    checkpoint_at(first, 1)
+    before = (first.path / "metrics.jsonl").read_text()
+    for fresh in (False, True):
+        with pytest.raises(RunError, match=r"another process is training in .*run: wait .*--out"):
+            RunFolder.open(tmp_path / "run", recipe, BASE, exclusive=True, fresh=fresh)
+    assert (first.path / "metrics.jsonl").read_text() == before
+    del first
+    assert RunFolder.open(tmp_path / "run", recipe, BASE, exclusive=True).step == 1
+
+
+def test_work_without_its_recipe_is_not_touched(run: RunFolder) -> None:
+    checkpoint_at(run, 2)
+    (run.path / "recipe.yaml").unlink()
+    with pytest.raises(RunError, match=r"no recipe\.yaml.*--fresh"):
+        RunFolder.open(run.path, load_recipe("marketing"), BASE)
+
+
 def test_refuses_another_recipe_and_names_the_key(run: RunFolder) -> None:
+    checkpoint_at(run, 2)
     with pytest.raises(RunError, match=r"train\.steps \(\d+ there, 7 here\).*--fresh"):
         RunFolder.open(run.path, load_recipe("marketing", ["train.steps=7"]), BASE)
 
