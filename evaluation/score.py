@@ -105,9 +105,15 @@ class ScorePlan:
 
 def render_score(backbone: Backbone, plan: ScorePlan, root: Path) -> dict[str, Path]:
     """Draws what is missing under `root`; returns set name -> folder. Raises ValueError for adapters of another base."""
+    score_folders(backbone, plan, root)
+    return render_missing(backbone, plan.sets(), root)
+
+
+def score_folders(backbone: Backbone, plan: ScorePlan, root: Path) -> dict[str, Path]:
+    """Set name -> folder, drawn or not. Raises ValueError for adapters of another base."""
     for adapter in (plan.adapter, *plan.controls):
         adapter.check_base(backbone.base_id)
-    return render_missing(backbone, plan.sets(), root)
+    return {entry.name: entry.folder(root, backbone) for entry in plan.sets()}
 
 
 @dataclass(frozen=True)

@@ -63,16 +63,17 @@ class Pairs:
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Of the projection; chosen on the held-out names of the icon scenes alone."""
+    """Of the projection. Noise and epochs were chosen among ten by recall on scenes of held-out names, so that this one
+    held-out figure is slightly flattering; no test split of a domain decided anything."""
 
     hidden: int = 256
     shared: int = 128
-    epochs: int = 40
+    epochs: int = 20
     batch: int = 1024
     learning_rate: float = 2e-3
     weight_decay: float = 0.05
     text_dropout: float = 0.1
-    image_dropout: float = 0.2
+    image_noise: float = 1.0
     temperature: float = 0.05
 
 
@@ -174,7 +175,7 @@ def train(parts: Sequence[Pairs], settings: TrainSettings, seed: int) -> Towers:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.learning_rate, steps, pct_start=0.1)
     for index in batches(len(text), settings.batch, steps, seed):
         t = towers.embed_text(dropout(text[index], settings.text_dropout))
-        i = towers.embed_images(images[index] + noise_like(images[index], towers, settings.image_dropout))
+        i = towers.embed_images(images[index] + noise_like(images[index], towers, settings.image_noise))
         logits = t @ i.T * scale.clamp(max=math.log(100)).exp()
         partners = (label[index][:, None] == label[index][None, :]).float()
         target = partners / partners.sum(1, keepdim=True)

@@ -112,7 +112,7 @@ def _score(args: argparse.Namespace) -> int:
     from loragraft.data.sources import open_source
     from loragraft.evaluation.image_sets import device_name
     from loragraft.evaluation.report import write_report
-    from loragraft.evaluation.score import FULL_IMAGES, ScorePlan, measure_score, render_score
+    from loragraft.evaluation.score import FULL_IMAGES, ScorePlan, measure_score, render_score, score_folders
 
     run = Path(args.run)
     adapter, recipe = _trained(run)
@@ -131,10 +131,7 @@ def _score(args: argparse.Namespace) -> int:
         full=args.full,
     )
     root = run / "score"
-    if args.measure_only:
-        folders = {entry.name: entry.folder(root, backbone) for entry in plan.sets()}
-    else:
-        folders = render_score(backbone, plan, root)
+    folders = (score_folders if args.measure_only else render_score)(backbone, plan, root)
     if args.render_only:
         print("\n".join(f"{name:16s} {folder}" for name, folder in folders.items()))
         return 0

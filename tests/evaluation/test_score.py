@@ -14,7 +14,7 @@ from PIL import Image
 
 from loragraft.evaluation.report import verdicts, write_report
 from loragraft.evaluation.retrieval import Towers
-from loragraft.evaluation.score import DRIFT_IMAGES, Measured, ScorePlan, measure_score, render_score
+from loragraft.evaluation.score import DRIFT_IMAGES, Measured, ScorePlan, measure_score, render_score, score_folders
 from loragraft.recipes.schema import EvalConfig
 
 from .conftest import EDGE, Studio, make_adapter
@@ -114,6 +114,8 @@ def test_a_control_of_another_base_is_refused_before_drawing(
     foreign = make_adapter("foreign", seed=4, base_id="c" * 64)
     with pytest.raises(ValueError, match="'foreign' was trained on base c"):
         render_score(backbone, replace(plan, controls=(foreign,)), tmp_path)
+    with pytest.raises(ValueError, match="'foreign' was trained on base c"):
+        score_folders(backbone, replace(plan, controls=(foreign,)), tmp_path)
     assert studio.drawn == []
 
 
