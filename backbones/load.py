@@ -105,10 +105,7 @@ def quantize_base(
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     transformer = load_16bit(spec).eval().requires_grad_(False)
     nn.Module.to(transformer, device=device, dtype=dtype)  # diffusers' own `to` warns about an empty list
-    main = QuantSettings(numerics=NUMERICS[profile], smoothing=smoothing, rank=rank)
-    few_rows = QuantSettings(numerics="w4a16")
-    rules = dict.fromkeys(spec.quantize, main) | dict.fromkeys(spec.quantize_w4a16, few_rows)
-    plan = plan_layers(transformer, rules, spec.keep_16bit)
+    plan = plan_base(spec, transformer, QuantSettings(numerics=NUMERICS[profile], smoothing=smoothing, rank=rank))
     calibrate = partial(_denoise_calibration_prompts, spec, transformer, dtype) if smoothing == "calibrated" else None
     with tqdm(total=len(plan), desc=f"quantize {spec.name}", unit="layer") as bar:
         reports = quantize_backbone(transformer, plan, calibrate, lambda *_: bar.update(), keep=spec.keep_16bit)
@@ -119,6 +116,13 @@ def quantize_base(
             module.bias = module.bias.to(torch.bfloat16)
     save_quantized(transformer, folder)
     return reports
+
+
+def plan_base(spec: BaseSpec, transformer: nn.Module, main: QuantSettings) -> dict[str, QuantSettings]:
+    """Which layer of the 16-bit `transformer` is quantized how: `main` everywhere but on the few-row layers (W4A16)."""
+    few_rows = QuantSettings(numerics="w4a16")
+    rules = dict.fromkeys(spec.quantize, main) | dict.fromkeys(spec.quantize_w4a16, few_rows)
+    return plan_layers(transformer, rules, spec.keep_16bit)
 
 
 def _denoise_calibration_prompts(spec: BaseSpec, transformer: nn.Module, dtype: torch.dtype) -> None:

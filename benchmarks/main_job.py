@@ -86,7 +86,23 @@ def measure(folder: Path) -> dict[str, Any]:
         "steps": summary["steps"],
         "validation_loss_start": summary["validation_loss_start"],
         "validation_loss_end": summary["validation_loss_end"],
+        **headline(score),
         "score": score,
+    }
+
+
+def headline(score: dict[str, Any]) -> dict[str, Any]:
+    """The score's figures under short names; `control_kid` has one entry per control that was drawn."""
+    name = "retrieval_minilm_lite0_r5"
+    sets = score["sets"]
+    return {
+        "kid_real_floor": score["kid_lite0_floor"],
+        "kid_base": score["kid_lite0_base"],
+        "kid_adapter": score["kid_lite0_adapter"],
+        "retrieval_base": sets["base"][name],
+        "retrieval_adapter": sets["adapter"][name],
+        "real_retrieval": score["floors"][name],
+        "control_kid": {control: sets[control]["kid_lite0"] for control in score["controls"]},
     }
 
 

@@ -50,6 +50,25 @@ def _main_job(result: dict[str, Any]) -> list[str]:
         f"| base | {base['value']:.3f} | {base['low']:.3f} to {base['high']:.3f} |",
         f"| base + adapter | {moved['value']:.3f} | {moved['low']:.3f} to {moved['high']:.3f} |",
         f"| floor: one half of the held-out images against the other | {score['kid_lite0_floor']:.4f} | |",
+        *_retrieval(score),
+    ]
+
+
+def _retrieval(score: dict[str, Any]) -> list[str]:
+    """Rows of a score that has them: older results know only the kernel distance."""
+    if "retrieval" not in score:
+        return []
+    name = "retrieval_minilm_lite0_r5"
+    rows = [
+        ("base", score["sets"]["base"]),
+        ("base + adapter", score["sets"]["adapter"]),
+        ("real images", score["floors"]),
+    ]
+    about = f"caption finds its image among {score['retrieval']['gallery']}, first five (chance {score['retrieval']['chance']:.2f})"
+    found = ((label, entry[name]) for label, entry in rows)
+    return [
+        f"| {about}: {label} | {entry['value']:.2f} | {entry['low']:.2f} to {entry['high']:.2f} |"
+        for label, entry in found
     ]
 
 

@@ -1,8 +1,9 @@
 """Prompts and adapters to image files: settings in the PNG, and a before/after grid where people would rather look."""
 
+import io
 import json
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -37,6 +38,7 @@ def render(
     settings: Sequence[Settings],
     *,
     any_base: bool = False,
+    batch_size: int = 16,
 ) -> list[Image.Image]:
     """One image per entry of `settings`, with `adapters` (each with its weight) grafted and taken off again.
 
@@ -57,6 +59,7 @@ def render(
             steps=settings[0].steps,
             guidance=settings[0].guidance,
             negative_prompt=settings[0].negative_prompt,
+            batch_size=batch_size,
         )
     finally:
         for name in [n for n in grafted(backbone.transformer) if n not in before]:
@@ -70,7 +73,18 @@ def save_image(
     backbone: Backbone,
     adapters: Sequence[tuple[Adapter, float]],
 ) -> None:
-    """PNG with a text chunk `loragraft`: the settings, base name, id and profile, adapters and weights, version."""
+    """Writes `encode_png`."""
+    path.write_bytes(encode_png(image, settings, backbone, adapters))
+
+
+def encode_png(
+    image: Image.Image,
+    settings: Settings,
+    backbone: Backbone,
+    adapters: Sequence[tuple[Adapter, float]],
+    extra: Mapping[str, str] | None = None,
+) -> bytes:
+    """PNG with a text chunk `loragraft`: the settings, base name, id and profile, adapters and weights, version, `extra`."""
     about = {
         **asdict(settings),
         "base": backbone.spec.name,
@@ -78,10 +92,13 @@ def save_image(
         "profile": backbone.profile,
         "adapters": [{"name": a.name, "weight": weight} for a, weight in adapters],
         "loragraft": loragraft.__version__,
+        **(extra or {}),
     }
     info = PngInfo()
     info.add_text("loragraft", json.dumps(about))
-    image.save(path, pnginfo=info)
+    buffer = io.BytesIO()
+    image.save(buffer, "png", pnginfo=info)
+    return buffer.getvalue()
 
 
 def before_after_grid(

@@ -36,6 +36,7 @@ def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "message"),
     [
         (["score", "."], "no run folder"),
+        (["score", ".", "--full", "--control", "nowhere"], "no run folder"),
         (["publish", ".", "--to", "zoo"], "no finished adapter"),
         (["zoo", "nowhere"], "is no folder"),
         (["generate", "--adapter", "runs/mine@strong"], "what follows @ is the adapter's weight"),
@@ -58,6 +59,18 @@ def test_mistakes_are_one_sentence(
     assert message in error
     assert error.startswith("error: ")
     assert "\n" not in error
+
+
+def test_a_control_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--control .*nowhere does not exist: give another run folder"):
+        cli._control(tmp_path / "nowhere")
+
+
+def test_score_draws_or_measures_but_not_neither(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["score", "run", "--render-only", "--measure-only"])
+    assert stop.value.code == 2
+    assert "not allowed with" in capsys.readouterr().err
 
 
 def test_preflight_counts_what_a_run_takes(

@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "backbones": {"quantization"},
     "adapters": {"quantization", "recipes"},
     "train": {"recipes", "data", "backbones", "adapters"},
-    "evaluation": {"recipes", "backbones", "adapters"},
+    "evaluation": {"recipes", "data", "backbones", "adapters"},
 }
 """What each folder builds on directly; what those build on is below it too."""
 LONGEST_FILE = 450

@@ -33,5 +33,6 @@ def test_wheel_has_one_top_level_name_and_its_data(tmp_path: Path) -> None:
         "loragraft/kernels/w4a8_linear.py",
         "loragraft/backbones/weights/pocket/transformer-int4/config.json",
         "loragraft/backbones/weights/pocket/vae/config.json",
+        "loragraft/evaluation/weights/retrieval.safetensors",
     ):
         assert needed in names, f"{needed} is not in the wheel"
