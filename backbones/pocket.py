@@ -56,9 +56,20 @@ class PocketEncoders:
 
     def encode_text(self, captions: list[str]) -> dict[str, Tensor]:
         """B captions -> token states [B, 32, 384] and the sentence vector [B, 384]."""
+        return self._present_text()(captions)
+
+    @property
+    def max_tokens(self) -> int:
+        return TOKENS
+
+    def count_tokens(self, caption: str) -> int:
+        """Word pieces, the two specials included."""
+        return self._present_text().count_tokens(caption)
+
+    def _present_text(self) -> MiniLMEncoder:
         if self.text is None:
             raise RuntimeError("the text encoder was released: encode captions before release_text()")
-        return self.text(captions)
+        return self.text
 
     def release_text(self) -> None:
         """Frees MiniLM (90 MB)."""

@@ -41,6 +41,15 @@ class Encoders(Protocol):
         """B captions -> `prompt_embeds` [B, T, D] and `pooled_prompt_embeds` [B, P]."""
         ...
 
+    @property
+    def max_tokens(self) -> int:
+        """Longest caption that is read to its end, in tokens; the rest of a longer one would be cut off."""
+        ...
+
+    def count_tokens(self, caption: str) -> int:
+        """Tokens of a caption, as `max_tokens` counts them. Raises RuntimeError after `release_text`."""
+        ...
+
     def release_text(self) -> None:
         """Frees the text encoder; `encode_text` raises RuntimeError from here on."""
         ...
