@@ -2,7 +2,8 @@
 
 import json
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -46,10 +47,7 @@ def render(
     shared = {(s.steps, s.guidance, s.negative_prompt) for s in settings}
     if len(shared) != 1:
         raise ValueError("steps, guidance and negative prompt must be the same for all images of one call")
-    before = set(grafted(backbone.transformer))
-    try:
-        for adapter, weight in adapters:
-            graft_adapter(backbone.transformer, adapter, weight, any_base=any_base)
+    with grafts(backbone, adapters, any_base=any_base):
         return generate_images(
             backbone,
             [s.prompt for s in settings],
@@ -58,6 +56,19 @@ def render(
             guidance=settings[0].guidance,
             negative_prompt=settings[0].negative_prompt,
         )
+
+
+@contextmanager
+def grafts(backbone: Backbone, adapters: Sequence[tuple[Adapter, float]], *, any_base: bool = False) -> Iterator[None]:
+    """`adapters`, each with its weight, grafted inside the block; every byte as before after it.
+
+    Raises ValueError as `graft` does, with nothing grafted.
+    """
+    before = set(grafted(backbone.transformer))
+    try:
+        for adapter, weight in adapters:
+            graft_adapter(backbone.transformer, adapter, weight, any_base=any_base)
+        yield
     finally:
         for name in [n for n in grafted(backbone.transformer) if n not in before]:
             ungraft(backbone.transformer, name)

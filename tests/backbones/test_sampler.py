@@ -1,6 +1,6 @@
 """Image-to-image enters the flow at t = strength: against Euler steps written out, and at both ends."""
 
-from pathlib import Path
+import itertools
 
 import numpy as np
 import pytest
@@ -52,7 +52,7 @@ def test_it_is_euler_from_the_noised_picture(backbone: Backbone, latents: Tensor
     text = backbone.encoders.encode_text(["a red star"])
     x, times = (1 - strength) * latents + strength * noise, torch.linspace(strength, 0, steps + 1)
     with torch.no_grad():
-        for t, below in zip(times[:-1], times[1:], strict=True):
+        for t, below in itertools.pairwise(times):
             x = x + (below - t) * predict_velocity(backbone.transformer, x, t[None], text)
     written_out = decoded(backbone, x)
     ours = draw(backbone, steps=steps, start=latents, strength=strength)
@@ -74,7 +74,9 @@ def test_strength_out_of_range_is_refused(backbone: Backbone, latents: Tensor, s
         draw(backbone, start=latents, strength=strength)
 
 
-@pytest.mark.parametrize(("strength", "steps", "expected"), [(1, 20, 20), (0.5, 20, 10), (0.6, 20, 12), (0.61, 20, 13), (0.01, 20, 1)])
+@pytest.mark.parametrize(
+    ("strength", "steps", "expected"), [(1, 20, 20), (0.5, 20, 10), (0.6, 20, 12), (0.61, 20, 13), (0.01, 20, 1)]
+)
 def test_steps_are_the_share_below_strength(strength: float, steps: int, expected: int) -> None:
     assert steps_from(strength, steps) == expected
 
