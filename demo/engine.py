@@ -8,6 +8,7 @@
 Nothing here knows of a browser.
 """
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,9 @@ from loragraft.demo.figures import ModelSize, model_size
 from loragraft.evaluation.generate import Settings, grafts
 
 PRECISIONS: dict[str, Profile | None] = {"native": "native", "interchange": "interchange", "16bit": None}
+
+
+MOST_STEPS = 200
 
 
 class StoppedError(Exception):
@@ -77,6 +81,17 @@ class Picture:
     """Transformer calls per step: 2 with guidance, 1 without."""
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """A base in memory."""
+
+    backbone: Backbone
+    precision: str
+    """A key of `PRECISIONS`."""
+    size: ModelSize
+    """Without adapters."""
+
+
 OnStep = Callable[[bool, int, int], None]
 """(with adapters, steps done, steps in all)."""
 
@@ -89,33 +104,19 @@ class Engine:
         self.device = torch.device(device)
         self.cache_root = cache_root
         self._lock = threading.Lock()
-        self._loaded: tuple[tuple[str, str], Backbone, ModelSize] | None = None
+        self.loaded: Loaded | None = None
+        """The base in memory; None before the first, and while one takes the place of another."""
 
     def backbone(self, base: str, precision: str) -> Backbone:
         """The base in that precision, loaded unless it is the one in memory. Raises ValueError as `load_backbone` does."""
-        key = (base, precision)
-        if self._loaded is None or self._loaded[0] != key:
+        if self.loaded is None or (self.loaded.backbone.spec.name, self.loaded.precision) != (base, precision):
             if precision not in PRECISIONS:
                 raise ValueError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
             find_spec(base)  # a misspelt name must not cost the base that is loaded
-            self._loaded = None
+            self.loaded = None  # two large bases would not fit
             backbone = load_backbone(base, PRECISIONS[precision], self.device, self.cache_root)
-            self._loaded = key, backbone, model_size(backbone.transformer)
-        return self._loaded[1]
-
-    @property
-    def loaded(self) -> tuple[Backbone, str]:
-        """The base in memory and its precision. Raises RuntimeError before one is loaded."""
-        if self._loaded is None:
-            raise RuntimeError("no base is loaded yet")
-        return self._loaded[1], self._loaded[0][1]
-
-    @property
-    def size(self) -> ModelSize:
-        """Of the base in memory, without adapters. Raises RuntimeError before one is loaded."""
-        if self._loaded is None:
-            raise RuntimeError("no base is loaded yet")
-        return self._loaded[2]
+            self.loaded = Loaded(backbone, precision, model_size(backbone.transformer))
+        return self.loaded.backbone
 
     def draw(self, order: Order, on_step: OnStep) -> Iterator[Picture]:
         """The base's picture, then (if the order has adapters) the adapted one from the same seed.
@@ -124,19 +125,18 @@ class Engine:
         what `on_step` raises passes through, and the base is left without grafts.
         """
         with self._lock:
-            prompt = order.settings.prompt.strip()
-            if not prompt:
-                raise ValueError("The prompt is empty: say what to draw, or pick an example.")
+            check_order(order)
             adapters = [(self.catalogue.load(label), weight) for label, weight in order.adapters]
             backbone = self.backbone(order.base, order.precision)
-            for caption in (prompt, order.settings.negative_prompt):
-                check_length(backbone, caption)
+            prompt, negative = order.settings.prompt.strip(), order.settings.negative_prompt.strip()
+            check_length(backbone, "prompt", prompt)
+            check_length(backbone, "negative prompt", negative)
             if not order.any_base:
                 for adapter, _ in adapters:
                     adapter.check_base(backbone.base_id)
             clock = _Clock(self.device)
             encode = backbone.encoders.encode_text
-            text, empty = encode([prompt]), encode([order.settings.negative_prompt])
+            text, empty = encode([prompt]), encode([negative])
             text_seconds = clock.lap()
             start, start_seconds = None, None
             if order.start is not None:
@@ -182,13 +182,31 @@ class Engine:
         return image
 
 
-def check_length(backbone: Backbone, caption: str) -> None:
+def check_order(order: Order) -> None:
+    """What can be said without a model. Raises ValueError."""
+    settings = order.settings
+    if not settings.prompt.strip():
+        raise ValueError("The prompt is empty: say what to draw, or pick an example.")
+    if not 1 <= settings.steps <= MOST_STEPS:
+        raise ValueError(f"Steps is {settings.steps}: give 1 to {MOST_STEPS}; 20 is enough for most pictures.")
+    if not (math.isfinite(settings.guidance) and settings.guidance >= 1):
+        raise ValueError(f"Guidance is {settings.guidance}: give 1 (off) or more; 3 to 5 is usual.")
+    if not 0 <= settings.seed < 2**63:
+        raise ValueError(f"Seed is {settings.seed}: give a whole number from 0.")
+    if order.start is not None and not 0 < order.strength <= 1:
+        raise ValueError(
+            f"Strength is {order.strength}: give more than 0 (keep the picture) and at most 1 (ignore it)."
+        )
+
+
+def check_length(backbone: Backbone, name: str, caption: str) -> None:
     """Raises ValueError for a caption whose end the text encoder would not read."""
     tokens, most = backbone.encoders.count_tokens(caption), backbone.encoders.max_tokens
     if tokens > most:
+        words = max(1, round(len(caption.split()) * (tokens - most) / tokens))
         raise ValueError(
-            f"The prompt is {tokens} tokens long and {backbone.spec.name} reads {most}: shorten it by about "
-            f"{max(1, round(len(caption.split()) * (tokens - most) / tokens))} words. Nothing was cut off silently."
+            f"The {name} is {tokens} tokens long and {backbone.spec.name} reads {most}: shorten it by about "
+            f"{words} word{'s' if words > 1 else ''}. Nothing was drawn."
         )
 
 

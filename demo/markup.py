@@ -4,9 +4,8 @@ from collections import Counter
 from collections.abc import Sequence
 from html import escape
 
-from loragraft.backbones.spec import Backbone
-from loragraft.demo.engine import Picture
-from loragraft.demo.figures import Memory, ModelSize
+from loragraft.demo.engine import Loaded, Order, Picture
+from loragraft.demo.figures import Memory
 
 WORDS = {"native": "INT4, native (W4A8)", "interchange": "INT4, interchange (W4A4)", "16bit": "16-bit"}
 """Precision -> what the picker calls it."""
@@ -38,11 +37,16 @@ def problems(found: Sequence[str]) -> str:
     return "".join(f'<div class="note">{escape(problem)}</div>' for problem in found)
 
 
-def figures(
-    backbone: Backbone, precision: str, size: ModelSize, used: Memory, adapters_mib: float, pictures: Sequence[Picture]
-) -> str:
+def summary(order: Order, pictures: Sequence[Picture]) -> str:
+    """One line when all is drawn."""
+    first = pictures[0].seconds
+    seconds = first.text + (first.start or 0) + sum(p.seconds.steps + p.seconds.decoding for p in pictures)
+    return f"Done in {seconds:.1f} s, seed {order.settings.seed}."
+
+
+def figures(loaded: Loaded, used: Memory, adapters_mib: float, pictures: Sequence[Picture]) -> str:
     """Seconds per part and picture, then model, memory and layers."""
-    return f'<div class="figures">{_seconds(pictures)}{_model(backbone, precision, size, used, adapters_mib)}</div>'
+    return f'<div class="figures">{_seconds(pictures)}{_model(loaded, used, adapters_mib)}</div>'
 
 
 def _seconds(pictures: Sequence[Picture]) -> str:
@@ -62,13 +66,14 @@ def _seconds(pictures: Sequence[Picture]) -> str:
     return f'<table id="seconds"><thead><tr><th>seconds</th>{head}</tr></thead><tbody>{body}</tbody></table>'
 
 
-def _model(backbone: Backbone, precision: str, size: ModelSize, used: Memory, adapters_mib: float) -> str:
+def _model(loaded: Loaded, used: Memory, adapters_mib: float) -> str:
+    backbone, size = loaded.backbone, loaded.size
     weights = f"{size.full:.1f} MiB" if size.int4 is None else f"{size.int4:.1f} MiB in INT4, {size.full:.1f} in 16-bit"
     memory = f"{used.resident:.0f} MiB, peak {used.peak_resident:.0f}"
     counts = Counter((row.numerics, row.backend) for row in backbone.ledger.rows)
     layers = ", ".join(f"{count} {numerics} ({backend})" for (numerics, backend), count in counts.items())
     rows = [
-        ("Base", f"{backbone.spec.name}, {WORDS[precision]}"),
+        ("Base", f"{backbone.spec.name}, {WORDS[loaded.precision]}"),
         ("Base id", f'<code title="{escape(backbone.base_id)}">{escape(backbone.base_id[:16])}</code>'),
         ("Transformer", weights),
         *([("Adapters", f"{adapters_mib:.2f} MiB in 16-bit")] if adapters_mib else []),

@@ -23,6 +23,8 @@ from loragraft.recipes.load import list_recipes, load_recipe
 
 MOST_ADAPTERS = 4
 OWN_EXAMPLES, EXAMPLES_PER_RECIPE = 4, 2
+UNFORESEEN = "That failed in a way nobody foresaw: the corner of this page says what, and the terminal where."
+NO_ADAPTERS = "None found in the given folders. Train one, then reload this page; the base alone draws meanwhile."
 READY = "Ready. Write a prompt or pick an example, then press Generate."
 SYSTEM_FONTS = ("ui-sans-serif", "system-ui", "Segoe UI", "Roboto", "Liberation Sans", "sans-serif")
 MONO_FONTS = ("ui-monospace", "SFMono-Regular", "Menlo", "Liberation Mono", "monospace")
@@ -49,73 +51,56 @@ class Page:
         return gr.Dropdown(choices=found, info=info), unreadable, self.figures([], ())
 
     def figures(self, pictures: Sequence[Picture], labels: Sequence[str]) -> str:
-        """Of the base in memory."""
-        backbone, precision = self.engine.loaded
+        """Of the base in memory; nothing while another visitor's order loads one."""
+        if self.engine.loaded is None:
+            return ""
         adapters = [self.engine.catalogue.load(label) for label in labels]
-        used = memory(self.engine.device)
-        return markup.figures(backbone, precision, self.engine.size, used, adapter_size(adapters), pictures)
+        return markup.figures(self.engine.loaded, memory(self.engine.device), adapter_size(adapters), pictures)
 
     def arm(self, request: gr.Request) -> tuple[Any, Any, str]:
         """Generate was pressed: forget an older stop, swap the buttons, say that the order waits."""
         self._stopped.discard(str(request.session_hash))
         return gr.Button(interactive=False), gr.Button(interactive=True), markup.working("Waiting for its turn")
 
+    def disarm(self) -> tuple[Any, Any]:
+        """The order has ended, one way or another."""
+        return gr.Button(interactive=True), gr.Button(interactive=False)
+
     def stop(self, request: gr.Request) -> None:
         """The sampler sees it at the end of its step."""
         self._stopped.add(str(request.session_hash))
 
-    def generate(
-        self,
-        prompt: str,
-        negative_prompt: str,
-        seed: float | None,
-        steps: float,
-        guidance: float,
-        base: str,
-        precision: str,
-        any_base: bool,
-        start: str | None,
-        strength: float,
-        slots: Slots,
-        *weights: float,
-        session: str,
-    ) -> Iterator[tuple[Any, Any, Any, Any]]:
-        """Yields (status, base picture, adapted picture, figures) after every step."""
-        chosen = tuple((label, weight) for label, weight in zip(slots, weights, strict=True) if label is not None)
-        order = Order(
-            settings=Settings(
-                prompt=prompt,
-                negative_prompt=negative_prompt,
-                seed=int(seed or 0),
-                steps=int(steps),
-                guidance=guidance,
-            ),
-            base=base,
-            precision=precision,
-            adapters=chosen,
-            any_base=any_base,
-            start=Path(start) if start else None,
-            strength=strength,
+    def generate(self, *values: Any, session: str) -> Iterator[tuple[Any, Any, Any, Any]]:
+        """`values` as `read_order` takes them. Yields (status, base picture, adapted picture, figures) at every event."""
+        try:
+            order = read_order(*values)
+        except ValueError as error:
+            yield markup.failed(str(error)), gr.skip(), gr.skip(), gr.skip()
+            return
+        yield (
+            markup.working(f"Preparing {order.base}, {markup.WORDS[order.precision]}"),
+            gr.skip(),
+            gr.skip(),
+            gr.skip(),
         )
-        yield markup.working(f"Preparing {base}, {markup.WORDS[precision]}"), None, None, gr.skip()
         pictures: list[Picture] = []
         for event in self._events(order, session):
             if isinstance(event, Picture):
                 pictures.append(event)
                 after = event.image if event.adapted else gr.skip()
-                figures = self.figures(pictures, [label for label, _ in chosen])
+                figures = self.figures(pictures, [label for label, _ in order.adapters])
                 yield gr.skip(), gr.skip() if event.adapted else event.image, after, figures
             elif isinstance(event, Exception):
-                failed = markup.idle(str(event)) if isinstance(event, StoppedError) else markup.failed(str(event))
-                yield failed, gr.skip(), gr.skip(), gr.skip()
+                say = markup.idle if isinstance(event, StoppedError) else markup.failed
+                yield say(str(event)), gr.skip(), gr.skip(), gr.skip()
                 return
             else:
-                adapted, done, all_steps = event
-                who = "With adapters" if adapted else "Base"
-                share = (done / all_steps + adapted) / (2 if chosen else 1)
-                yield markup.working(f"{who}: step {done} of {all_steps}", share), gr.skip(), gr.skip(), gr.skip()
-        seconds = sum(p.seconds.steps + p.seconds.decoding for p in pictures) + pictures[0].seconds.text
-        yield markup.idle(f"Done in {seconds:.1f} s, seed {order.settings.seed}."), gr.skip(), gr.skip(), gr.skip()
+                adapted, done, steps = event
+                share = (done / steps + adapted) / (2 if order.adapters else 1)
+                text = f"{'With adapters' if adapted else 'Base'}: step {done} of {steps}"
+                older = gr.skip() if adapted or done > 1 else None  # only now is it sure that new pictures come
+                yield markup.working(text, share), older, older, gr.skip()
+        yield markup.idle(markup.summary(order, pictures)), gr.skip(), gr.skip(), gr.skip()
 
     def _events(self, order: Order, session: str) -> Iterator[Picture | Exception | tuple[bool, int, int]]:
         """Runs the order in a thread of its own, so that its steps can be told while it runs.
@@ -157,7 +142,34 @@ class Page:
             worker.join()
 
 
-NO_ADAPTERS = "None found in the given folders. Train one, then reload this page; the base alone draws meanwhile."
+def read_order(
+    prompt: str,
+    negative_prompt: str,
+    seed: float | None,
+    steps: float | None,
+    guidance: float | None,
+    base: str,
+    precision: str,
+    any_base: bool,
+    start: str | None,
+    strength: float,
+    slots: Slots,
+    *weights: float,
+) -> Order:
+    """The page's fields in the order in which `build` lists them. Raises ValueError for an empty number."""
+    if seed is None or steps is None or guidance is None:
+        raise ValueError("Steps, guidance or seed is empty: give each a number.")
+    return Order(
+        settings=Settings(
+            prompt=prompt, negative_prompt=negative_prompt, seed=int(seed), steps=int(steps), guidance=float(guidance)
+        ),
+        base=base,
+        precision=precision,
+        adapters=tuple((label, weight) for label, weight in zip(slots, weights, strict=True) if label is not None),
+        any_base=any_base,
+        start=Path(start) if start else None,
+        strength=strength,
+    )
 
 
 def assign(picked: list[str], slots: Slots) -> list[Any]:
@@ -215,9 +227,7 @@ def build(page: Page) -> gr.Blocks:
                         elem_id="precision", scale=3,
                     )  # fmt: skip
                 with gr.Row():
-                    steps = gr.Number(
-                        20, label="Steps", precision=0, minimum=1, maximum=200, elem_id="steps", min_width=90
-                    )
+                    steps = gr.Number(20, label="Steps", precision=0, elem_id="steps", min_width=90)
                     guidance = gr.Number(
                         find_spec(page.base).guidance,
                         label="Guidance",
@@ -227,7 +237,7 @@ def build(page: Page) -> gr.Blocks:
                         elem_id="guidance",
                         min_width=90,
                     )
-                    seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed", min_width=90)
+                    seed = gr.Number(0, label="Seed", precision=0, elem_id="seed", min_width=90)
                 with gr.Accordion("Start from a picture", open=False, elem_id="start-panel"):
                     start = gr.Image(
                         type="filepath",
@@ -269,29 +279,32 @@ def build(page: Page) -> gr.Blocks:
         start.change(lambda file: gr.Slider(visible=file is not None), start, strength, **quiet)
         inputs = [prompt, negative, seed, steps, guidance, base, precision, any_base, start, strength, slots, *sliders]
         for event in (go.click, prompt.submit):
-            event(page.arm, None, [go, halt, status], queue=False, **quiet).then(
+            drawn = event(page.arm, None, [go, halt, status], queue=False, **quiet).then(
                 generate, inputs, [status, before, after, figures], concurrency_limit=1, concurrency_id="draw", **quiet
-            ).then(
-                lambda: (gr.Button(interactive=True), gr.Button(interactive=False)),
-                None,
-                [go, halt],
-                queue=False,
-                **quiet,
             )
+            drawn.failure(lambda: markup.failed(UNFORESEEN), None, status, queue=False, **quiet)
+            drawn.then(page.disarm, None, [go, halt], queue=False, **quiet)
         halt.click(page.stop, None, None, queue=False, **quiet)
     return blocks
 
 
 def serve(page: Page, host: str, port: int, *, open_browser: bool) -> None:
     """Shows the page until ctrl-C. Raises ValueError if the address cannot be had."""
-    theme = gr.themes.Base(primary_hue="indigo", neutral_hue="slate", font=SYSTEM_FONTS, font_mono=MONO_FONTS)
+    theme = gr.themes.Base(
+        primary_hue="indigo",
+        neutral_hue="slate",
+        spacing_size="sm",
+        radius_size="md",
+        font=SYSTEM_FONTS,
+        font_mono=MONO_FONTS,
+    )
     with TemporaryDirectory(prefix="loragraft-demo-") as uploads:  # gradio would keep pictures in the system's for good
         os.environ["GRADIO_TEMP_DIR"] = uploads
         blocks = build(page)
         try:
             _, url, _ = blocks.queue(default_concurrency_limit=1).launch(
                 server_name=host, server_port=port, inbrowser=open_browser, theme=theme,
-                css_paths=Path(__file__).with_name("page.css"), share=False, quiet=True, prevent_thread_lock=True,
+                css_paths=Path(__file__).with_name("page.css"), share=False, quiet=True, show_error=True, prevent_thread_lock=True,
                 footer_links=[], run_history=False, enable_monitoring=False, mcp_server=False, ssr_mode=False, pwa=False,
             )  # fmt: skip
         except OSError as error:
