@@ -140,7 +140,7 @@ class Engine:
             text_seconds = clock.lap()
             start, start_seconds = None, None
             if order.start is not None:
-                pixels = load_pixels(order.start, backbone.spec.resolution)
+                pixels = _start_pixels(order.start, backbone.spec.resolution)
                 clock.lap()
                 start = backbone.encoders.encode_images(pixels[None])
                 start_seconds = clock.lap()
@@ -208,6 +208,13 @@ def check_length(backbone: Backbone, name: str, caption: str) -> None:
             f"The {name} is {tokens} tokens long and {backbone.spec.name} reads {most}: shorten it by about "
             f"{words} word{'s' if words > 1 else ''}. Nothing was drawn."
         )
+
+
+def _start_pixels(file: Path, resolution: int) -> Tensor:
+    try:
+        return load_pixels(file, resolution)
+    except ValueError as error:  # worded for data sets, with a path that the user never saw
+        raise ValueError(f"The start picture {file.name} is not a readable image: save it as PNG or JPEG.") from error
 
 
 class _Clock:

@@ -63,8 +63,12 @@ class Page:
         return gr.Button(interactive=False), gr.Button(interactive=True), markup.working("Waiting for its turn")
 
     def disarm(self) -> tuple[Any, Any]:
-        """The order has ended, one way or another."""
+        """The order has ended."""
         return gr.Button(interactive=True), gr.Button(interactive=False)
+
+    def give_up(self) -> tuple[Any, Any, str]:
+        """The order has ended in an exception that `generate` does not put into words."""
+        return *self.disarm(), markup.failed(UNFORESEEN)
 
     def stop(self, request: gr.Request) -> None:
         """The sampler sees it at the end of its step."""
@@ -196,6 +200,11 @@ def examples(base: str) -> list[str]:
     return list(dict.fromkeys([*own, *prompts]))
 
 
+def passed_on(payload: Any) -> str | None:
+    """An upload as it came: a file that is no picture is the engine's to refuse, in its words."""
+    return None if payload is None else payload.path
+
+
 def build(page: Page) -> gr.Blocks:
     """Two panels: what to draw, and what came of it."""
     with gr.Blocks(title="Loragraft", analytics_enabled=False, fill_width=True) as blocks:
@@ -246,6 +255,7 @@ def build(page: Page) -> gr.Blocks:
                         height=180,
                         elem_id="start",
                     )
+                    start.preprocess = passed_on  # a subclass would need a front end of its own
                     strength = gr.Slider(
                         0.05, 1, 0.6, step=0.05, visible=False, label="Strength", elem_id="strength",
                         info="How much noise the picture gets: low keeps it, 1 ignores it.",
@@ -282,8 +292,8 @@ def build(page: Page) -> gr.Blocks:
             drawn = event(page.arm, None, [go, halt, status], queue=False, **quiet).then(
                 generate, inputs, [status, before, after, figures], concurrency_limit=1, concurrency_id="draw", **quiet
             )
-            drawn.failure(lambda: markup.failed(UNFORESEEN), None, status, queue=False, **quiet)
-            drawn.then(page.disarm, None, [go, halt], queue=False, **quiet)
+            drawn.success(page.disarm, None, [go, halt], queue=False, **quiet)
+            drawn.failure(page.give_up, None, [go, halt, status], queue=False, **quiet)
         halt.click(page.stop, None, None, queue=False, **quiet)
     return blocks
 

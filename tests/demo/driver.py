@@ -45,7 +45,11 @@ def write_random_adapter(
         down = torch.randn(4, layer.in_features, generator=generator) / layer.in_features**0.5
         pairs[path] = (down, strength * torch.randn(layer.out_features, 4, generator=generator) / 2)
     about = {"base": "pocket", "base_id": base_id, "name": name, "rank": 4, "profile": "native", "steps": 0}
-    return write_adapter(pairs, folder, {**about, "recipe_hash": "none", "data_fingerprint": "none", "recipe": {"sample": {"prompts": []}}})
+    return write_adapter(
+        pairs,
+        folder,
+        {**about, "recipe_hash": "none", "data_fingerprint": "none", "recipe": {"sample": {"prompts": []}}},
+    )
 
 
 @contextmanager
@@ -163,21 +167,15 @@ class Browser:
 
     def generate(self, seconds: float = 120) -> str:
         """Presses the button and waits for the end; gives the status line."""
-        self.driver.execute_script(
-            """
-            window.told = 0;
-            new MutationObserver(() => { window.told += 1; }).observe(
-                document.querySelector('#status'), {subtree: true, childList: true, characterData: true});
-            """
-        )
+        self.driver.execute_script("document.querySelector('#status .status').dataset.old = 'yes'")
         self.click("#generate")
-        until(lambda: self.driver.execute_script("return window.told"), 30, "the status line did not change")
+        until(lambda: self.find("#status .status:not([data-old])"), 30, "the status line did not change")
         return self.wait(seconds)
 
     def wait(self, seconds: float = 120) -> str:
         """Until no bar moves and the button can be pressed again; gives the status line."""
         ended = "button#generate:not([disabled])"
-        until(lambda: self.find(ended) and not self.find("#status .bar"), seconds, f"not done: {self.text('#status')}")
+        until(lambda: self.find(ended) and not self.find("#status .bar"), seconds, "the order did not end")
         return self.text("#status")
 
     def picture(self, selector: str) -> dict[str, Any]:
