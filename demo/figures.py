@@ -29,9 +29,11 @@ class Memory:
 def memory(device: torch.device) -> Memory:
     """Now. `ru_maxrss` counts KiB on Linux and bytes on macOS (getrusage(2))."""
     unit = 1 if sys.platform == "darwin" else 1024
+    resident = psutil.Process().memory_info().rss / MIB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MIB
     return Memory(
-        resident=psutil.Process().memory_info().rss / MIB,
-        peak_resident=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MIB,
+        resident=resident,
+        peak_resident=max(peak, resident),  # the kernel updates the peak in batches, so it may lag behind
         peak_cuda=torch.cuda.max_memory_allocated(device) / MIB if device.type == "cuda" else None,
     )
 

@@ -40,7 +40,7 @@ def test_memory_sees_what_is_allocated() -> None:
     block = np.ones(200 * MIB, dtype=np.uint8)
     after = memory(torch.device("cpu"))
     assert after.resident - before.resident > 150, block.nbytes
-    assert after.peak_resident >= after.resident - 5  # the kernel counts both in batches of pages
+    assert after.peak_resident >= after.resident
     assert after.peak_cuda is None
 
 
