@@ -7,7 +7,7 @@ RECIPE ?= marketing
 RUN ?= runs/$(RECIPE)
 BIN := $(VENV)/bin
 
-.PHONY: setup marketing run setup-dev check test test-gpu bench wheel clean
+.PHONY: setup marketing run demo setup-dev check test test-gpu bench wheel clean
 
 setup: $(VENV)/.loragraft
 $(VENV)/.loragraft: pyproject.toml requirements/torch.txt
@@ -22,6 +22,14 @@ run: setup
 	$(BIN)/accelerate launch train/lora.py --recipe $(RECIPE) --out $(RUN)
 	$(BIN)/loragraft generate --adapter $(RUN) --compare --out $(RUN)/images
 	$(BIN)/loragraft score $(RUN)
+
+# A browser page on this machine with everything that was trained into runs/.
+demo: $(VENV)/.loragraft-demo
+	mkdir -p runs
+	$(BIN)/loragraft demo --adapters runs --open
+$(VENV)/.loragraft-demo: $(VENV)/.loragraft
+	$(BIN)/python -m pip install --quiet -e ".[demo]"
+	touch $@
 
 setup-dev: $(VENV)/.loragraft-dev
 $(VENV)/.loragraft-dev: $(VENV)/.loragraft

@@ -3,7 +3,8 @@
 import io
 import json
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -48,10 +49,7 @@ def render(
     shared = {(s.steps, s.guidance, s.negative_prompt) for s in settings}
     if len(shared) != 1:
         raise ValueError("steps, guidance and negative prompt must be the same for all images of one call")
-    before = set(grafted(backbone.transformer))
-    try:
-        for adapter, weight in adapters:
-            graft_adapter(backbone.transformer, adapter, weight, any_base=any_base)
+    with grafts(backbone, adapters, any_base=any_base):
         return generate_images(
             backbone,
             [s.prompt for s in settings],
@@ -61,6 +59,19 @@ def render(
             negative_prompt=settings[0].negative_prompt,
             batch_size=batch_size,
         )
+
+
+@contextmanager
+def grafts(backbone: Backbone, adapters: Sequence[tuple[Adapter, float]], *, any_base: bool = False) -> Iterator[None]:
+    """`adapters`, each with its weight, grafted inside the block; every byte as before after it.
+
+    Raises ValueError as `graft` does, with nothing grafted.
+    """
+    before = set(grafted(backbone.transformer))
+    try:
+        for adapter, weight in adapters:
+            graft_adapter(backbone.transformer, adapter, weight, any_base=any_base)
+        yield
     finally:
         for name in [n for n in grafted(backbone.transformer) if n not in before]:
             ungraft(backbone.transformer, name)

@@ -43,7 +43,6 @@ def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
         (["generate", "--base", "pocet", "--prompt", "x"], "Did you mean 'pocket'"),
         (["generate"], 'give --prompt "..."'),
         (["quantize", "pocket", "--out", "."], "exists already"),
-        (["demo"], "no browser page yet"),
     ],
 )
 def test_mistakes_are_one_sentence(
@@ -82,3 +81,19 @@ def test_preflight_counts_what_a_run_takes(
     assert "w4a8" in text
     assert "'train': " in text
     assert "parameters), and as much again for its gradient" in text
+
+
+def test_demo_without_gradio_says_how_to_get_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert cli.main(["demo"]) == 2
+    assert capsys.readouterr().err == (
+        'error: the browser page needs gradio, which is not installed: pip install "loragraft[demo]"\n'
+    )
+
+
+def test_demo_on_a_misspelt_base_ends_before_the_page(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("gradio")
+    assert cli.main(["demo", "--base", "poket"]) == 2
+    assert "Did you mean 'pocket'" in capsys.readouterr().err

@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "adapters": {"quantization", "recipes"},
     "train": {"recipes", "data", "backbones", "adapters"},
     "evaluation": {"recipes", "data", "backbones", "adapters"},
+    "demo": {"data", "evaluation"},
 }
 """What each folder builds on directly; what those build on is below it too."""
 LONGEST_FILE = 450

@@ -31,6 +31,8 @@ def test_wheel_has_one_top_level_name_and_its_data(tmp_path: Path) -> None:
         "loragraft/recipes/marketing.yaml",
         "loragraft/train/lora.py",
         "loragraft/kernels/w4a8_linear.py",
+        "loragraft/demo/page.py",
+        "loragraft/demo/page.css",
         "loragraft/backbones/weights/pocket/transformer-int4/config.json",
         "loragraft/backbones/weights/pocket/vae/config.json",
         "loragraft/evaluation/weights/retrieval.safetensors",

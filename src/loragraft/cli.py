@@ -4,6 +4,7 @@
     accelerate launch train/lora.py --recipe marketing        (the same as: loragraft train --recipe marketing)
     loragraft generate --adapter runs/marketing --compare     images, and a before/after grid
     loragraft score runs/marketing        how far the adapter moved the base into its domain
+    loragraft demo --adapters runs        a browser page to play with
 
 This is the only module that imports across all layers. Heavy imports wait until a verb needs them, so --help is quick.
 """
@@ -234,12 +235,20 @@ def _zoo(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    print(
-        "error: this version has no browser page yet. `loragraft generate --adapter RUN --compare` draws the same "
-        "before/after pictures into a folder.",
-        file=sys.stderr,
-    )
-    return 2
+    from importlib.util import find_spec
+
+    if find_spec("gradio") is None:
+        raise ValueError('the browser page needs gradio, which is not installed: pip install "loragraft[demo]"')
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported, and on every launch
+    from loragraft.data.cache import default_cache_root
+    from loragraft.demo.catalogue import Catalogue
+    from loragraft.demo.engine import Engine
+    from loragraft.demo.page import Page, serve
+
+    engine = Engine(Catalogue([Path(folder) for folder in args.adapters]), _device(), default_cache_root())
+    engine.backbone(args.base, args.profile)  # a misspelt base is an error here, not in the browser
+    serve(Page(engine, args.base, args.profile), args.host, args.port, open_browser=args.open)
+    return 0
 
 
 def _adapters(given: Sequence[str]) -> "list[tuple[Adapter, float]]":
@@ -425,7 +434,33 @@ def _parser() -> argparse.ArgumentParser:
     zoo = verb("zoo", _zoo, "list the adapters of a published folder")
     zoo.add_argument("folder")
 
-    verb("demo", _demo, "a browser page to play with (not in this version)")
+    demo = verb(
+        "demo",
+        _demo,
+        "a browser page to play with: prompt, start picture, adapters with weights, before and after",
+        "loragraft demo --adapters runs zoo\n\n"
+        "Opens on this machine alone (127.0.0.1) and fetches nothing from a network. Adapters are looked for in the folders\n"
+        'of --adapters on every load of the page. Needs gradio: pip install "loragraft[demo]"',
+    )
+    demo.add_argument("--base", default="pocket", help="the base to begin with (default: pocket)")
+    demo.add_argument(
+        "--profile",
+        choices=(*PROFILES, "16bit"),
+        default="native",
+        help="its precision to begin with (default: native)",
+    )
+    demo.add_argument(
+        "--adapters",
+        nargs="+",
+        default=[],
+        metavar="FOLDER",
+        help="runs, folders of runs, published folders, adapter files",
+    )
+    demo.add_argument("--port", type=int, default=7860)
+    demo.add_argument(
+        "--host", default="127.0.0.1", help="0.0.0.0 shows the page to your whole network, without a password"
+    )
+    demo.add_argument("--open", action="store_true", help="open the page in your browser")
     return parser
 
 
