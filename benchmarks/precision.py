@@ -66,7 +66,7 @@ def main() -> int:
     draw.add_argument("--nf4-folder", type=Path, help="from make-nf4; without it the variant is left out")
     draw.add_argument("--variants", nargs="+", choices=[*VARIANTS, "nf4"], help="default: all")
     draw.add_argument("--images", type=int, default=256)
-    draw.add_argument("--steps", type=int, default=20)
+    draw.add_argument("--steps", type=int, default=12)
     draw.add_argument("--seed", type=int, default=0)
     draw.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = torch's own choice")
     judge = stages.add_parser("measure", help="compare what is there with the 16-bit images")

@@ -10,7 +10,7 @@ writes date, data and held-out recall into the file's header.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,30 @@ def text_features(encode: EncodeText, captions: Sequence[str], batch_size: int =
     return torch.cat(rows)[[place[caption] for caption in captions]]
 
 
+def pack_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """State of `Towers` as stored: matrices [N, K] as int8 codes and one fp16 scale per row, max |w| / 127; else fp16."""
+    packed = {}
+    for name, tensor in state.items():
+        if tensor.ndim == 2:
+            scale = (tensor.abs().amax(1) / 127).clamp_min(1e-6).half()
+            packed[f"{name}_scale"] = scale
+            packed[name] = (tensor / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+        else:
+            packed[name] = tensor.half()
+    return packed
+
+
+def unpack_state(packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `pack_state` stored, as float32."""
+    return {
+        name: tensor.float() * packed[f"{name}_scale"].float()[:, None]
+        if tensor.dtype == torch.int8
+        else tensor.float()
+        for name, tensor in packed.items()
+        if not name.endswith("_scale")
+    }
+
+
 def load_towers(path: Path = WEIGHTS) -> tuple[Towers, dict[str, Any]]:
     """The towers in evaluation mode, and what their header says (`date`, `data`, `held_out`, ...).
 
@@ -76,7 +100,7 @@ def load_towers(path: Path = WEIGHTS) -> tuple[Towers, dict[str, Any]]:
         raise FileNotFoundError(f"{path} is missing: reinstall, or train it with pretrain/retrieval.py")
     with safe_open(path, "pt") as file:
         about = json.loads(file.metadata()["loragraft"])
-        state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+        packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     towers = Towers(about["hidden"], about["shared"])
-    towers.load_state_dict(state)
+    towers.load_state_dict(unpack_state(packed))
     return towers.eval().requires_grad_(False), about
