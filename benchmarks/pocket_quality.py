@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "pretrain"))
 from captions import draw_scenes
 from composite import composite
 from icons import Icon, read_icons, render_icons, sampling_weights, split_of
+from prompts import PROMPTS
 
 from loragraft.backbones.load import load_backbone
 from loragraft.backbones.minilm import MiniLMEncoder
@@ -105,6 +106,19 @@ def drawn(
     return read_images(paths), made
 
 
+def draw_grid(args: argparse.Namespace, backbone: Backbone) -> None:
+    """Ten by ten, in the order of the prompts, nothing chosen."""
+    entry = ImageSet(name="grid", prompts=PROMPTS, count=len(PROMPTS), seed=0, steps=args.steps, guidance=args.guidance)
+    folder = render_missing(backbone, [entry], args.work)["grid"]
+    pictures = read_images([folder / f"{i:04d}.png" for i in range(len(PROMPTS))])
+    edge = pictures[0].width + 2
+    sheet = Image.new("RGB", (10 * edge, -(-len(pictures) // 10) * edge), "#cccccc")
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (i % 10 * edge + 1, i // 10 * edge + 1))
+    args.grid.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(args.grid, optimize=True)
+
+
 @torch.no_grad()
 def main() -> int:
     """Draws, measures, writes the JSON, prints the table."""
@@ -119,6 +133,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--grid", type=Path, help="also draw the hundred prompts of pretrain/prompts.py, ten by ten")
     parser.add_argument("--commit", default="", help="commit of the code that runs")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -126,6 +141,8 @@ def main() -> int:
     pictures, captions = scenes(icons, "name", args.images)
     profile = None if args.profile == "16bit" else args.profile
     backbone = load_backbone("pocket", profile, device, default_cache_root())
+    if args.grid:
+        draw_grid(args, backbone)
     images, made = drawn(args, backbone, captions)
     real_images = as_images(pictures)
     network = load_lite0(device)

@@ -109,7 +109,9 @@ def prepare(arguments: argparse.Namespace, text: TextEncoder) -> Material:
         for number, split in enumerate(key for key in counts if members.get(key, photos)):
             seed = (arguments.pool_seed * 5 + number) * 10**8
             rows[split], captions[split], tokens[split] = draw_split(split, counts[split], seed, pool)
-    return Material(pixels, photo_pixels, rows, captions, tokens, text.tokenize([*PROMPTS, ""]), licences(icons, stats))
+    return Material(
+        pixels, photo_pixels, rows, captions, tokens, text.tokenize([*PROMPTS[:40], ""]), licences(icons, stats)
+    )
 
 
 def licences(icons: list[Icon], stats: list[Stats]) -> dict[str, tuple[str, str, int]]:
@@ -444,7 +446,7 @@ def write_result(
             "ema_loss": losses,
             "curve_step_seconds_loss_rate": progress.losses,
         },
-        "sampling": {"steps": arguments.sample_steps, "guidance": GUIDANCE, "prompts": PROMPTS},
+        "sampling": {"steps": arguments.sample_steps, "guidance": GUIDANCE, "prompts": PROMPTS[:40]},
         "held_out_captions": material.captions.get("name", [])[:24],
         "stages_end_seconds": stages,
         "sources": {
