@@ -1,6 +1,6 @@
 """`pocket`: a small real text-to-image model in FLUX.1's architecture that travels with the package.
 
-13.6 M parameters (3 double and 6 single blocks of width 256), 128 px, a tiny 16-channel autoencoder (f8: 16x16
+12.6 M parameters (3 double and 5 single blocks of width 256), 128 px, a tiny 16-channel autoencoder (f8: 16x16
 latents, 2x2-packed to 64 tokens of 64 channels), MiniLM in the place of T5 and CLIP. It makes the whole line run on
 a laptop without a GPU and without a hub. How it was trained, on what, and how good it is: `pretrain/README.md`.
 """

@@ -21,7 +21,6 @@ import loragraft
 from loragraft.outcome import guarded
 
 if TYPE_CHECKING:
-    from loragraft.adapters.checkpoint import Adapter
     from loragraft.backbones.spec import Profile
     from loragraft.recipes.schema import Recipe
 
@@ -72,11 +71,12 @@ def _prompts(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
+    from loragraft.adapters.opening import open_adapters
     from loragraft.backbones.load import load_backbone
     from loragraft.data.cache import default_cache_root
     from loragraft.evaluation.generate import Settings, before_after_grid, render, save_image
 
-    adapters = _adapters(args.adapter)
+    adapters = open_adapters(args.adapter)
     first = adapters[0][0].metadata if adapters else {}
     sample = first.get("recipe", {}).get("sample", {})
     prompts = args.prompt or sample.get("prompts")
@@ -112,6 +112,7 @@ def _generate(args: argparse.Namespace) -> int:
 def _score(args: argparse.Namespace) -> int:
     import dataclasses
 
+    from loragraft.adapters.opening import open_control, open_run
     from loragraft.backbones.load import load_backbone
     from loragraft.data.cache import default_cache_root
     from loragraft.data.sources import open_source
@@ -120,8 +121,8 @@ def _score(args: argparse.Namespace) -> int:
     from loragraft.evaluation.score import FULL_IMAGES, ScorePlan, measure_score, render_score, score_folders
 
     run = Path(args.run)
-    adapter, recipe = _trained(run)
-    controls = [_control(Path(entry)) for entry in args.control]
+    adapter, recipe = open_run(run)
+    controls = [open_control(Path(entry)) for entry in args.control]
     images = args.images or (max(FULL_IMAGES, recipe.eval.images) if args.full else recipe.eval.images)
     backbone = load_backbone(recipe.base, recipe.numerics, _device(), default_cache_root())
     resolution = recipe.data.resolution or backbone.spec.resolution
@@ -151,17 +152,6 @@ def _score(args: argparse.Namespace) -> int:
     print(write_report(plan, measured, root, backbone.spec.resolution, context))
     print(f"\nwritten to {root}: score.json, score.csv, score.md, grid.png; figures also in {run / 'score.json'}")
     return 0
-
-
-def _control(path: Path) -> "Adapter":
-    """The adapter of another run, an adapter folder or file."""
-    from loragraft.adapters.checkpoint import load_adapter
-
-    if not path.exists():
-        raise ValueError(
-            f"--control {path} does not exist: give another run folder, an adapter folder or a .safetensors file"
-        )
-    return load_adapter(path / "adapter" if (path / "adapter").is_dir() else path)
 
 
 def _versions(*packages: str) -> dict[str, str]:
@@ -249,34 +239,6 @@ def _demo(args: argparse.Namespace) -> int:
     engine.backbone(args.base, args.profile)  # a misspelt base is an error here, not in the browser
     serve(Page(engine, args.base, args.profile), args.host, args.port, open_browser=args.open)
     return 0
-
-
-def _adapters(given: Sequence[str]) -> "list[tuple[Adapter, float]]":
-    """`PATH` or `PATH@WEIGHT`, where PATH is a run, an adapter folder or a .safetensors file."""
-    from loragraft.adapters.checkpoint import load_adapter
-
-    found = []
-    for entry in given:
-        path, at, weight = entry.rpartition("@")
-        path, weight = (path, weight) if at else (entry, "1")
-        try:
-            value = float(weight)
-        except ValueError:
-            raise ValueError(f"{entry!r}: what follows @ is the adapter's weight, a number such as 0.8") from None
-        folder = Path(path)
-        found.append((load_adapter(folder / "adapter" if (folder / "adapter").is_dir() else folder), value))
-    return found
-
-
-def _trained(run: Path) -> "tuple[Adapter, Recipe]":
-    from loragraft.adapters.checkpoint import load_adapter
-    from loragraft.recipes.load import load_recipe
-
-    if not (run / "recipe.yaml").exists():
-        raise ValueError(f"{run} is no run folder (it has no recipe.yaml): give the folder that training wrote")
-    if not (run / "adapter").is_dir():
-        raise ValueError(f"{run} is not finished: run `accelerate launch train/lora.py` with the same recipe to go on")
-    return load_adapter(run / "adapter"), load_recipe(str(run / "recipe.yaml"))
 
 
 def _recipe_from(args: argparse.Namespace) -> "Recipe":

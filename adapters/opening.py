@@ -1,0 +1,45 @@
+"""What a user types to name adapters and runs -> the adapters themselves."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from loragraft.adapters.checkpoint import Adapter, load_adapter
+from loragraft.recipes.load import load_recipe
+from loragraft.recipes.schema import Recipe
+
+
+def open_adapters(given: Sequence[str]) -> list[tuple[Adapter, float]]:
+    """`PATH` or `PATH@WEIGHT`, where PATH is a run, an adapter folder or a .safetensors file."""
+    found = []
+    for entry in given:
+        path, at, weight = entry.rpartition("@")
+        path, weight = (path, weight) if at else (entry, "1")
+        try:
+            value = float(weight)
+        except ValueError:
+            raise ValueError(f"{entry!r}: what follows @ is the adapter's weight, a number such as 0.8") from None
+        found.append((load_adapter(_file_or_folder(Path(path))), value))
+    return found
+
+
+def open_run(run: Path) -> tuple[Adapter, Recipe]:
+    """The adapter and the recipe of a finished run folder. Raises ValueError saying what it lacks."""
+    if not (run / "recipe.yaml").exists():
+        raise ValueError(f"{run} is no run folder (it has no recipe.yaml): give the folder that training wrote")
+    if not (run / "adapter").is_dir():
+        raise ValueError(f"{run} is not finished: run `accelerate launch train/lora.py` with the same recipe to go on")
+    return load_adapter(run / "adapter"), load_recipe(str(run / "recipe.yaml"))
+
+
+def open_control(path: Path) -> Adapter:
+    """The adapter of another run, an adapter folder or file."""
+    if not path.exists():
+        raise ValueError(
+            f"--control {path} does not exist: give another run folder, an adapter folder or a .safetensors file"
+        )
+    return load_adapter(_file_or_folder(path))
+
+
+def _file_or_folder(path: Path) -> Path:
+    """A run's own adapter folder, else the path itself."""
+    return path / "adapter" if (path / "adapter").is_dir() else path
