@@ -96,11 +96,9 @@ class ScorePlan:
         if not self.full:
             return wanted
         wanted.append(replace(base, name="untrained", adapter=untrained_like(self.adapter, config.seed)))
-        if self.short_captions:
-            wanted += [replace(s, name=f"{s.name}-short", prompts=self.short_captions) for s in (base, moved)]
-        return wanted + [
-            replace(s, name=f"drift-{s.name}", prompts=GENERAL_PROMPTS, count=DRIFT_IMAGES) for s in (base, moved)
-        ]
+        short = [replace(s, name=f"{s.name}-short", prompts=self.short_captions) for s in (moved, base)]
+        drift = [replace(s, name=f"drift-{s.name}", prompts=GENERAL_PROMPTS, count=DRIFT_IMAGES) for s in (base, moved)]
+        return [*wanted, *short[:1], *drift, *short[1:]] if self.short_captions else [*wanted, *drift]
 
 
 def render_score(backbone: Backbone, plan: ScorePlan, root: Path) -> dict[str, Path]:
