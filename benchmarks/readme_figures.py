@@ -18,9 +18,9 @@ START, END = "<!-- figures: benchmarks/readme_figures.py -->\n", "<!-- end of fi
 
 def figures() -> str:
     """Markdown."""
-    return (
-        "\n".join([*_main_job(_read("main_job")), "", *_graft(_read("graft")), "", *_gpu(_read("pocket_gpu"))]) + "\n"
-    )
+    job = _read("main_job")
+    parts = (_main_job(job), _domains(job), _base(job["pocket"]), _precision(job["precision"]), _graft(_read("graft")))
+    return "\n".join(line for part in (*parts, _gpu(_read("pocket_gpu"))) for line in (*part, "")).rstrip() + "\n"
 
 
 def with_figures(readme: str) -> str:
@@ -35,6 +35,10 @@ def _read(name: str) -> dict[str, Any]:
     return result
 
 
+def _interval(entry: dict[str, float], digits: int) -> str:
+    return f"{entry['value']:.{digits}f} ({entry['low']:.{digits}f} to {entry['high']:.{digits}f})"
+
+
 def _main_job(result: dict[str, Any]) -> list[str]:
     seconds, score = result["seconds"], result["score"]
     base, moved = score["kid_lite0_base"], score["kid_lite0_adapter"]
@@ -42,34 +46,89 @@ def _main_job(result: dict[str, Any]) -> list[str]:
         f"**The main job** ({result['device']}, commit {result['commit']}): {result['steps']} steps in "
         f"{seconds['optimizer_loop'] / 60:.1f} minutes; drawing the data set, encoding, training, drawing the grid and scoring "
         f"together {seconds['all'] / 60:.1f} minutes. Validation loss {result['validation_loss_start']:.3f} before, "
-        f"{result['validation_loss_end']:.3f} after.",
+        f"{result['validation_loss_end']:.3f} after; kernel distance {base['value']:.3f} before, {moved['value']:.3f} after "
+        f"(N = {score['images']}). The test suite takes {result['tests_seconds'] / 60:.0f} minutes there. All weights together: "
+        f"{result['weights_mb']:.1f} MB.",
+    ]
+
+
+def _domains(result: dict[str, Any]) -> list[str]:
+    """Both full scores in one table."""
+    domains = {"marketing": result, "design": result["design"]}
+    first = result
+    lines = [
+        f"**The domains** (held-out concepts, N = {first['images']} against {first['references']} real images, "
+        f"{first['eval_steps']} Euler steps, equal seeds; 95 % intervals). KID formula on EfficientNet-Lite0 features, not "
+        f"comparable with Inception KID; retrieval: a caption finds its image among {first['references']}, first five.",
         "",
-        f"| distance to held-out domain images (KID on EfficientNet-Lite0 features, N = {score['images']} against "
-        f"{score['references']}; not comparable with Inception KID) | | 95 % interval |",
-        "|---|---|---|",
-        f"| base | {base['value']:.3f} | {base['low']:.3f} to {base['high']:.3f} |",
-        f"| base + adapter | {moved['value']:.3f} | {moved['low']:.3f} to {moved['high']:.3f} |",
-        f"| floor: one half of the held-out images against the other | {score['kid_lite0_floor']:.4f} | |",
-        *_retrieval(score),
+        "| | KID `marketing` | KID `design` | retrieval `marketing` | retrieval `design` |",
+        "|---|---|---|---|---|",
     ]
+    kid = {
+        name: {"base": d["kid_base"], "adapter": d["kid_adapter"], **d["control_kid"]} for name, d in domains.items()
+    }
+    found = {
+        name: {"base": d["retrieval_base"], "adapter": d["retrieval_adapter"], **d["control_retrieval"]}
+        for name, d in domains.items()
+    }
+    rows = {"base": ["base"], "**base + adapter**": ["adapter"], "random factors of equal strength": ["untrained"]}
+    rows["the other domain's adapter"] = ["wrong-design", "wrong-marketing"]
+    for label, keys in rows.items():
+        cells = [
+            _interval(next(table[name][key] for key in keys if key in table[name]), digits)
+            for table, digits in ((kid, 3), (found, 2))
+            for name in domains
+        ]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    shuffled = " | ".join(_interval(d["retrieval_shuffled"], 2) for d in domains.values())
+    real = " | ".join(_interval(d["domain_real_retrieval"], 2) for d in domains.values())
+    floor = " | ".join(f"{d['kid_real_floor']:.4f}" for d in domains.values())
+    lines += [f"| adapter, captions shuffled | | | {shuffled} |", f"| real images | {floor} | {real} |", ""]
+    for name, d in domains.items():
+        gap, memory, drift = d["short_gap"]["adapter"], d["memorisation"], d["drift"]
+        lines.append(
+            f"* `{name}`: KID falls by {100 * d['improvement']:.0f} %. Short prompts instead of long ones change KID by "
+            f"{gap['kid_lite0']['value']:+.3f} and retrieval (by the full caption) by "
+            f"{gap['retrieval_minilm_lite0_r5']['value']:+.2f}. Nearer to a training image than the 99th percentile of real "
+            f"held-out ones: {100 * memory['share_above_p99']['value']:.1f} % of the images. Drift on general prompts: PSNR "
+            f"{drift['psnr_db']['value']:.1f} dB, ST-LPIPS {drift['st_lpips']['value']:.2f}."
+        )
+    return lines
 
 
-def _retrieval(score: dict[str, Any]) -> list[str]:
-    """Rows of a score that has them: older results know only the kernel distance."""
-    if "retrieval" not in score:
-        return []
+def _base(result: dict[str, Any]) -> list[str]:
     name = "retrieval_minilm_lite0_r5"
-    rows = [
-        ("base", score["sets"]["base"]),
-        ("base + adapter", score["sets"]["adapter"]),
-        ("real images", score["floors"]),
-    ]
-    about = f"caption finds its image among {score['retrieval']['gallery']}, first five (chance {score['retrieval']['chance']:.2f})"
-    found = ((label, entry[name]) for label, entry in rows)
+    real, drawn, blurred = result["floors"], result["drawn"], result["kid_of_blurred_real"]
     return [
-        f"| {about}: {label} | {entry['value']:.2f} | {entry['low']:.2f} to {entry['high']:.2f} |"
-        for label, entry in found
+        f"**`pocket` itself** on {result['images']} captions of held-out names ({result['weights']}, commit {result['commit']}): KID "
+        f"{_interval(drawn['kid_lite0'], 3)}; real images blurred to half resolution have {blurred['1/2']:.3f}, to a quarter "
+        f"{blurred['1/4']:.3f}, one half against the other {real['kid_lite0']['value']:.4f}. Retrieval {_interval(drawn[name], 2)} "
+        f"of {result['retrieval']['gallery']}, real images {_interval(real[name], 2)}, chance {result['retrieval']['chance']:.3f}. "
+        f"Autoencoder {result['autoencoder_psnr_db']['value']:.1f} dB. Nearer to a training scene than the 99th percentile of real "
+        f"held-out ones: {100 * result['memorisation']['share_above_p99']['value']:.1f} %.",
     ]
+
+
+def _precision(result: dict[str, Any]) -> list[str]:
+    labels = {
+        "rtn-w4a4": "plain rounding, W4A4",
+        "svdq-w4a4": "SVDQuant, W4A4 (`interchange`)",
+        "svdq-w4a8": "SVDQuant, W4A8 (`native`)",
+        "nf4": "NF4 weights (bitsandbytes), 16-bit activations",
+    }
+    count = result["reference"]["images"]
+    lines = [
+        f"**16-bit against 4-bit** (`pocket`, {count} images at equal prompts and seeds, {result['reference']['steps']} steps, same "
+        f"layers and groups, commit {result['commit']}):",
+        "",
+        "| | PSNR, dB | SSIM | ST-LPIPS | KID |",
+        "|---|---|---|---|---|",
+    ]
+    for key, label in labels.items():
+        entry = result["variants"][key]
+        digits = {"psnr_db": 2, "ssim": 3, "st_lpips": 3, "kid_lite0": 4}
+        lines.append(f"| {label} | {' | '.join(_interval(entry[k], d) for k, d in digits.items())} |")
+    return lines
 
 
 def _graft(result: dict[str, Any]) -> list[str]:
@@ -95,7 +154,7 @@ def _gpu(result: dict[str, Any]) -> list[str]:
     ]
     return [
         f"**On a GPU** ({result['device']}, torch {result['versions']['torch']}, Triton {result['versions']['triton']}, commit "
-        f"{result['commit']}): `pocket`, batch {result['batch']}, one training step. Correct, and not yet fast: bf16 with PEFT's "
+        f"{result['commit']}, `pocket`'s first version): batch {result['batch']}, one training step. Correct, and not yet fast: bf16 with PEFT's "
         f"LoRA, eager, takes {result['step_ms_bf16_peft_eager']:.0f} ms.",
         "",
         "| profile | layers | ran on | worst cosine of an adapter gradient to the float32 CPU reference | ms per step |",

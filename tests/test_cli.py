@@ -7,7 +7,7 @@ import pytest
 
 from loragraft import cli
 
-VERBS = ("recipe", "train", "generate", "quantize", "score", "preflight", "publish", "zoo", "demo")
+VERBS = ("recipe", "prompts", "train", "generate", "quantize", "score", "preflight", "publish", "zoo", "demo")
 
 
 def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,11 +58,6 @@ def test_mistakes_are_one_sentence(
     assert message in error
     assert error.startswith("error: ")
     assert "\n" not in error
-
-
-def test_a_control_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"--control .*nowhere does not exist: give another run folder"):
-        cli._control(tmp_path / "nowhere")
 
 
 def test_score_draws_or_measures_but_not_neither(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ from loragraft.evaluation.retrieval import (
     load_towers,
     pack_state,
     text_features,
+    unpack_state,
 )
 
 
@@ -54,6 +55,15 @@ def test_towers_come_back_from_their_file(tmp_path: Path) -> None:
     images = torch.randn(3, IMAGE_WIDTH, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(loaded.embed_images(images), towers.embed_images(images), atol=1e-2)
     assert loaded.embed_text(torch.randn(2, TEXT_WIDTH)).norm(dim=1).tolist() == pytest.approx([1, 1])
+
+
+def test_int8_storage_costs_hardly_anything() -> None:
+    torch.manual_seed(0)
+    state = Towers(16, 8).state_dict()
+    stored = unpack_state(pack_state(state))
+    assert stored.keys() == state.keys()
+    for name, tensor in state.items():
+        assert (stored[name] - tensor).norm() <= 6e-3 * tensor.norm() + 1e-6, name
 
 
 def test_missing_towers_name_the_command(tmp_path: Path) -> None:

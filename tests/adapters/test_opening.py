@@ -1,0 +1,25 @@
+"""What a user types for adapters and runs, and the mistakes in it."""
+
+from pathlib import Path
+
+import pytest
+
+from loragraft.adapters.opening import open_adapters, open_control, open_run
+
+
+def test_a_control_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--control .*nowhere does not exist: give another run folder"):
+        open_control(tmp_path / "nowhere")
+
+
+def test_a_weight_must_be_a_number() -> None:
+    with pytest.raises(ValueError, match="what follows @ is the adapter's weight"):
+        open_adapters(["runs/mine@strong"])
+
+
+def test_a_run_says_what_it_lacks(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is no run folder"):
+        open_run(tmp_path)
+    (tmp_path / "recipe.yaml").write_text("extends: _base\n")
+    with pytest.raises(ValueError, match="is not finished"):
+        open_run(tmp_path)
