@@ -86,12 +86,16 @@ def _domains(result: dict[str, Any]) -> list[str]:
     lines += [f"| adapter, captions shuffled | | | {shuffled} |", f"| real images | {floor} | {real} |", ""]
     for name, d in domains.items():
         gap, memory, drift = d["short_gap"]["adapter"], d["memorisation"], d["drift"]
+        general = (
+            f" Drift on general prompts: PSNR {drift['psnr_db']['value']:.1f} dB, ST-LPIPS {drift['st_lpips']['value']:.2f}."
+            if drift
+            else ""
+        )
         lines.append(
             f"* `{name}`: KID falls by {100 * d['improvement']:.0f} %. Short prompts instead of long ones change KID by "
             f"{gap['kid_lite0']['value']:+.3f} and retrieval (by the full caption) by "
             f"{gap['retrieval_minilm_lite0_r5']['value']:+.2f}. Nearer to a training image than the 99th percentile of real "
-            f"held-out ones: {100 * memory['share_above_p99']['value']:.1f} % of the images. Drift on general prompts: PSNR "
-            f"{drift['psnr_db']['value']:.1f} dB, ST-LPIPS {drift['st_lpips']['value']:.2f}."
+            f"held-out ones: {100 * memory['share_above_p99']['value']:.1f} % of the images.{general}"
         )
     return lines
 

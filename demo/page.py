@@ -194,9 +194,10 @@ def assign(picked: list[str], slots: Slots) -> list[Any]:
 
 
 def examples(base: str) -> list[str]:
-    """A few things that the base draws, then sample prompts of every shipped recipe."""
+    """A few things that the base draws, then sample prompts of the recipes of built-in domains."""
     own = list(find_spec(base).calibration_prompts[:OWN_EXAMPLES])
-    prompts = [prompt for name in list_recipes() for prompt in load_recipe(name).sample.prompts[:EXAMPLES_PER_RECIPE]]
+    recipes = [recipe for recipe in map(load_recipe, list_recipes()) if recipe.data.domain]
+    prompts = [prompt for recipe in recipes for prompt in recipe.sample.prompts[:EXAMPLES_PER_RECIPE]]
     return list(dict.fromkeys([*own, *prompts]))
 
 
