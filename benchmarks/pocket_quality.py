@@ -116,7 +116,7 @@ def draw_grid(args: argparse.Namespace, backbone: Backbone) -> None:
     for i, picture in enumerate(pictures):
         sheet.paste(picture, (i % 10 * edge + 1, i // 10 * edge + 1))
     args.grid.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(args.grid, optimize=True)
+    sheet.save(args.grid)
 
 
 @torch.no_grad()

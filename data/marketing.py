@@ -55,7 +55,9 @@ def short_caption(concept: str, made: Promotion, dice: Dice) -> str:
     """The same request, typed in a hurry: layout and thing, the word if there is one, sometimes the colour."""
     layout = NAMES.get(made.layout, made.layout)
     word = f", {made.text}" if made.text else ""  # left out, it would teach that anything may carry a word
-    return dice.pick([f"{layout}, {concept}{word}", f"{concept}, {layout}{word}", f"{made.first} {layout}, {concept}{word}"])
+    return dice.pick(
+        [f"{layout}, {concept}{word}", f"{concept}, {layout}{word}", f"{made.first} {layout}, {concept}{word}"]
+    )
 
 
 def compose(concept: str, dice: Dice) -> Composition:
