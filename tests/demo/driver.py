@@ -72,7 +72,7 @@ def running_demo(arguments: Sequence[str], environment: dict[str, str], log: Pat
     finally:
         process.send_signal(signal.SIGINT)
         try:
-            process.wait(20)
+            process.wait(90)
         except subprocess.TimeoutExpired:
             process.kill()
             raise
