@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -70,9 +69,9 @@ def running_demo(arguments: Sequence[str], environment: dict[str, str], log: Pat
         assert process.poll() is None, log.read_text()
         yield f"http://127.0.0.1:{port}"
     finally:
-        process.send_signal(signal.SIGINT)
+        process.terminate()  # not SIGINT: a job started in the background of a shell ignores it, and so do its children
         try:
-            process.wait(90)
+            process.wait(30)
         except subprocess.TimeoutExpired:
             process.kill()
             raise
