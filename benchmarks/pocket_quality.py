@@ -26,8 +26,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "pretrain"))
 from captions import draw_scenes
-from composite import composite
+from composite import composite, frames
 from icons import Icon, read_icons, render_icons, sampling_weights, split_of
+from material import split_seed
 from prompts import PROMPTS
 
 from loragraft.backbones.load import load_backbone
@@ -41,12 +42,9 @@ from loragraft.evaluation.image_sets import ImageSet, device_name, read_images, 
 from loragraft.evaluation.metrics import kernel_distance, mean_interval, psnr
 from loragraft.evaluation.retrieval import load_towers, text_features
 
-POOL_SEED = {"train": 0, "name": 10**8}
-"""The seeds of `pretrain/pocket.py`'s pool 0, so that the scenes are those it held out."""
-
 
 def scenes(icons: list[Icon], split: str, count: int) -> tuple[Tensor, list[str]]:
-    """`count` scenes of a split -> pictures [N, 3, 128, 128] in [-1, 1], captions. Renders the drawn icons only."""
+    """`count` scenes of a split of pool 0 -> pictures [N, 3, 128, 128] in [-1, 1], captions. Renders the drawn icons only."""
     weights = sampling_weights(icons)
     members = [i for i, icon in enumerate(icons) if split_of(icon) == split]
     if split == "train":  # far more than are drawn here
@@ -54,15 +52,14 @@ def scenes(icons: list[Icon], split: str, count: int) -> tuple[Tensor, list[str]
     chosen = [icons[i] for i in members]
     pixels, stats = render_icons(chosen, processes=1)
     seen = [i for i, stat in enumerate(stats) if stat.solid > 0]
-    rows, captions = draw_scenes(chosen, stats, [weights[i] for i in members], seen, count, POOL_SEED[split])
+    rows, captions = draw_scenes(chosen, stats, [weights[i] for i in members], seen, count, split_seed(split, 0))
     glyphs = [torch.from_numpy(part) for part in pixels]
     return torch.cat([composite(glyphs, part) for part in torch.from_numpy(rows).split(256)]), captions
 
 
 def as_images(pictures: Tensor) -> list[Image.Image]:
     """[N, 3, H, W] in [-1, 1] -> PIL."""
-    frames = ((pictures + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
-    return [Image.fromarray(frame) for frame in frames]
+    return [Image.fromarray(frame) for frame in frames(pictures)]
 
 
 def blurred(images: list[Image.Image], factor: int) -> list[Image.Image]:

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from loragraft.data.errors import DataError
 from loragraft.data.folders import build_once
-from loragraft.data.images import SUFFIXES
+from loragraft.data.images import SUFFIXES, png_bytes
 from loragraft.recipes.schema import DataConfig
 
 BUILD_VERSION = 1
@@ -160,8 +160,6 @@ def _image_bytes(value: dict[str, Any] | None, place: str) -> tuple[bytes, str]:
             suffix = f".{(opened.format or '').lower()}"
             if suffix in SUFFIXES:
                 return content, suffix
-            buffer = io.BytesIO()
-            opened.convert("RGBA").save(buffer, "PNG")
+            return png_bytes(opened.convert("RGBA")), ".png"
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{place} is not a readable image ({error})") from error
-    return buffer.getvalue(), ".png"

@@ -1,10 +1,12 @@
-"""One image file -> pixels for an encoder: upright, on white, square, at the resolution asked for."""
+"""One image file -> pixels for an encoder: upright, on white, square, at the resolution asked for; and back to a file."""
 
+import io
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 TRANSFORM_VERSION = 1
@@ -31,3 +33,10 @@ def load_pixels(path: Path, resolution: int) -> Tensor:
     # numpy, not torch: waking torch's thread pool costs 20 times the arithmetic of one small image
     pixels_HWC = np.asarray(image, dtype=np.float32) / np.float32(127.5) - np.float32(1)
     return torch.from_numpy(np.ascontiguousarray(pixels_HWC.transpose(2, 0, 1)))
+
+
+def png_bytes(image: Image.Image, info: PngInfo | None = None) -> bytes:
+    """The image as the bytes of a PNG file, with `info`'s text chunks."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()

@@ -1,6 +1,5 @@
 """Prompts and adapters to image files: settings in the PNG, and a before/after grid where people would rather look."""
 
-import io
 import json
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from loragraft.adapters.graft import graft as graft_adapter
 from loragraft.adapters.graft import grafted, ungraft
 from loragraft.backbones.sampler import generate_images
 from loragraft.backbones.spec import Backbone
+from loragraft.data.images import png_bytes
 
 LABEL_LINES = 3
 LINE_HEIGHT = 12
@@ -107,9 +107,7 @@ def encode_png(
     }
     info = PngInfo()
     info.add_text("loragraft", json.dumps(about))
-    buffer = io.BytesIO()
-    image.save(buffer, "png", pnginfo=info)
-    return buffer.getvalue()
+    return png_bytes(image, info)
 
 
 def before_after_grid(

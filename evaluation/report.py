@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from loragraft.data.images import png_bytes
 from loragraft.disk import write_atomic
 from loragraft.evaluation.measure import read_image, reference_reader
 from loragraft.evaluation.score import WRONG, Measured, ScorePlan
@@ -41,9 +42,9 @@ def write_report(plan: ScorePlan, measured: Measured, folder: Path, resolution: 
     content = (json.dumps(result, indent=1) + "\n").encode()
     write_atomic(folder / "score.md", (text + "\n").encode())
     write_atomic(folder / "score.csv", _csv(result).encode())
-    _save(folder / "grid.png", picture_grid(plan, measured, resolution))
+    write_atomic(folder / "grid.png", png_bytes(picture_grid(plan, measured, resolution)))
     if measured.memory is not None:
-        _save(folder / "nearest.png", nearest_pairs(plan, measured, resolution))
+        write_atomic(folder / "nearest.png", png_bytes(nearest_pairs(plan, measured, resolution)))
     write_atomic(folder / "score.json", content)
     write_atomic(folder.parent / "score.json", content)
     return text
@@ -224,9 +225,3 @@ def _sheet(rows: Sequence[Sequence[Image.Image]], labels: Sequence[str], heads: 
         for column, picture in enumerate(pictures):
             sheet.paste(picture, (MARGIN + column * (edge + GAP), top))
     return sheet
-
-
-def _save(path: Path, picture: Image.Image) -> None:
-    buffer = io.BytesIO()
-    picture.save(buffer, "png")
-    write_atomic(path, buffer.getvalue())

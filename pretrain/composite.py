@@ -5,6 +5,7 @@ Legend: B batch, S glyph edge, H = W = 128. Colours in [0, 1] inside, pictures o
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from captions import CANVAS, DARK_OPAQUE, DIAGONAL, HORIZONTAL, LIGHT_OPAQUE, ORIGINAL, SOLID, VERTICAL
 from torch import Tensor
@@ -58,6 +59,11 @@ def composite(glyphs: Sequence[Tensor], rows: Tensor, ground: Tensor | None = No
         ground = gradient(rows[:, 4].long(), values[:, 5:8], values[:, 8:11])
     rgb, alpha = tint(place(glyphs, rows), rows[:, 11], values[:, 12:15])
     return torch.lerp(ground, rgb, alpha) * 2 - 1
+
+
+def frames(pictures: Tensor) -> np.ndarray:
+    """[B, 3, H, W] in [-1, 1] -> uint8 [B, H, W, 3] on the CPU."""
+    return ((pictures + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def shapes(count: int, generator: torch.Generator, layers: int = 3) -> Tensor:

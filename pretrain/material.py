@@ -14,6 +14,7 @@ from minilm import TextEncoder
 from photos import draw_photos, read_photos
 from prompts import PROMPTS
 
+SPLITS = ("train", "name", "style", "photo train", "photo")
 PHOTO_SHARE = 0.06
 """Photos in the pool, as a share of the scenes."""
 
@@ -48,6 +49,11 @@ def _draw_chunk(job: tuple[str, int, int]) -> tuple[np.ndarray, list[str], np.nd
     return rows, captions, text.tokenize(captions)
 
 
+def split_seed(split: str, pool_seed: int) -> int:
+    """Seed of a split's first chunk: 10^8 chunk seeds for each, so that no two splits or pools share one."""
+    return (pool_seed * len(SPLITS) + SPLITS.index(split)) * 10**8
+
+
 def draw_split(split: str, count: int, seed: int, pool: multiprocessing.pool.Pool) -> tuple:
     """``count`` scenes of a split in chunks of 2000, each from its own seed."""
     jobs = [(split, min(2000, count - at), seed + at) for at in range(0, count, 2000)]
@@ -69,8 +75,8 @@ def prepare(arguments: argparse.Namespace, text: TextEncoder) -> Material:
     _SHARED.update(icons=icons, stats=stats, weights=sampling_weights(icons), members=members, text=text, photos=photos)
     rows, captions, tokens = {}, {}, {}
     with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
-        for number, split in enumerate(key for key in counts if members.get(key, photos)):
-            seed = (arguments.pool_seed * 5 + number) * 10**8
+        for split in (key for key in SPLITS if members.get(key, photos)):
+            seed = split_seed(split, arguments.pool_seed)
             rows[split], captions[split], tokens[split] = draw_split(split, counts[split], seed, pool)
     return Material(
         pixels, photo_pixels, rows, captions, tokens, text.tokenize([*PROMPTS[:40], ""]), licences(icons, stats)

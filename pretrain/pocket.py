@@ -13,7 +13,6 @@ import datetime
 import io
 import json
 import multiprocessing
-import multiprocessing.pool
 import os
 import pickle
 import platform
@@ -37,7 +36,7 @@ from autoencoder import (
     train_autoencoder,
     with_scalar_scaling,
 )
-from composite import composite, shapes
+from composite import composite, frames, shapes
 from diffusers import AutoencoderTiny, FluxTransformer2DModel
 from icons import HELD_OUT_STYLES
 from material import Material, prepare_into
@@ -138,13 +137,11 @@ def save_grid(pictures: Tensor, columns: int, path: Path) -> None:
     rows = [torch.cat(list(padded[at : at + columns]), 2) for at in range(0, len(padded), columns)]
     width = max(row.shape[2] for row in rows)
     rows = [torch.nn.functional.pad(row, (0, width - row.shape[2]), value=0.4) for row in rows]
-    grid = ((torch.cat(rows, 1) + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
-    Image.fromarray(grid).save(path)
+    Image.fromarray(frames(torch.cat(rows, 1)[None])[0]).save(path)
 
 
 def write_pictures(path: Path, pictures: Tensor) -> None:
     """[B, 3, H, W] in [-1, 1] -> a zip of lossless WebP files ``0000.webp`` ..."""
-    frames = ((pictures + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
     def packed(frame: np.ndarray) -> bytes:
         memory = io.BytesIO()
@@ -152,7 +149,7 @@ def write_pictures(path: Path, pictures: Tensor) -> None:
         return memory.getvalue()
 
     with ThreadPoolExecutor() as threads, zipfile.ZipFile(path.with_suffix(".new"), "w") as archive:
-        for i, content in enumerate(threads.map(packed, frames)):
+        for i, content in enumerate(threads.map(packed, frames(pictures))):
             archive.writestr(f"{i:04d}.webp", content)
     path.with_suffix(".new").replace(path)
 

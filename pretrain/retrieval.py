@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from captions import draw_scene
-from composite import composite
+from composite import composite, frames
 from icons import Icon, read_icons, render_icons, sampling_weights, split_of
 from PIL import Image
 from safetensors.torch import load_file, save
@@ -134,8 +134,9 @@ def icon_pairs(icons: list[Icon], split: str, count: int, seed: int, featuriser:
     rows = torch.tensor([row for row, _ in scenes], dtype=torch.int32)
 
     def pictures(start: int, stop: int) -> list[Image.Image]:
-        painted = ((composite(glyphs, rows[start:stop]) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-        return [Image.fromarray(np.ascontiguousarray(picture)) for picture in painted]
+        return [
+            Image.fromarray(np.ascontiguousarray(picture)) for picture in frames(composite(glyphs, rows[start:stop]))
+        ]
 
     key = hashlib.sha256(rows.numpy().tobytes()).hexdigest()
     return featuriser.pairs(f"icons-{split}", [caption for _, caption in scenes], pictures, key)

@@ -173,7 +173,7 @@ class Trainer:
         shapes = {"clean": (16, 16, 16), "noise": (16, 16, 16), "t": (), "states": (TEXT_TOKENS, 384), "pooled": (384,)}
         batch = Batch(**{name: torch.rand(count, *shape, device=self.device) for name, shape in shapes.items()})
         for _ in range(4 if self.captured else 1):
-            self.replay(batch) if self.captured else self.update(batch)
+            self.advance(batch)
         for state in self.optimizer.state.values():
             for value in state.values():
                 value.zero_()  # in place: the graph holds these addresses
@@ -242,6 +242,10 @@ class Trainer:
         self.muon.step()
         return loss.detach()
 
+    def advance(self, batch: Batch) -> Tensor:
+        """``update``, as a CUDA graph where there is one."""
+        return self.replay(batch) if self.captured else self.update(batch)
+
     def replay(self, batch: Batch) -> Tensor:
         """``update`` as a CUDA graph: three warm steps on a side stream, then captured once and replayed."""
         if self.warm < 3:
@@ -271,7 +275,7 @@ class Trainer:
         self.rate.fill_(self.settings.learning_rate * share)
         self.muon_rate.fill_(self.settings.muon_rate * share)
         batch = self.draw(pool, self.settings.seed * 10**9 + now)
-        loss = self.replay(batch) if self.captured else self.update(batch)
+        loss = self.advance(batch)
         if now % EMA_EVERY == 0:
             decay = min(self.settings.ema, (1 + now) / (10 + now)) ** EMA_EVERY
             with torch.no_grad():

@@ -1,7 +1,7 @@
 """The committed results hold what the documents point to, and the shipped weights stay light."""
 
-import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -13,23 +13,14 @@ KEYS = (
 )
 
 
-def main_job() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmark_main_job", ROOT / "benchmarks" / "main_job.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_committed_main_job_has_every_figure() -> None:
     result = json.loads((ROOT / "benchmarks" / "results" / "main_job.json").read_text(encoding="utf-8"))
     assert [key for key in KEYS.split() if key not in result] == []
     assert result["kid_adapter"]["high"] < result["kid_base"]["low"]
 
 
-def test_weights_stay_under_forty_megabytes() -> None:
+def test_weights_stay_under_forty_megabytes(benchmark_module: Callable[[str], ModuleType]) -> None:
     """A clone must stay light (docs: pretrain/README.md)."""
-    files = main_job().shipped_weights()
+    files = benchmark_module("main_job").shipped_weights()
     assert len(files) == 4, [file.name for file in files]
     assert sum(file.stat().st_size for file in files) <= 40e6

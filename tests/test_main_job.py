@@ -3,7 +3,6 @@
 Every process runs with a guard on its sockets: after installation nothing but loopback is touched.
 """
 
-import importlib.util
 import json
 import os
 import re
@@ -12,8 +11,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -31,24 +32,6 @@ SMALL = (
     "optim.learning_rate=3e-2", "optim.warmup_steps=1", "optim.schedule=constant", "sample.steps=2",
     "data.validation_fraction=0.2", "data.test_fraction=0.2",
 )  # fmt: skip
-
-GUARD = """
-import os, socket
-_connect, _getaddrinfo = socket.socket.connect, socket.getaddrinfo
-def _refuse(what):
-    with open(os.environ["NETWORK_LOG"], "a") as log:
-        log.write(f"{what}\\n")
-    raise OSError(f"network use: {what}")
-def connect(self, address):
-    if self.family in (socket.AF_INET, socket.AF_INET6) and not str(address[0]).startswith(("127.", "::1", "localhost")):
-        _refuse(address)
-    return _connect(self, address)
-def getaddrinfo(host, *args, **kwargs):
-    if host not in (None, "", "localhost", "127.0.0.1", "::1", socket.gethostname()):
-        _refuse(host)
-    return _getaddrinfo(host, *args, **kwargs)
-socket.socket.connect, socket.getaddrinfo = connect, getaddrinfo
-"""
 
 
 @dataclass(frozen=True)
@@ -102,7 +85,7 @@ def readme_recipe() -> str:
 
 
 @pytest.fixture(scope="session")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+def place(tmp_path_factory: pytest.TempPathFactory, write_network_guard: Callable[..., None]) -> Place:
     root = tmp_path_factory.mktemp("user")
     photos = root / "photos"
     photos.mkdir()
@@ -113,7 +96,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
         picture.save(photos / f"{i:02d}.png")
         (photos / f"{i:02d}.txt").write_text(f"a {colours[i % 4]} blob number {i}")
     (root / "guard").mkdir()
-    (root / "guard" / "sitecustomize.py").write_text(GUARD)
+    write_network_guard(root / "guard")
     (root / "mine.yaml").write_text(readme_recipe())
     return Place(root)
 
@@ -245,13 +228,11 @@ def test_the_two_commands_are_what_the_readme_says() -> None:
     )
 
 
-def test_the_trained_adapter_grafts_exactly(run: Path, at_place: Place) -> None:
+def test_the_trained_adapter_grafts_exactly(
+    run: Path, at_place: Place, benchmark_module: Callable[[str], ModuleType]
+) -> None:
     """Bounds of benchmarks/graft.py, on the layers' real inputs: float32 1e-5, bf16 5e-3, and every byte restored."""
-    spec = importlib.util.spec_from_file_location("benchmark_graft", ROOT / "benchmarks" / "graft.py")
-    assert spec is not None
-    assert spec.loader is not None
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
+    benchmark = benchmark_module("graft")
     adapter = load_adapter(run / "adapter")
     backbone = load_backbone("pocket", "native", "cpu", at_place.root / "cache")
     measured = benchmark.measure(backbone, adapter)

@@ -1,18 +1,15 @@
 """The README says what the committed results say. (Its commands are run in test_main_job.py.)"""
 
-import importlib.util
 import re
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).parents[1]
 
 
-def test_figures_come_from_the_committed_results() -> None:
-    spec = importlib.util.spec_from_file_location("readme_figures", ROOT / "benchmarks" / "readme_figures.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def test_figures_come_from_the_committed_results(benchmark_module: Callable[[str], ModuleType]) -> None:
+    module = benchmark_module("readme_figures")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert module.START in readme
     assert module.with_figures(readme) == readme, "run: python benchmarks/readme_figures.py --write"

@@ -59,14 +59,7 @@ def train(
         folder.summary = dict(folder.checkpoint["summary"])
     batches = Batches(cache.split("train"), cache.empty, recipe, backbone, accelerator, prior)
     validation = cache.split("validation")
-    early = EarlyStop(config.patience)
-    if config.patience and not len(validation):
-        raise ValueError(
-            "train.patience needs held-out images, and the validation split is empty: raise data.validation_fraction, or "
-            "set train.patience=0"
-        )
-    if folder.checkpoint is not None:
-        early.load(folder.checkpoint["early_stop"])
+    early = _early_stop(config.patience, validation, folder.checkpoint)
     started, elapsed_before = time.perf_counter(), float((folder.checkpoint or {}).get("elapsed_seconds", 0.0))
 
     def checkpoint() -> None:
@@ -128,6 +121,19 @@ def train(
         "device": str(accelerator.device),
     }
     return False
+
+
+def _early_stop(patience: int, validation: LatentDataset, checkpoint: dict[str, Any] | None) -> EarlyStop:
+    """As it was at the checkpoint. Raises ValueError where there is nothing to validate on."""
+    if patience and not len(validation):
+        raise ValueError(
+            "train.patience needs held-out images, and the validation split is empty: raise data.validation_fraction, or "
+            "set train.patience=0"
+        )
+    early = EarlyStop(patience)
+    if checkpoint is not None:
+        early.load(checkpoint["early_stop"])
+    return early
 
 
 def distributed() -> list[KwargsHandler]:

@@ -1,6 +1,5 @@
 """Sample images during training: the recipe's prompts at fixed seeds, one grid per preview."""
 
-import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from loragraft.backbones.sampler import build_pipeline, generate_from_text, unread
 from loragraft.backbones.spec import Backbone
 from loragraft.data.dataset import LatentCache
+from loragraft.data.images import png_bytes
 from loragraft.disk import write_atomic
 from loragraft.recipes.schema import SampleConfig
 
@@ -66,7 +66,5 @@ class Previews:
         file.parent.mkdir(exist_ok=True)
         blanks = -len(images) % COLUMNS
         padded = images + [images[0].point(lambda _: 255)] * blanks
-        content = io.BytesIO()
-        make_image_grid(padded, len(padded) // COLUMNS, COLUMNS).save(content, "PNG")
-        write_atomic(file, content.getbuffer())
+        write_atomic(file, png_bytes(make_image_grid(padded, len(padded) // COLUMNS, COLUMNS)))
         return list(zip(images, self.prompts, strict=True))

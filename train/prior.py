@@ -8,7 +8,6 @@ more of them later are only the additional ones. Source: Ruiz et al., "DreamBoot
 
 import dataclasses
 import hashlib
-import io
 import json
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from tqdm.auto import tqdm
 
 from loragraft.backbones.sampler import generate_images
 from loragraft.backbones.spec import Backbone
+from loragraft.data.images import png_bytes
 from loragraft.data.sources import Sample
 from loragraft.disk import write_atomic
 from loragraft.recipes.schema import PriorConfig
@@ -42,9 +42,7 @@ def prior_samples(config: PriorConfig, backbone: Backbone, cache_root: Path) -> 
                 batch_size=DRAWN_TOGETHER,
             )
             for i, image in zip(chosen, images, strict=True):
-                buffer = io.BytesIO()
-                image.save(buffer, "PNG")
-                write_atomic(files[i], buffer.getvalue())
+                write_atomic(files[i], png_bytes(image))
             bar.update(len(chosen))
     return [
         Sample(image=file, caption=config.prompt, split="train", concept=config.prompt, licence="drawn by the base")

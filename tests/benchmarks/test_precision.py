@@ -1,9 +1,9 @@
 """The precision table: what may be compared, NF4's layers, and the figures for images that differ by a known amount."""
 
 import argparse
-import importlib.util
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,13 +18,8 @@ SETTINGS = {"images": 6, "prompts": 6, "steps": 2, "guidance": 3.0, "seed": 0, "
 
 
 @pytest.fixture(scope="module")
-def precision() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmark_precision", ROOT / "benchmarks" / "precision.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def precision(benchmark_module: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmark_module("precision")
 
 
 @pytest.fixture

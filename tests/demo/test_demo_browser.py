@@ -3,7 +3,7 @@
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -15,25 +15,6 @@ from PIL import Image, ImageDraw
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
-GUARD = """
-import os, socket
-_connect, _getaddrinfo = socket.socket.connect, socket.getaddrinfo
-def _refuse(what):
-    with open(os.environ["NETWORK_LOG"], "a") as log:
-        log.write(f"{what}\\n")
-    raise OSError(f"network use: {what}")
-def connect(self, address):
-    if self.family in (socket.AF_INET, socket.AF_INET6) and not str(address[0]).startswith(("127.", "::1", "localhost")):
-        _refuse(address)
-    return _connect(self, address)
-def getaddrinfo(host, *args, **kwargs):
-    if host not in (None, "", "localhost", "127.0.0.1", b"127.0.0.1", "::1", socket.gethostname()):
-        _refuse(host)
-    return _getaddrinfo(host, *args, **kwargs)
-socket.socket.connect, socket.getaddrinfo = connect, getaddrinfo
-with open(os.environ["NETWORK_LOG"] + ".armed", "w"):
-    pass
-"""
 PROMPT = "white star on a blue background"
 TWO_STEPS = 2
 
@@ -48,11 +29,13 @@ class Shown:
 
 
 @pytest.fixture(scope="module")
-def shown(driver: ModuleType, runs: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shown]:
+def shown(
+    driver: ModuleType, runs: Any, tmp_path_factory: pytest.TempPathFactory, write_network_guard: Callable[..., None]
+) -> Iterator[Shown]:
     if lacking := driver.missing():
         pytest.skip(f"no browser test: {lacking}")
     place = tmp_path_factory.mktemp("demo")
-    (place / "sitecustomize.py").write_text(GUARD)
+    write_network_guard(place, b"127.0.0.1")
     environment = {
         **{k: v for k, v in os.environ.items() if not k.startswith("GRADIO_")},
         "PYTHONPATH": os.pathsep.join(filter(None, [str(place), os.environ.get("PYTHONPATH", "")])),

@@ -1,0 +1,57 @@
+"""What several folders of tests need: benchmark scripts as modules, and a guard on the network for other processes."""
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+GUARD = """
+import os, socket
+_connect, _getaddrinfo = socket.socket.connect, socket.getaddrinfo
+def _refuse(what):
+    with open(os.environ["NETWORK_LOG"], "a") as log:
+        log.write(f"{what}\\n")
+    raise OSError(f"network use: {what}")
+def connect(self, address):
+    if self.family in (socket.AF_INET, socket.AF_INET6) and not str(address[0]).startswith(("127.", "::1", "localhost")):
+        _refuse(address)
+    return _connect(self, address)
+def getaddrinfo(host, *args, **kwargs):
+    if host not in (None, "", "localhost", "127.0.0.1", "::1", socket.gethostname(), *ALSO):
+        _refuse(host)
+    return _getaddrinfo(host, *args, **kwargs)
+socket.socket.connect, socket.getaddrinfo = connect, getaddrinfo
+with open(os.environ["NETWORK_LOG"] + ".armed", "w"):
+    pass
+"""
+
+
+@pytest.fixture(scope="session")
+def benchmark_module() -> Callable[[str], ModuleType]:
+    """Name of a script of benchmarks/ -> that script as a module; `benchmarks/` itself is no package."""
+
+    def load(name: str) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmarks" / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def write_network_guard() -> Callable[..., None]:
+    """(folder, *also): writes a `sitecustomize.py` that lets processes with `folder` on their path touch loopback only.
+
+    `also`: further spellings of loopback that names may be looked up by. What is refused is a line of $NETWORK_LOG.
+    """
+
+    def write(folder: Path, *also: object) -> None:
+        (folder / "sitecustomize.py").write_text(f"ALSO = {also!r}\n{GUARD}")
+
+    return write
