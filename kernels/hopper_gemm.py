@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from loragraft.kernels.hopper import on_hopper, reinterpret, thread_barrier, tma_load, tma_store
 from loragraft.kernels.layout import on_device
 from loragraft.kernels.tiles import WIDEN_HIGH, WIDEN_LOW
 
@@ -45,8 +46,8 @@ def _tile(pid, M, N, BM: gl.constexpr, BN: gl.constexpr, GROUP_M: gl.constexpr):
 @gluon.jit
 def _load_stage(desc, row, column, barrier, buffers, slot):
     """One 128-byte-wide tile as two 64-byte-wide boxes."""
-    tma.async_copy_global_to_shared(desc, [row, column], barrier, buffers.index(slot))
-    tma.async_copy_global_to_shared(desc, [row, column + 64], barrier, buffers.index(slot + 1))
+    tma_load(desc, [row, column], barrier, buffers.index(slot))
+    tma_load(desc, [row, column + 64], barrier, buffers.index(slot + 1))
 
 
 @gluon.jit
@@ -67,7 +68,7 @@ def _produce(
             for group in gl.static_range(2):
                 row = (2 * t_n + group) * WN
                 if PACKED:
-                    tma.async_copy_global_to_shared(w_desc, [row, k * 64], barrier, ws.index(2 * stage + group))
+                    tma_load(w_desc, [row, k * 64], barrier, ws.index(2 * stage + group))
                 else:
                     _load_stage(w_desc, row, k * 128, barrier, ws, 4 * stage + 2 * group)
             stage += 1
@@ -141,8 +142,8 @@ def _consume(
             up_low = gl.load(p_u + o_low[None, :] * s_ur, mask=(o_low < R)[None, :], other=0.0)
             up_high = gl.load(p_u + o_high[None, :] * s_ur, mask=(o_high < R)[None, :], other=0.0)
             mbarrier.wait(full.index(stage), phase)
-            h_low = xs.index(2 * stage)._reinterpret(p_up.dtype.element_ty, [BM, 32], HALF)
-            h_high = xs.index(2 * stage + 1)._reinterpret(p_up.dtype.element_ty, [BM, 32], HALF)
+            h_low = reinterpret(xs.index(2 * stage), p_up.dtype.element_ty, [BM, 32], HALF)
+            h_high = reinterpret(xs.index(2 * stage + 1), p_up.dtype.element_ty, [BM, 32], HALF)
             b_y = warpgroup_mma(up_low, h_low.permute((1, 0)), b_y, is_async=True)
             b_y = warpgroup_mma(up_high, h_high.permute((1, 0)), b_y, is_async=True)
             b_y = warpgroup_mma_wait(0, deps=(b_y,))
@@ -153,11 +154,11 @@ def _consume(
         if p_bias is not None:
             b_y += gl.load(p_bias + r_n).to(gl.float32)[:, None]
         tma.store_wait(0)  # the tile before has left ys
-        gl.thread_barrier()
+        thread_barrier()
         ys.store(b_y.to(ys.dtype))
         fence_async_shared()
-        gl.thread_barrier()
-        tma.async_copy_shared_to_global(y_desc, [t_m * BM, first], ys.permute((1, 0)))
+        thread_barrier()
+        tma_store(y_desc, [t_m * BM, first], ys.permute((1, 0)))
     tma.store_wait(0)
 
 
@@ -192,14 +193,9 @@ def hopper_gemm_kernel(
     )  # fmt: skip
 
 
-def hopper_runs(x_MK: Tensor, y_dtype: torch.dtype, N: int) -> bool:
+def hopper_gemm_runs(x_MK: Tensor, y_dtype: torch.dtype, N: int) -> bool:
     """Whether this kernel takes the product: an sm_90 device, a 16-bit result, rows of y that TMA can store."""
-    return (
-        x_MK.is_cuda
-        and torch.cuda.get_device_capability(x_MK.device) == (9, 0)
-        and y_dtype in (torch.bfloat16, torch.float16)
-        and N % 8 == 0
-    )
+    return on_hopper(x_MK, y_dtype) and N % 8 == 0
 
 
 def hopper_gemm(

@@ -155,3 +155,8 @@ def on_device(x: Tensor) -> Iterator[None]:
         return
     with torch.cuda.device(x.device):
         yield
+
+
+def rank_rows(x: Tensor, rank: int) -> Tensor:
+    """Empty [M, rank] in x's dtype with rows of a multiple of 8 elements, as a tensor memory access wants them."""
+    return x.new_empty((x.shape[0], (rank + 7) // 8 * 8))[:, :rank]
