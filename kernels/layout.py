@@ -28,9 +28,11 @@ class LinearCase:
     bias: bool = True
     hadamard: bool = False
     group: int = GROUP
+    unsigned: bool = False
 
     def __str__(self) -> str:
         flags = ("-bias" if self.bias else "") + ("-hadamard" if self.hadamard else "")
+        flags += "-unsigned" if self.unsigned else ""
         return f"{self.M}x{self.N}x{self.K}-R{self.R}-r{self.r}-g{self.group}{flags}"
 
 

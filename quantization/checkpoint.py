@@ -19,7 +19,8 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from loragraft.disk import replacing_folder
-from loragraft.quantization.linear import SVDQuantLinear, buffer_layout
+from loragraft.kernels.act_quant import GELU_SHIFT
+from loragraft.quantization.linear import SVDQuantLinear, buffer_layout, fits_dtype
 from loragraft.quantization.names import named_module, nearest, replace_module
 from loragraft.quantization.settings import Numerics
 from loragraft.quantization.tensor_file import CheckpointError, read_tensors, write_tensors
@@ -93,8 +94,8 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
             "numerics": layer.numerics,
             "group_size": layer.group_size,
             "hadamard": layer.hadamard,
-            "act_unsigned": False,
-            "act_shift": 0.0,
+            "act_unsigned": layer.act_unsigned,
+            "act_shift": GELU_SHIFT if layer.act_unsigned else 0.0,
             "rank": layer.rank,
             "output_error": layer.output_error,
         }
@@ -171,10 +172,13 @@ def _read_config(path: Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"{path}: layer {name!r} has numerics {layer['numerics']!r}; known: {get_args(Numerics)}"
             )
-        if layer["act_unsigned"] or layer["act_shift"]:
+        if layer["act_shift"] != (GELU_SHIFT if layer["act_unsigned"] else 0.0):
             raise CheckpointError(
-                f"{path}: layer {name!r} has unsigned, shifted activations, which this format's runtime lacks"
+                f"{path}: layer {name!r} has act_unsigned {layer['act_unsigned']} with act_shift {layer['act_shift']}; "
+                f"unsigned activations are shifted by {GELU_SHIFT}, signed ones by 0"
             )
+        if layer["act_unsigned"] and (layer["numerics"] != "w4a4" or layer["hadamard"]):
+            raise CheckpointError(f"{path}: layer {name!r}: unsigned activations are for w4a4 without a rotation")
     return dict(config)
 
 
@@ -197,6 +201,7 @@ def _empty_layer(
         bias=linear.bias is not None,
         group_size=layer["group_size"],
         hadamard=layer["hadamard"],
+        act_unsigned=layer["act_unsigned"],
         output_error=layer.get("output_error"),
         bias_dtype=bias.dtype if bias is not None and bias.is_floating_point() else torch.bfloat16,
     )
@@ -216,8 +221,8 @@ def _check_state(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> 
             raise CheckpointError(
                 f"{folder}: tensor {name!r} has shape {tuple(tensor.shape)}, expected {tuple(wanted.shape)}"
             )
-        branch = name.endswith((".lora_down", ".lora_up")) and tensor.is_floating_point()
-        fits = tensor.dtype == wanted.dtype if name in strict and not branch else tensor.is_floating_point()
+        leaf = name.rpartition(".")[2]
+        fits = fits_dtype(leaf, tensor.dtype, wanted.dtype) if name in strict else tensor.is_floating_point()
         if not fits:
             raise CheckpointError(f"{folder}: tensor {name!r} is {tensor.dtype}, expected {wanted.dtype}")
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():

@@ -5,10 +5,11 @@
 | numerics | codes | scales | activations |
 |---|---|---|---|
 | w4a8  (native) | qweight u8 [N, Kp/2], unsigned | row_scale f32 [N], group_scale, group_zero u8 [Kp/g, N] | INT8 per token |
-| w4a4  (interchange) | signed | wscale bf16 [Kp/64, N] | INT4 per 64 channels |
+| w4a4  (interchange) | signed | wscale bf16 [Kp/64, N] | INT4 per 64 channels; act_unsigned: of x + 0.171875, 0..15 |
 | w4a16 (adaLN) | unsigned | wscale, wzero bf16 [Kp/64, N] | not quantized, no smooth |
 
-Beside them: smooth bf16 [K], lora_down bf16 [R, K], lora_up bf16 [N, R], bias [N]. Kp is K rounded up to 128.
+Beside them: smooth bf16 [K], lora_down bf16 [R, K], lora_up bf16 [N, R], bias [N]. Kp is K rounded up to 128. Imported
+layers may have float16 for bf16; the bias of an act_unsigned layer makes up for the shift (see `kernels/w4a4_linear.py`).
 """
 
 from collections.abc import Callable
@@ -53,12 +54,19 @@ class SVDQuantLinear(nn.Module):
         *,
         group_size: int = 64,
         hadamard: bool = False,
+        act_unsigned: bool = False,
         output_error: float | None = None,
     ) -> None:
-        """`tensors` as `quantize_linear` returns them. Raises ValueError naming a missing, foreign or mis-shaped one."""
+        """`tensors` as `quantize_linear` returns them. Raises ValueError naming a missing, foreign or mis-shaped one.
+
+        Also for act_unsigned with other numerics than w4a4, or with a rotation.
+        """
         super().__init__()
+        if act_unsigned and (numerics != "w4a4" or hadamard):
+            raise ValueError(f"act_unsigned is for w4a4 without a rotation, not {numerics} with hadamard = {hadamard}")
         self.in_features, self.out_features = in_features, out_features
         self.numerics, self.group_size, self.hadamard = numerics, group_size, hadamard
+        self.act_unsigned = act_unsigned
         self.output_error = output_error
         self.save_x: Literal["quantized", "raw"] = "quantized"
         self.dgrad: Literal["dequantized", "int8"] = "dequantized"
@@ -101,6 +109,7 @@ class SVDQuantLinear(nn.Module):
         bias: bool,
         group_size: int = 64,
         hadamard: bool = False,
+        act_unsigned: bool = False,
         output_error: float | None = None,
         bias_dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "meta",
@@ -117,6 +126,7 @@ class SVDQuantLinear(nn.Module):
             tensors,
             group_size=group_size,
             hadamard=hadamard,
+            act_unsigned=act_unsigned,
             output_error=output_error,
         )
 
@@ -145,7 +155,7 @@ class SVDQuantLinear(nn.Module):
         if self.numerics == "w4a4":
             return w4a4_linear(
                 x, self.qweight, self.wscale, smooth, down, up, bias,
-                hadamard=self.hadamard, adapter_down=adapter_down, adapter_up=adapter_up,
+                hadamard=self.hadamard, unsigned=self.act_unsigned, adapter_down=adapter_down, adapter_up=adapter_up,
                 save_x=self.save_x, dgrad=self.dgrad,
             )  # fmt: skip
         return w4a16_linear(
@@ -193,7 +203,7 @@ class SVDQuantLinear(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        rotated = ", hadamard" if self.hadamard else ""
+        rotated = ", hadamard" if self.hadamard else ", act_unsigned" if self.act_unsigned else ""
         return (
             f"{self.in_features}, {self.out_features}, {self.numerics}, group_size={self.group_size}, rank={self.rank}, "
             f"bias={self.bias is not None}{rotated}"
@@ -226,6 +236,15 @@ def _check_tensors(tensors: dict[str, Tensor], expected: dict[str, tuple[tuple[i
         raise ValueError(f"tensors of a quantized layer: missing {sorted(missing)}, not expected {sorted(foreign)}")
     for name, (shape, dtype) in expected.items():
         tensor = tensors[name]
-        branch = name.startswith("lora_") and tensor.is_floating_point()  # a float32 branch is allowed
-        if tuple(tensor.shape) != shape or (tensor.dtype != dtype and not branch):
+        if tuple(tensor.shape) != shape or not fits_dtype(name, tensor.dtype, dtype):
             raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} {shape}")
+
+
+def fits_dtype(name: str, given: torch.dtype, wanted: torch.dtype) -> bool:
+    """Whether the buffer `name` may be `given` where `buffer_layout` says `wanted`.
+
+    The branch may be of any float type; scales and smoothing factors stored as bf16 may be float16, as in imported files.
+    """
+    if name.startswith("lora_"):
+        return given.is_floating_point
+    return given == wanted or (wanted == torch.bfloat16 and given == torch.float16)
