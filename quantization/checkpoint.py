@@ -4,7 +4,7 @@
     diffusion_pytorch_model.safetensors    diffusers' module names; per quantized layer the buffers of `SVDQuantLinear`
 
 quantization_config = {quant_method: "loragraft", version, profile, layers: {path: {numerics, group_size, hadamard,
-act_unsigned, act_shift, rank, output_error}}}. Codes are row-major, low nibble = even column; whatever order a kernel wants
+act_unsigned, act_shift, rank, output_error}}} (and act_unsigned_from, where only the later columns are unsigned). Codes are row-major, low nibble = even column; whatever order a kernel wants
 is made at load. `base_id` names the weights, not the files: sha256 over the sorted (name, dtype, shape, bytes).
 """
 
@@ -96,6 +96,7 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
             "hadamard": layer.hadamard,
             "act_unsigned": layer.act_unsigned,
             "act_shift": GELU_SHIFT if layer.act_unsigned else 0.0,
+            **({"act_unsigned_from": layer.unsigned_from} if layer.unsigned_from else {}),
             "rank": layer.rank,
             "output_error": layer.output_error,
         }
@@ -202,6 +203,7 @@ def _empty_layer(
         group_size=layer["group_size"],
         hadamard=layer["hadamard"],
         act_unsigned=layer["act_unsigned"],
+        unsigned_from=layer.get("act_unsigned_from", 0),
         output_error=layer.get("output_error"),
         bias_dtype=bias.dtype if bias is not None and bias.is_floating_point() else torch.bfloat16,
     )

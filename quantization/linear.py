@@ -5,11 +5,12 @@
 | numerics | codes | scales | activations |
 |---|---|---|---|
 | w4a8  (native) | qweight u8 [N, Kp/2], unsigned | row_scale f32 [N], group_scale, group_zero u8 [Kp/g, N] | INT8 per token |
-| w4a4  (interchange) | signed | wscale bf16 [Kp/64, N] | INT4 per 64 channels; act_unsigned: of x + 0.171875, 0..15 |
+| w4a4  (interchange) | signed | wscale bf16 [Kp/64, N] | INT4 per 64 channels; act_unsigned: 0..15 of x + 0.171875 |
 | w4a16 (adaLN) | unsigned | wscale, wzero bf16 [Kp/64, N] | not quantized, no smooth |
 
 Beside them: smooth bf16 [K], lora_down bf16 [R, K], lora_up bf16 [N, R], bias [N]. Kp is K rounded up to 128. Imported
-layers may have float16 for bf16; the bias of an act_unsigned layer makes up for the shift (see `kernels/w4a4_linear.py`).
+layers may have float16 for bf16; the bias of an act_unsigned layer makes up for the shift (see `kernels/w4a4_linear.py`), and
+only its columns from `unsigned_from` on are unsigned.
 """
 
 from collections.abc import Callable
@@ -55,6 +56,7 @@ class SVDQuantLinear(nn.Module):
         group_size: int = 64,
         hadamard: bool = False,
         act_unsigned: bool = False,
+        unsigned_from: int = 0,
         output_error: float | None = None,
     ) -> None:
         """`tensors` as `quantize_linear` returns them. Raises ValueError naming a missing, foreign or mis-shaped one.
@@ -66,7 +68,7 @@ class SVDQuantLinear(nn.Module):
             raise ValueError(f"act_unsigned is for w4a4 without a rotation, not {numerics} with hadamard = {hadamard}")
         self.in_features, self.out_features = in_features, out_features
         self.numerics, self.group_size, self.hadamard = numerics, group_size, hadamard
-        self.act_unsigned = act_unsigned
+        self.act_unsigned, self.unsigned_from = act_unsigned, unsigned_from
         self.output_error = output_error
         self.save_x: Literal["quantized", "raw"] = "quantized"
         self.dgrad: Literal["dequantized", "int8"] = "dequantized"
@@ -110,6 +112,7 @@ class SVDQuantLinear(nn.Module):
         group_size: int = 64,
         hadamard: bool = False,
         act_unsigned: bool = False,
+        unsigned_from: int = 0,
         output_error: float | None = None,
         bias_dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "meta",
@@ -127,6 +130,7 @@ class SVDQuantLinear(nn.Module):
             group_size=group_size,
             hadamard=hadamard,
             act_unsigned=act_unsigned,
+            unsigned_from=unsigned_from,
             output_error=output_error,
         )
 
@@ -155,7 +159,8 @@ class SVDQuantLinear(nn.Module):
         if self.numerics == "w4a4":
             return w4a4_linear(
                 x, self.qweight, self.wscale, smooth, down, up, bias,
-                hadamard=self.hadamard, unsigned=self.act_unsigned, adapter_down=adapter_down, adapter_up=adapter_up,
+                hadamard=self.hadamard, unsigned=self.act_unsigned, unsigned_from=self.unsigned_from,
+                adapter_down=adapter_down, adapter_up=adapter_up,
                 save_x=self.save_x, dgrad=self.dgrad,
             )  # fmt: skip
         return w4a16_linear(

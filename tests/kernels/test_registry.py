@@ -204,7 +204,7 @@ def positional(op, inputs):
         "w4a4": ("qweight", "wscale", "smooth"),
         "w4a16": ("qweight", "wscale", "wzero"),
     }[op.name]
-    modes = {"w4a8": (False, "quantized", "dequantized"), "w4a4": (False, "quantized", False), "w4a16": ()}[op.name]
+    modes = {"w4a8": (False, "quantized", "dequantized"), "w4a4": (False, "quantized"), "w4a16": ()}[op.name]
     branch = ("lora_down", "lora_up", "bias", "adapter_down", "adapter_up")
     return [inputs["x"], *(inputs[name] for name in (*names, *branch)), *modes]
 

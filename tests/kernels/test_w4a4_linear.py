@@ -74,6 +74,26 @@ def test_padding_columns_of_an_unsigned_layer_count_for_nothing(device):
     assert torch.equal(w4a4_linear(**inputs), w4a4_linear(**{**inputs, "qweight": cleared}))
 
 
+def test_two_layers_side_by_side_are_one_layer(device):
+    """Signed columns up to 128, unsigned ones from there: the sum of the two layers, also with their own branches."""
+    signed = cast(W4A4.inputs(LinearCase(7, 40, 128, r=0), seed=1), torch.float32, device)
+    unsigned = cast(W4A4.inputs(LinearCase(7, 40, 192, r=0, bias=False, unsigned=True), seed=2), torch.float32, device)
+    joined = {
+        "x": torch.cat([signed["x"], unsigned["x"]], dim=1),
+        "qweight": torch.cat([signed["qweight"], unsigned["qweight"]], dim=1),
+        "wscale": torch.cat([signed["wscale"], unsigned["wscale"]]),
+        "smooth": torch.cat([signed["smooth"], unsigned["smooth"]]),
+        "lora_down": torch.block_diag(signed["lora_down"], unsigned["lora_down"]),
+        "lora_up": torch.cat([signed["lora_up"], unsigned["lora_up"]], dim=1),
+    }
+    y = w4a4_linear(**joined, bias=signed["bias"], hadamard=False, unsigned=True, unsigned_from=128)
+    assert relative_rms(y, w4a4_linear(**signed) + w4a4_linear(**unsigned)) < 1e-6
+    with pytest.raises(ValueError, match="unsigned_from = 100"):
+        w4a4_linear(**joined, bias=None, hadamard=False, unsigned=True, unsigned_from=100)
+    with pytest.raises(ValueError, match="unsigned_from = 128, must be 0 or, with unsigned"):
+        w4a4_linear(**joined, bias=None, hadamard=False, unsigned_from=128)
+
+
 def test_unsigned_and_rotation_exclude_each_other():
     with pytest.raises(ValueError, match="unsigned=True with hadamard=True"):
         w4a4_linear(**{**W4A4.inputs(LinearCase(7, 40, 128, unsigned=True)), "hadamard": True})
@@ -86,5 +106,5 @@ def test_opcheck_unsigned(device):
     for name in ("x", "adapter_down", "adapter_up"):
         inputs[name].requires_grad_()
     torch.library.opcheck(
-        torch.ops.loragraft.w4a4_linear.default, (*(inputs[name] for name in names), False, "quantized", True)
+        torch.ops.loragraft.w4a4_linear.default, (*(inputs[name] for name in names), False, "quantized", True, 64)
     )

@@ -166,15 +166,15 @@ def test_unsigned_layers_keep_their_mark(
     plan = plan_layers(tiny_flux, flux_rules("w4a4", smoothing="weight", rank=4, iterations=1, grid=1), flux_keep)
     quantize_model(tiny_flux, plan, {}, keep=flux_keep)
     layer = tiny_flux.get_submodule("transformer_blocks.0.ff.net.2")
-    layer.act_unsigned = True
+    layer.act_unsigned, layer.unsigned_from = True, 64
     folder = save_quantized(tiny_flux, tmp_path / "interchange")
     described = json.loads((folder / "config.json").read_text())["quantization_config"]["layers"]
     assert described["transformer_blocks.0.ff.net.2"].items() >= {"act_unsigned": True, "act_shift": 0.171875}.items()
     loaded = load_quantized(folder, FluxTransformer2DModel)
     again = loaded.get_submodule("transformer_blocks.0.ff.net.2")
-    assert again.act_unsigned
+    assert (again.act_unsigned, again.unsigned_from) == (True, 64)
     assert not loaded.get_submodule(LAYER).act_unsigned
     x = torch.nn.functional.gelu(torch.randn(3, layer.in_features), approximate="tanh")
     assert torch.equal(again(x), layer(x))
-    layer.act_unsigned = False
+    layer.unsigned_from = 0
     assert not torch.equal(again(x), layer(x))
