@@ -147,8 +147,8 @@ def _quantize_activation(
         rows = max(1, CPU_CHUNK // x_MK.shape[1])
         widened = (part.float() for part in x_MK.split(rows))
         shifted = (shift_unsigned(part, unsigned_from) if unsigned else part for part in widened)
-        signs = {"unsigned": unsigned, "unsigned_from": unsigned_from}
-        parts = [quantize_reference(smooth_and_rotate(part, smooth_K, hadamard), bits, **signs) for part in shifted]
+        rotated = (smooth_and_rotate(part, smooth_K, hadamard) for part in shifted)
+        parts = [quantize_reference(part, bits, unsigned=unsigned, unsigned_from=unsigned_from) for part in rotated]
         return torch.cat([codes for codes, _ in parts]), torch.cat([scale for _, scale in parts])
     M, K = x_MK.shape
     KP, BM = padded(K), 16

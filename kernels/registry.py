@@ -19,7 +19,7 @@ from loragraft.kernels.w4a8_linear import w4a8_linear, w4a8_reference
 from loragraft.kernels.w4a16_linear import CASES as W4A16_CASES
 from loragraft.kernels.w4a16_linear import w4a16_linear, w4a16_reference
 
-Inputs = dict[str, Tensor | bool | None]
+Inputs = dict[str, Tensor | bool | int | None]
 SIXTEEN_BIT = ("x", "smooth", "lora_down", "lora_up", "bias", "adapter_down", "adapter_up")  # what `cast` casts
 
 
@@ -58,7 +58,7 @@ def cast(inputs: Inputs, dtype: torch.dtype, device: torch.device | str) -> Inpu
     return moved
 
 
-def _on_grid(case: LinearCase, smooth: Tensor | bool | None, bits: int, random: torch.Generator) -> Tensor:
+def _on_grid(case: LinearCase, smooth: Tensor | bool | int | None, bits: int, random: torch.Generator) -> Tensor:
     """x [M, K] whose x' has codes in every row (8 bits) or group (4 bits) up to the largest, none near a tie."""
     K, levels = case.K, 7 if bits == 4 else 127
     width = GROUP if bits == 4 else K
