@@ -61,11 +61,15 @@ class SVDQuantLinear(nn.Module):
     ) -> None:
         """`tensors` as `quantize_linear` returns them. Raises ValueError naming a missing, foreign or mis-shaped one.
 
-        Also for act_unsigned with other numerics than w4a4, or with a rotation.
+        Also for act_unsigned with other numerics than w4a4, or with a rotation, and for an unsigned_from inside a group.
         """
         super().__init__()
         if act_unsigned and (numerics != "w4a4" or hadamard):
             raise ValueError(f"act_unsigned is for w4a4 without a rotation, not {numerics} with hadamard = {hadamard}")
+        if unsigned_from % 64 or not 0 <= unsigned_from < in_features or (unsigned_from and not act_unsigned):
+            raise ValueError(
+                f"unsigned_from {unsigned_from}: expected 0, or with act_unsigned a multiple of 64 below K"
+            )
         self.in_features, self.out_features = in_features, out_features
         self.numerics, self.group_size, self.hadamard = numerics, group_size, hadamard
         self.act_unsigned, self.unsigned_from = act_unsigned, unsigned_from
@@ -170,14 +174,15 @@ class SVDQuantLinear(nn.Module):
     def dequantized_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W_eff [N, K]: what the layer multiplies with when its input is not rounded, computed in float32 or wider."""
         wide = torch.promote_types(dtype, torch.float32)
-        residual = self._dequantized_codes(wide)[:, : self.in_features]
+        residual = self.dequantized_codes(wide)[:, : self.in_features]
         if self.hadamard:
             residual = apply_hadamard(residual)
         if self.smooth is not None:
             residual = residual / self.smooth.to(wide)
         return (residual + self.lora_up.to(wide) @ self.lora_down.to(wide)).to(dtype)
 
-    def _dequantized_codes(self, dtype: torch.dtype) -> Tensor:
+    def dequantized_codes(self, dtype: torch.dtype) -> Tensor:
+        """The residual [N, Kp] that the codes stand for, still smoothed and rotated; columns from K on are padding."""
         if self.numerics == "w4a8":
             return dequantize_w4a8(self.qweight, self.row_scale, self.group_scale, self.group_zero, dtype)
         if self.numerics == "w4a4":
@@ -249,7 +254,8 @@ def fits_dtype(name: str, given: torch.dtype, wanted: torch.dtype) -> bool:
     """Whether the buffer `name` may be `given` where `buffer_layout` says `wanted`.
 
     The branch may be of any float type; scales and smoothing factors stored as bf16 may be float16, as in imported files.
+    The offsets of imported W4A16 layers may be float32, as they are differences of what the file stores.
     """
-    if name.startswith("lora_"):
+    if name.startswith("lora_") or (name, given) == ("wzero", torch.float32):
         return given.is_floating_point
     return given == wanted or (wanted == torch.bfloat16 and given == torch.float16)
