@@ -47,6 +47,11 @@ class LoragraftConfig(QuantizationConfigMixin):  # type: ignore[misc]  # diffuse
         self.layers, self.version, self.profile = layers, version, profile
         check_block({"quant_method": QUANT_METHOD, "version": version, "layers": layers}, "config.json")
 
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Everything, as nothing has a default; diffusers prints this."""
+        found: dict[str, Any] = self.to_dict()
+        return found
+
 
 class LoragraftQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffusers is untyped
     """Puts empty `SVDQuantLinear` layers into the model before its weights are read, and their tensors in, unchanged.

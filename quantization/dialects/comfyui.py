@@ -160,7 +160,7 @@ def save_comfyui(
     config.pop("_name_or_path", None)
     config.pop("quantization_config", None)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_tensors(path, tensors, {"format": "pt", "config": json.dumps(config)})
+    write_tensors(path, tensors, {"config": json.dumps(config)})  # safetensors writes several keys in any order
     return path
 
 
