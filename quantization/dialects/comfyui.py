@@ -9,6 +9,8 @@
 | proj_down, proj_up | [K, R], [N, R] | [K, R], [N/128, R, 128] | the branch, on raw x |
 | weight_zero (awq_w4a16) | [K/64, N] | | the center: W = (c - 8) weight_scale + weight_zero |
 
+Two spellings of the same are about: those above (comfy-quants, ComfyUI's pull request 13580), which are written, and
+weight_proj_down, weight_proj_up, weight_smooth_factor, weight_zeros (comfy-kitchen's `state_dict_tensors`); both are read.
 Layers are named by their diffusers path, the model's configuration is put into the header (`config`), where ComfyUI has no
 use for it. Our W4A16 layers keep the lowest value z of a group, these files its center z + 8 s in the dtype of s: writing
 rounds it (by 2^-9 of itself), reading is exact. comfy-kitchen `backends/eager/{svdquant,awq}.py`, comfy-quants
@@ -35,6 +37,12 @@ from loragraft.quantization.tensor_file import CheckpointError, write_tensors
 
 W4A4, W4A16, MARK = "svdquant_w4a4", "awq_w4a16", "comfy_quant"
 TILES = "kitchen_tile_packed_w4a4"
+KITCHEN = {
+    "proj_down": "weight_proj_down",
+    "proj_up": "weight_proj_up",
+    "smooth_factor": "weight_smooth_factor",
+    "weight_zero": "weight_zeros",
+}
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 Layout = Literal["row-major", "tile-packed"]
 
@@ -82,8 +90,14 @@ def _config(path: Path, files: TensorFiles) -> dict[str, Any]:
     return config
 
 
+def _name(files: TensorFiles, stem: str, leaf: str) -> str:
+    """The tensor's name in the spelling that the file uses."""
+    kitchen = f"{stem}.{KITCHEN.get(leaf, leaf)}"
+    return kitchen if kitchen in files else f"{stem}.{leaf}"
+
+
 def _read_w4a4(files: TensorFiles, stem: str, described: dict[str, Any], linear: nn.Linear) -> SVDQuantLinear:
-    K, N, rank = linear.in_features, linear.out_features, files.shape(f"{stem}.proj_down")[-1]
+    K, N, rank = linear.in_features, linear.out_features, files.shape(_name(files, stem, "proj_down"))[-1]
     where, groups = files.where(f"{stem}.weight"), K // packing.GROUP
     if K % packing.GROUP:
         raise CheckpointError(f"{where}: K = {K} is not divisible by 64")
@@ -97,14 +111,14 @@ def _read_w4a4(files: TensorFiles, stem: str, described: dict[str, Any], linear:
         scale = packing.unpack_tile_columns(
             files.read(f"{stem}.weight_scale", (tiles, groups, packing.TILE), SIXTEEN_BIT)
         )
-        up = packing.unpack_tile_columns(files.read(f"{stem}.proj_up", (tiles, rank, packing.TILE))).T
+        up = packing.unpack_tile_columns(files.read(_name(files, stem, "proj_up"), (tiles, rank, packing.TILE))).T
     else:
         weight = files.read(f"{stem}.weight", (N, K // 2), (torch.int8,)).view(torch.uint8)
         scale = files.read(f"{stem}.weight_scale", (groups, N), SIXTEEN_BIT)
-        up = files.read(f"{stem}.proj_up", (N, rank))
+        up = files.read(_name(files, stem, "proj_up"), (N, rank))
     part = Part(
-        codes=weight[:N], wscale=scale[:, :N], smooth=files.read(f"{stem}.smooth_factor", (K,), SIXTEEN_BIT),
-        lora_down=files.read(f"{stem}.proj_down", (K, rank)).T, lora_up=up[:N],
+        codes=weight[:N], wscale=scale[:, :N], smooth=files.read(_name(files, stem, "smooth_factor"), (K,), SIXTEEN_BIT),
+        lora_down=files.read(_name(files, stem, "proj_down"), (K, rank)).T, lora_up=up[:N],
         bias=files.read(f"{stem}.bias", (N,)) if f"{stem}.bias" in files else None,
     )  # fmt: skip
     unsigned_from = 0 if described.get("act_unsigned", False) else None
@@ -118,7 +132,7 @@ def _read_w4a16(files: TensorFiles, stem: str, described: dict[str, Any], linear
     groups = K // packing.GROUP
     weight = files.read(f"{stem}.weight", (N, K // 2), (torch.int8,)).view(torch.uint8)
     scale = files.read(f"{stem}.weight_scale", (groups, N), SIXTEEN_BIT)
-    center = files.read(f"{stem}.weight_zero", (groups, N), SIXTEEN_BIT)
+    center = files.read(_name(files, stem, "weight_zero"), (groups, N), SIXTEEN_BIT)
     tensors = {
         "qweight": packing.pad_to(weight, (N, Kp // 2)),
         "wscale": packing.pad_to(scale, (Kp // packing.GROUP, N), 1),

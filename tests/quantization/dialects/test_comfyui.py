@@ -82,6 +82,25 @@ def test_both_layouts_hold_the_same_model(
     )
 
 
+def test_both_spellings_are_read(
+    interchange_flux: FluxTransformer2DModel, tmp_path: Path, same_model: Callable[..., None]
+) -> None:
+    """comfy-kitchen's `state_dict_tensors` composes its suffixes onto `weight`."""
+    path = save_comfyui(interchange_flux, tmp_path / "model.safetensors")
+    expected = assemble(open_comfyui(path))
+    tensors, metadata = read_tensors(path)
+    spelt = {
+        name.replace(".proj_down", ".weight_proj_down")
+        .replace(".proj_up", ".weight_proj_up")
+        .replace(".smooth_factor", ".weight_smooth_factor")
+        .replace(".weight_zero", ".weight_zeros"): tensor
+        for name, tensor in tensors.items()
+    }
+    assert spelt.keys() != tensors.keys()
+    write_tensors(path, spelt, metadata)
+    same_model(expected, assemble(open_comfyui(path)))
+
+
 def test_prefixed_names_and_a_config_beside_the_file(
     interchange_flux: FluxTransformer2DModel, tmp_path: Path, same_model: Callable[..., None]
 ) -> None:
