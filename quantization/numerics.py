@@ -45,26 +45,33 @@ class Conversion:
 
 
 def convert_numerics(
-    model: nn.Module, numerics: Literal["w4a8", "w4a4"], progress: Progress | None = None
+    model: nn.Module,
+    numerics: Literal["w4a8", "w4a4"],
+    progress: Progress | None = None,
+    *,
+    device: torch.device | str | None = None,
 ) -> list[Conversion]:
     """Convert every W4A4 or W4A8 layer that is not in `numerics`, in place; the model is another base afterwards.
 
+    device: where each layer is worked on, before it goes back to where it was (None: there).
     Raises ValueError for a model with injected or grafted adapters, before anything is changed.
     """
     if numerics not in ("w4a8", "w4a4"):
         raise ValueError(f"numerics {numerics!r}: expected w4a8 or w4a4")
     chosen = {p: m for p, m in quantized_layers(model).items() if m.numerics in ("w4a8", "w4a4")}
     chosen = {p: m for p, m in chosen.items() if m.numerics != numerics or (numerics == "w4a4" and m.hadamard)}
-    return _replace(model, chosen, to_w4a8 if numerics == "w4a8" else to_w4a4, progress)
+    return _replace(model, chosen, to_w4a8 if numerics == "w4a8" else to_w4a4, progress, device)
 
 
-def sign_activations(model: nn.Module, progress: Progress | None = None) -> list[Conversion]:
+def sign_activations(
+    model: nn.Module, progress: Progress | None = None, *, device: torch.device | str | None = None
+) -> list[Conversion]:
     """Give every layer with unsigned activations signed ones, in place, for formats and kernels that know no others.
 
     Raises as `convert_numerics` does.
     """
     chosen = {path: layer for path, layer in quantized_layers(model).items() if layer.act_unsigned}
-    return _replace(model, chosen, to_signed, progress)
+    return _replace(model, chosen, to_signed, progress, device)
 
 
 def _replace(
@@ -72,13 +79,16 @@ def _replace(
     chosen: dict[str, SVDQuantLinear],
     convert: Callable[[SVDQuantLinear], SVDQuantLinear],
     progress: Progress | None,
+    device: torch.device | str | None,
 ) -> list[Conversion]:
     check_saveable(model, bake_grafts=False)
     report = []
     for done, (path, layer) in enumerate(chosen.items(), start=1):
+        home = layer.qweight.device
+        layer.to(home if device is None else device)
         after = convert(layer)
         report.append(_compare(path, layer, after))
-        replace_module(model, path, after)
+        replace_module(model, path, after.to(home))
         if progress is not None:
             progress(done, len(chosen), path)
     if chosen:

@@ -32,8 +32,8 @@ class Opened:
     """The diffusers configuration of the model."""
     layers: dict[str, Callable[[nn.Linear], SVDQuantLinear]] = field(default_factory=dict)
     """Path -> reader, called with the float layer (on the meta device) that it takes the place of."""
-    dense: dict[str, str] = field(default_factory=dict)
-    """The model's tensor name -> the file's, where they differ; others are looked up under their own."""
+    dense: dict[str, str | Callable[[], Tensor]] = field(default_factory=dict)
+    """The model's tensor name -> the file's, or what reads it, where they differ; others are looked up under their own."""
 
     @property
     def source(self) -> str:
@@ -120,7 +120,12 @@ def assemble(opened: Opened, progress: Progress | None = None) -> Any:
 def _set_tensor(model: nn.Module, name: str, opened: Opened) -> None:
     owner_path, _, leaf = name.rpartition(".")
     owner = named_module(model, owner_path) if owner_path else model
-    tensor = opened.files.read(opened.dense.get(name, name), tuple(getattr(owner, leaf).shape), FLOATS)
+    found, shape = opened.dense.get(name, name), tuple(getattr(owner, leaf).shape)
+    tensor = opened.files.read(found, shape, FLOATS) if isinstance(found, str) else found()
+    if tuple(tensor.shape) != shape:
+        raise CheckpointError(
+            f"{opened.source}: what is stored for {name!r} has shape {tuple(tensor.shape)}, expected {shape}"
+        )
     if leaf in owner._parameters:
         owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
     else:

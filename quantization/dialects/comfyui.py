@@ -11,25 +11,35 @@
 
 Two spellings of the same are about: those above (comfy-quants, ComfyUI's pull request 13580), which are written, and
 weight_proj_down, weight_proj_up, weight_smooth_factor, weight_zeros (comfy-kitchen's `state_dict_tensors`); both are read.
-Layers are named by their diffusers path, the model's configuration is put into the header (`config`), where ComfyUI has no
+Layers are named by their diffusers path, or for FLUX as ComfyUI names them (`flux_names`); both are read. The model's configuration is put into the header (`config`), where ComfyUI has no
 use for it. Our W4A16 layers keep the lowest value z of a group, these files its center z + 8 s in the dtype of s: writing
 rounds it (by 2^-9 of itself), reading is exact. comfy-kitchen `backends/eager/{svdquant,awq}.py`, comfy-quants
 `docs/formats/`.
 """
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
 from loragraft.kernels.layout import padded
 from loragraft.quantization.checkpoint import CONFIG_NAME, check_saveable, quantized_layers
 from loragraft.quantization.dialects import packing
-from loragraft.quantization.dialects.assembly import Opened, Progress, bias_or_none, parse_json, read_json
+from loragraft.quantization.dialects.assembly import Opened, Progress, bias_or_none, empty_model, parse_json, read_json
 from loragraft.quantization.dialects.files import FLOATS, SIXTEEN_BIT, TensorFiles
+from loragraft.quantization.dialects.flux_names import (
+    EXCHANGED,
+    FIRST,
+    exchange_halves,
+    flux_linears,
+    flux_norms,
+    fuse_rows,
+)
 from loragraft.quantization.dialects.nunchaku_layers import Part, w4a4_layer
 from loragraft.quantization.dialects.nunchaku_lite import check_interchange
 from loragraft.quantization.linear import SVDQuantLinear
@@ -45,6 +55,7 @@ KITCHEN = {
 }
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 Layout = Literal["row-major", "tile-packed"]
+Names = Literal["diffusers", "flux"]
 
 
 def is_comfyui(files: TensorFiles) -> bool:
@@ -62,19 +73,64 @@ def open_comfyui(path: Path, config: dict[str, Any] | None = None) -> Opened:
         raise CheckpointError(f"{path}: no tensor named *.{MARK}; this is no quantized file of ComfyUI's")
     opened = Opened("comfyui", files, _config(path, files) if config is None else dict(config))
     prefix = next(prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in files.names))
-    opened.dense = {name.removeprefix(prefix): name for name in files.names}
+    marked: dict[str, tuple[str, dict[str, Any]]] = {}
     for name in files.names:
         if name.endswith(f".{MARK}"):
             stem = name.removesuffix(f".{MARK}")
             mark = files.read(name, None, (torch.uint8,))
             described = parse_json(bytes(mark.tolist()).decode("utf-8", "replace"), files.where(name))
-            read = {W4A4: _read_w4a4, W4A16: _read_w4a16}.get(str(described.get("format")))
-            if read is None:
+            if described.get("format") not in (W4A4, W4A16):
                 raise CheckpointError(
                     f"{files.where(name)}: format {described.get('format')!r}; known: {W4A4}, {W4A16}"
                 )
-            opened.layers[stem.removeprefix(prefix)] = partial(read, files, stem, described)
+            marked[stem.removeprefix(prefix)] = stem, described
+    if any(name.removeprefix(prefix).startswith(FIRST) for name in files.names):
+        _open_flux(opened, prefix, marked)
+        return opened
+    opened.dense = {name.removeprefix(prefix): name for name in files.names}
+    for layer, (stem, described) in marked.items():
+        opened.layers[layer] = partial(READERS[described["format"]], files, stem, described)
     return opened
+
+
+def _open_flux(opened: Opened, prefix: str, marked: dict[str, tuple[str, dict[str, Any]]]) -> None:
+    """The parts of every fused linear, quantized or not, by their rows."""
+    files, model = opened.files, empty_model(opened.config, opened.source)
+    if not isinstance(model, FluxTransformer2DModel):
+        raise CheckpointError(f"{opened.source}: layers of FLUX, but the configuration is of {type(model).__name__}")
+    opened.dense = {ours: prefix + theirs for theirs, ours in flux_norms(opened.config).items()}
+    for theirs, paths in flux_linears(opened.config).items():
+        sizes = [model.get_submodule(path).out_features for path in paths]
+        for i, path in enumerate(paths):
+            rows = slice(sum(sizes[:i]), sum(sizes[: i + 1]))
+            if theirs not in marked:
+                for leaf in ("weight", "bias"):
+                    name = f"{prefix}{theirs}.{leaf}"
+                    opened.dense[f"{path}.{leaf}"] = partial(_read_dense_rows, files, name, rows, theirs == EXCHANGED)
+                continue
+            stem, described = marked[theirs]
+            if len(paths) == 1:
+                opened.layers[path] = partial(READERS[described["format"]], files, stem, described)
+            elif described["format"] == W4A4:
+                opened.layers[path] = partial(_read_rows, files, stem, described, rows, sum(sizes))
+            else:
+                raise CheckpointError(f"{files.where(f'{stem}.{MARK}')}: a fused layer in {W4A16}, which is not read")
+
+
+def _read_dense_rows(files: TensorFiles, name: str, rows: slice, exchanged: bool) -> Tensor:
+    whole = files.read(name)
+    return (exchange_halves(whole) if exchanged else whole)[rows].clone()
+
+
+def _read_rows(
+    files: TensorFiles, stem: str, described: dict[str, Any], rows: slice, total: int, linear: nn.Linear
+) -> SVDQuantLinear:
+    """One part of a fused layer; ranks that do nothing in its rows belong to the others and are left out."""
+    part = _read_part(files, stem, described, linear.in_features, total).rows(rows.start, rows.stop)
+    used = part.lora_up.count_nonzero(dim=0) > 0
+    part = replace(part, lora_down=part.lora_down[used], lora_up=part.lora_up[:, used])
+    unsigned_from = 0 if described.get("act_unsigned", False) else None
+    return w4a4_layer(part, linear, files.where(f"{stem}.bias"), unsigned_from=unsigned_from)
 
 
 def _config(path: Path, files: TensorFiles) -> dict[str, Any]:
@@ -97,7 +153,13 @@ def _name(files: TensorFiles, stem: str, leaf: str) -> str:
 
 
 def _read_w4a4(files: TensorFiles, stem: str, described: dict[str, Any], linear: nn.Linear) -> SVDQuantLinear:
-    K, N, rank = linear.in_features, linear.out_features, files.shape(_name(files, stem, "proj_down"))[-1]
+    part = _read_part(files, stem, described, linear.in_features, linear.out_features)
+    unsigned_from = 0 if described.get("act_unsigned", False) else None
+    return w4a4_layer(part, linear, files.where(f"{stem}.bias"), unsigned_from=unsigned_from)
+
+
+def _read_part(files: TensorFiles, stem: str, described: dict[str, Any], K: int, N: int) -> Part:
+    rank = files.shape(_name(files, stem, "proj_down"))[-1]
     where, groups = files.where(f"{stem}.weight"), K // packing.GROUP
     if K % packing.GROUP:
         raise CheckpointError(f"{where}: K = {K} is not divisible by 64")
@@ -116,13 +178,11 @@ def _read_w4a4(files: TensorFiles, stem: str, described: dict[str, Any], linear:
         weight = files.read(f"{stem}.weight", (N, K // 2), (torch.int8,)).view(torch.uint8)
         scale = files.read(f"{stem}.weight_scale", (groups, N), SIXTEEN_BIT)
         up = files.read(_name(files, stem, "proj_up"), (N, rank))
-    part = Part(
+    return Part(
         codes=weight[:N], wscale=scale[:, :N], smooth=files.read(_name(files, stem, "smooth_factor"), (K,), SIXTEEN_BIT),
         lora_down=files.read(_name(files, stem, "proj_down"), (K, rank)).T, lora_up=up[:N],
         bias=files.read(f"{stem}.bias", (N,)) if f"{stem}.bias" in files else None,
     )  # fmt: skip
-    unsigned_from = 0 if described.get("act_unsigned", False) else None
-    return w4a4_layer(part, linear, files.where(f"{stem}.bias"), unsigned_from=unsigned_from)
 
 
 def _read_w4a16(files: TensorFiles, stem: str, described: dict[str, Any], linear: nn.Linear) -> SVDQuantLinear:
@@ -147,13 +207,16 @@ def _read_w4a16(files: TensorFiles, stem: str, described: dict[str, Any], linear
     return SVDQuantLinear(K, N, "w4a16", tensors)
 
 
+READERS = {W4A4: _read_w4a4, W4A16: _read_w4a16}
+
+
 def save_comfyui(
-    model: nn.Module, path: Path | str, *, layout: Layout = "row-major", overwrite: bool = False,
+    model: nn.Module, path: Path | str, *, layout: Layout = "row-major", names: Names = "diffusers", overwrite: bool = False,
     bake_grafts: bool = False, progress: Progress | None = None,
 ) -> Path:  # fmt: skip
     """Write a W4A4 (and W4A16) model to one file; it appears complete or not at all.
 
-    Raises ValueError naming the layer that the format cannot hold (W4A8, rotated, unsigned in part, K not divisible by 64,
+    names: of layers, diffusers', or those of ComfyUI's FLUX, whose fused layers want parts of one smoothing factor. Raises ValueError naming the layer that the format cannot hold (W4A8, rotated, unsigned in part, K not divisible by 64,
     tile-packed with N not divisible by 128), and as save_quantized does for adapters; FileExistsError unless `overwrite`.
     """
     check_saveable(model, bake_grafts)
@@ -164,18 +227,45 @@ def save_comfyui(
         raise ValueError("the model has no quantized layer: there is nothing to write for ComfyUI")
     for name, layer in layers.items():
         check_interchange(name, layer, "ComfyUI")
-    tensors = {n: t for n, t in model.state_dict().items() if n.rpartition(".")[0] not in layers}
-    for done, (name, layer) in enumerate(layers.items(), start=1):
+    if names == "flux":
+        tensors, written = _flux_tensors(model, layers)
+    else:
+        tensors = {n: t for n, t in model.state_dict().items() if n.rpartition(".")[0] not in layers}
+        written = layers
+    for done, (name, layer) in enumerate(written.items(), start=1):
         pack = _pack_w4a4 if layer.numerics == "w4a4" else _pack_w4a16
         tensors |= {f"{name}.{leaf}": tensor.contiguous() for leaf, tensor in pack(name, layer, layout).items()}
         if progress is not None:
-            progress(done, len(layers), name)
+            progress(done, len(written), name)
     config = json.loads(model.to_json_string())  # type: ignore[operator]  # diffusers' ConfigMixin
     config.pop("_name_or_path", None)
     config.pop("quantization_config", None)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(path, tensors, {"config": json.dumps(config)})  # safetensors writes several keys in any order
     return path
+
+
+def _flux_tensors(
+    model: nn.Module, layers: dict[str, SVDQuantLinear]
+) -> tuple[dict[str, Tensor], dict[str, SVDQuantLinear]]:
+    """(16-bit tensors, quantized layers) under the names of ComfyUI's FLUX. Raises ValueError as `fuse_rows` does."""
+    if not isinstance(model, FluxTransformer2DModel):
+        raise ValueError(f"names of FLUX for a {type(model).__name__}; write diffusers' names (--to comfyui)")
+    state, written = model.state_dict(), {}
+    tensors = {theirs: state[ours] for theirs, ours in flux_norms(model.config).items()}
+    for theirs, paths in flux_linears(model.config).items():
+        quantized = {path: layers[path] for path in paths if path in layers}
+        if 0 < len(quantized) < len(paths):
+            raise ValueError(
+                f"of {', '.join(paths)}, one layer ({theirs}) in ComfyUI, only {', '.join(quantized)} are quantized"
+            )
+        if quantized:
+            written[theirs] = fuse_rows(quantized, theirs)
+            continue
+        for leaf in ("weight", "bias"):
+            rows = torch.cat([state[f"{path}.{leaf}"] for path in paths])
+            tensors[f"{theirs}.{leaf}"] = exchange_halves(rows) if theirs == EXCHANGED else rows
+    return tensors, written
 
 
 def _marked(described: dict[str, Any]) -> Tensor:

@@ -5,18 +5,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Never
 
+import torch
 from tqdm import tqdm
 
 from loragraft.quantization.checkpoint import save_quantized
 from loragraft.quantization.dialects.assembly import Progress
-from loragraft.quantization.dialects.comfyui import Layout, save_comfyui
+from loragraft.quantization.dialects.comfyui import Layout, Names, save_comfyui
 from loragraft.quantization.dialects.detection import detect_dialect, load_any
 from loragraft.quantization.dialects.nunchaku_lite import save_lite
 from loragraft.quantization.ledger import build_ledger
 from loragraft.quantization.numerics import Conversion, conversion_table, convert_numerics, sign_activations
 
-Target = Literal["native", "nunchaku-lite", "comfyui"]
-TARGETS: tuple[Target, ...] = ("native", "nunchaku-lite", "comfyui")
+Target = Literal["native", "nunchaku-lite", "comfyui", "comfyui-flux"]
+TARGETS: tuple[Target, ...] = ("native", "nunchaku-lite", "comfyui", "comfyui-flux")
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ def convert_checkpoint(
 ) -> Converted:
     """Read `source`, whatever dialect it is in, and write `dest` (a folder; one file for ComfyUI), whole or not at all.
 
+    to: "comfyui" names layers as diffusers does (ComfyUI's names too for Qwen-Image), "comfyui-flux" as ComfyUI's FLUX does.
     numerics: convert W4A4 or W4A8 layers to these; signed: give unsigned activations up. Without either every value is
     carried over as it is. Raises CheckpointError for what cannot be read, ValueError naming the layer that the target
     cannot hold, FileExistsError if `dest` exists.
@@ -58,21 +60,23 @@ def convert_checkpoint(
     with _bar(f"read {dialect}", show_progress) as bar:
         model, _ = load_any(source, _stepping(bar))
     changes: list[Conversion] = []
+    device = "cuda" if torch.cuda.is_available() else None
     if signed:
         with _bar("sign activations", show_progress) as bar:
-            changes += sign_activations(model, _stepping(bar))
+            changes += sign_activations(model, _stepping(bar), device=device)
     if numerics is not None:
         with _bar(f"convert to {numerics}", show_progress) as bar:
-            changes += convert_numerics(model, numerics, _stepping(bar))
+            changes += convert_numerics(model, numerics, _stepping(bar), device=device)
     table = build_ledger(model).table()
     if to == "native":
         save_quantized(model, dest)
     else:
         with _bar(f"write {to}", show_progress) as bar:
-            if to == "comfyui":
-                save_comfyui(model, dest, layout=layout, progress=_stepping(bar))
-            else:
+            if to == "nunchaku-lite":
                 save_lite(model, dest, progress=_stepping(bar))
+            else:
+                names: Names = "flux" if to == "comfyui-flux" else "diffusers"
+                save_comfyui(model, dest, layout=layout, names=names, progress=_stepping(bar))
     return Converted(dialect, dest, tuple(changes), table)
 
 

@@ -398,7 +398,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("source", help="a file or folder; its format is found out")
     convert.add_argument("dest", help="a folder to write, or a file for ComfyUI; must not exist")
-    convert.add_argument("--to", choices=("native", "nunchaku-lite", "comfyui"), default="native")
+    convert.add_argument("--to", choices=("native", "nunchaku-lite", "comfyui", "comfyui-flux"), default="native")
     convert.add_argument("--numerics", choices=("w4a8", "w4a4"), help="convert to these")
     convert.add_argument("--signed", action="store_true", help="replace unsigned activations, which Lite does not know")
     convert.add_argument("--layout", choices=("row-major", "tile-packed"), default="row-major", help="for ComfyUI")

@@ -87,7 +87,9 @@ def make(
             blocks[f"{place}.{V1_LEAVES.get(leaf, leaf) if spelling == 'v1' else leaf}"] = tensor
 
     def w4a4(block: str, local: str, N: int, K: int, **more: Any) -> dict[str, Tensor]:
+        smooth = more.pop("smooth", None)
         layer = logical_w4a4(N, K, seed=len(blocks), dtype=dtype, **more)
+        layer["smooth"] = layer["smooth"] if smooth is None else smooth
         put(block, local, packed_w4a4(layer, formulas))
         return layer
 
@@ -123,13 +125,12 @@ def make(
     for i in range(model.config.num_single_layers):
         block = f"single_transformer_blocks.{i}"
         fused(block, "attn.to_qkv", ("attn.to_q", "attn.to_k", "attn.to_v"))
-        expected[f"{block}.proj_mlp"] = w4a4(block, "mlp_fc1", 4 * width, width)
+        shared = expected[f"{block}.attn.to_q"]["smooth"]  # one input, one smoothing factor
+        expected[f"{block}.proj_mlp"] = w4a4(block, "mlp_fc1", 4 * width, width, smooth=shared)
         attention = w4a4(block, "attn.to_out", width, width, bias=False)
         mlp = w4a4(block, "mlp_fc2", width, 4 * width)
         expected[f"{block}.proj_out"] = {"attention": attention, "mlp": mlp}
         adaln(block, "norm.linear", 3)
-    if spelling == "v2":  # the merged file of v2 keeps v1's mlp_fc1 and mlp_fc2 in the single blocks
-        assert "single_transformer_blocks.0.mlp_fc1.qweight" in blocks
     rest: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         if name.rpartition(".")[0] in expected:

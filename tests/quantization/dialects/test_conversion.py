@@ -15,7 +15,7 @@ from loragraft.kernels.layout import relative_rms
 from loragraft.quantization.checkpoint import load_quantized, quantized_layers, save_quantized
 from loragraft.quantization.dialects.conversion import convert_checkpoint
 from loragraft.quantization.dialects.detection import detect_dialect, load_any
-from loragraft.quantization.tensor_file import write_tensors
+from loragraft.quantization.tensor_file import read_tensors, write_tensors
 
 
 @pytest.fixture
@@ -62,6 +62,19 @@ def test_nunchaku_to_lite_and_comfyui_without_unsigned_activations(svdq: Path, t
         assert detect_dialect(tmp_path / name) == to
         layer = load_any(tmp_path / name)[0].get_submodule("single_transformer_blocks.0.proj_out")
         assert (layer.act_unsigned, layer.rank) == (False, 32)
+
+
+def test_nunchaku_to_comfyuis_flux(svdq: Path, tmp_path: Path) -> None:
+    """Its fused layers come together again: the qkv of a double block has the rank that it had in the file."""
+    dest = tmp_path / "flux.safetensors"
+    assert cli.main(["convert", str(svdq), str(dest), "--to", "comfyui-flux", "--signed"]) == 0
+    tensors, _ = read_tensors(dest)
+    assert tensors["double_blocks.0.img_attn.qkv.proj_down"].shape == (128, 16)
+    assert tensors["single_blocks.0.linear1.weight"].shape == (384 + 512, 64)
+    before, after = load_any(svdq)[0], load_any(dest)[0]
+    for path in ("transformer_blocks.0.attn.add_k_proj", "single_transformer_blocks.0.proj_mlp"):
+        for name, buffer in before.get_submodule(path).named_buffers():
+            assert torch.equal(getattr(after.get_submodule(path), name), buffer), (path, name)
 
 
 def test_native_to_comfyui_needs_other_numerics(quantized_flux: FluxTransformer2DModel, tmp_path: Path) -> None:
