@@ -394,10 +394,10 @@ def _parser() -> argparse.ArgumentParser:
         _convert,
         "an INT4 checkpoint of Nunchaku's, Nunchaku Lite, ComfyUI's or our own into another format",
         "loragraft convert svdq-int4_r32-flux.1-dev.safetensors flux-int4       add --numerics w4a8 for our own kernels\n\n"
-        "Values are carried over as they are unless --numerics or --signed is given; then each layer's added error is shown.",
+        "Values stay as they are unless --numerics or --signed is given; then each layer's added error is shown. --to comfyui\nnames layers as diffusers does, comfyui-flux as ComfyUI's FLUX does.",
     )
     convert.add_argument("source", help="a file or folder; its format is found out")
-    convert.add_argument("dest", help="a folder to write, or a file for ComfyUI; must not exist")
+    convert.add_argument("dest", help="a folder to write (ComfyUI: a file); must not exist")
     convert.add_argument("--to", choices=("native", "nunchaku-lite", "comfyui", "comfyui-flux"), default="native")
     convert.add_argument("--numerics", choices=("w4a8", "w4a4"), help="convert to these")
     convert.add_argument("--signed", action="store_true", help="replace unsigned activations, which Lite does not know")
