@@ -5,12 +5,12 @@ rounds it in the other code system and leaves smooth, branch and bias as they ar
 is quantized once from the 16-bit weight, hence the report. W4A16 layers stay.
 
     w4a4 -> w4a8    progressive codes of R, groups of 64; INT8 activations per token
-    w4a8 -> w4a4    symmetric codes of R H, i.e. without the rotation
+    w4a8 -> w4a4    symmetric codes of R H, i.e. without the rotation; of R H s' / s for another smoothing factor s'
     unsigned        bias + 0.171875 sum_j R_ij / smooth_j over the unsigned columns: the function of the layer without
                     rounding of x (SVDQuant's `ShiftedLinear` backwards); W4A8 has no unsigned activations, so goes through it
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -50,17 +50,37 @@ def convert_numerics(
     progress: Progress | None = None,
     *,
     device: torch.device | str | None = None,
+    together: Sequence[Sequence[str]] = (),
 ) -> list[Conversion]:
     """Convert every W4A4 or W4A8 layer that is not in `numerics`, in place; the model is another base afterwards.
 
+    together (w4a4 only): paths of layers over one input that are to have one smoothing factor, the geometric mean of theirs.
     device: where each layer is worked on, before it goes back to where it was (None: there).
     Raises ValueError for a model with injected or grafted adapters, before anything is changed.
     """
     if numerics not in ("w4a8", "w4a4"):
         raise ValueError(f"numerics {numerics!r}: expected w4a8 or w4a4")
-    chosen = {p: m for p, m in quantized_layers(model).items() if m.numerics in ("w4a8", "w4a4")}
-    chosen = {p: m for p, m in chosen.items() if m.numerics != numerics or (numerics == "w4a4" and m.hadamard)}
-    return _replace(model, chosen, to_w4a8 if numerics == "w4a8" else to_w4a4, progress, device)
+    layers = {p: m for p, m in quantized_layers(model).items() if m.numerics in ("w4a8", "w4a4")}
+    common = _common_smoothing(layers, together) if numerics == "w4a4" else {}
+    rotated = {path for path, layer in layers.items() if numerics == "w4a4" and layer.hadamard}
+    chosen = {p: m for p, m in layers.items() if m.numerics != numerics or p in rotated or p in common}
+
+    def convert(path: str, layer: SVDQuantLinear) -> SVDQuantLinear:
+        return to_w4a8(layer) if numerics == "w4a8" else to_w4a4(layer, common.get(path))
+
+    return _replace(model, chosen, convert, progress, device)
+
+
+def _common_smoothing(layers: dict[str, SVDQuantLinear], together: Sequence[Sequence[str]]) -> dict[str, Tensor]:
+    """Path -> the smoothing factor of its group, for groups that do not agree yet."""
+    common: dict[str, Tensor] = {}
+    for group in together:
+        present = [path for path in group if path in layers]
+        smooths = [smooth for path in present if (smooth := layers[path].smooth) is not None]
+        if any(not torch.equal(smooth, smooths[0]) for smooth in smooths):
+            mean = torch.stack([smooth.float().log() for smooth in smooths]).mean(0).exp().to(torch.bfloat16)
+            common |= dict.fromkeys(present, mean)
+    return common
 
 
 def sign_activations(
@@ -71,13 +91,13 @@ def sign_activations(
     Raises as `convert_numerics` does.
     """
     chosen = {path: layer for path, layer in quantized_layers(model).items() if layer.act_unsigned}
-    return _replace(model, chosen, to_signed, progress, device)
+    return _replace(model, chosen, lambda _path, layer: to_signed(layer), progress, device)
 
 
 def _replace(
     model: nn.Module,
     chosen: dict[str, SVDQuantLinear],
-    convert: Callable[[SVDQuantLinear], SVDQuantLinear],
+    convert: Callable[[str, SVDQuantLinear], SVDQuantLinear],
     progress: Progress | None,
     device: torch.device | str | None,
 ) -> list[Conversion]:
@@ -86,7 +106,7 @@ def _replace(
     for done, (path, layer) in enumerate(chosen.items(), start=1):
         home = layer.qweight.device
         layer.to(home if device is None else device)
-        after = convert(layer)
+        after = convert(path, layer)
         report.append(_compare(path, layer, after))
         replace_module(model, path, after.to(home))
         if progress is not None:
@@ -102,11 +122,16 @@ def to_w4a8(layer: SVDQuantLinear) -> SVDQuantLinear:
     return _rebuilt(layer, "w4a8", {"qweight": pack_int4(rounded.codes_NK), **rounded.scales}, hadamard=layer.hadamard)
 
 
-def to_w4a4(layer: SVDQuantLinear) -> SVDQuantLinear:
-    """The layer with symmetric codes and signed activations, without a rotation."""
+def to_w4a4(layer: SVDQuantLinear, smooth: Tensor | None = None) -> SVDQuantLinear:
+    """The layer with symmetric codes and signed activations, without a rotation; with another smoothing factor if given."""
     residual = apply_hadamard(_residual(layer)) if layer.hadamard else _residual(layer)
+    if smooth is not None:
+        assert layer.smooth is not None  # w4a4 or w4a8
+        smooth = smooth.to(residual.device)
+        residual = residual * (smooth.float() / layer.smooth.float())
     rounded = round_symmetric(residual, 64)
-    return _rebuilt(layer, "w4a4", {"qweight": pack_int4(rounded.codes_NK), **rounded.scales}, hadamard=False)
+    codes = {"qweight": pack_int4(rounded.codes_NK), **rounded.scales}
+    return _rebuilt(layer, "w4a4", codes, hadamard=False, smooth=smooth)
 
 
 def to_signed(layer: SVDQuantLinear) -> SVDQuantLinear:
@@ -130,10 +155,15 @@ def _residual(layer: SVDQuantLinear) -> Tensor:
 
 
 def _rebuilt(
-    layer: SVDQuantLinear, numerics: Literal["w4a8", "w4a4"], codes: dict[str, Tensor], *, hadamard: bool
-) -> SVDQuantLinear:
+    layer: SVDQuantLinear, numerics: Literal["w4a8", "w4a4"], codes: dict[str, Tensor], *, hadamard: bool,
+    smooth: Tensor | None = None,
+) -> SVDQuantLinear:  # fmt: skip
     assert layer.smooth is not None  # w4a4 or w4a8
-    tensors = codes | {"smooth": layer.smooth, "lora_down": layer.lora_down, "lora_up": layer.lora_up}
+    tensors = codes | {
+        "smooth": layer.smooth if smooth is None else smooth,
+        "lora_down": layer.lora_down,
+        "lora_up": layer.lora_up,
+    }
     bias = signed_bias(layer)
     tensors |= {} if bias is None else {"bias": bias}
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}

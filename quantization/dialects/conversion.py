@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Literal, Never
 
 import torch
+from diffusers import FluxTransformer2DModel
 from tqdm import tqdm
 
 from loragraft.quantization.checkpoint import save_quantized
 from loragraft.quantization.dialects.assembly import Progress
 from loragraft.quantization.dialects.comfyui import Layout, Names, save_comfyui
 from loragraft.quantization.dialects.detection import detect_dialect, load_any
+from loragraft.quantization.dialects.flux_names import flux_linears
 from loragraft.quantization.dialects.nunchaku_lite import save_lite
 from loragraft.quantization.ledger import build_ledger
 from loragraft.quantization.numerics import Conversion, conversion_table, convert_numerics, sign_activations
@@ -47,7 +49,8 @@ def convert_checkpoint(
 ) -> Converted:
     """Read `source`, whatever dialect it is in, and write `dest` (a folder; one file for ComfyUI), whole or not at all.
 
-    to: "comfyui" names layers as diffusers does (ComfyUI's names too for Qwen-Image), "comfyui-flux" as ComfyUI's FLUX does.
+    to: "comfyui" names layers as diffusers does (ComfyUI's names too for Qwen-Image), "comfyui-flux" as ComfyUI's FLUX does;
+    with numerics="w4a4" the layers that it fuses get one smoothing factor.
     numerics: convert W4A4 or W4A8 layers to these; signed: give unsigned activations up. Without either every value is
     carried over as it is. Raises CheckpointError for what cannot be read, ValueError naming the layer that the target
     cannot hold, FileExistsError if `dest` exists.
@@ -66,7 +69,11 @@ def convert_checkpoint(
             changes += sign_activations(model, _stepping(bar), device=device)
     if numerics is not None:
         with _bar(f"convert to {numerics}", show_progress) as bar:
-            changes += convert_numerics(model, numerics, _stepping(bar), device=device)
+            fused = to == "comfyui-flux" and isinstance(
+                model, FluxTransformer2DModel
+            )  # others are refused when written
+            groups = list(flux_linears(model.config).values()) if fused else []
+            changes += convert_numerics(model, numerics, _stepping(bar), device=device, together=groups)
     table = build_ledger(model).table()
     if to == "native":
         save_quantized(model, dest)

@@ -113,7 +113,8 @@ def fuse_rows(layers: Mapping[str, SVDQuantLinear], theirs: str) -> SVDQuantLine
         if not torch.equal(first.smooth, other.smooth):
             raise ValueError(
                 f"layers {first_path!r} and {path!r} have different smoothing factors, but are one layer ({theirs}) in "
-                "ComfyUI's FLUX; quantize them with a common one, or write diffusers' names (--to comfyui)"
+                "ComfyUI's FLUX; convert with --numerics w4a4, which gives them a common one, or write diffusers' names "
+                "(--to comfyui)"
             )
     if not others:
         return first

@@ -93,6 +93,25 @@ def test_a_model_and_its_table(tiny_flux: FluxTransformer2DModel, quantized_flux
     assert table[-1].startswith(f"{len(report)} layers: mean added weight error ")
 
 
+def test_layers_that_go_together_get_one_smoothing_factor(quantized_flux: FluxTransformer2DModel) -> None:
+    """Rounded once: the added error is about that of the conversion alone, and a second run has nothing to do."""
+    groups = [[f"transformer_blocks.0.attn.to_{name}" for name in "qkv"], ["single_transformer_blocks.0.proj_out"]]
+    original = {path: quantized_flux.get_submodule(path) for path in groups[0]}
+    report = {c.path: c for c in convert_numerics(quantized_flux, "w4a4", together=groups)}
+    layers = [quantized_flux.get_submodule(path) for path in groups[0]]
+    mean = torch.stack([layer.smooth.float().log() for layer in original.values()]).mean(0).exp().bfloat16()
+    assert all(torch.equal(layer.smooth, mean) for layer in layers)
+    assert not torch.equal(original[groups[0][0]].smooth, mean)
+    for path, layer in original.items():
+        alone = relative_rms(to_w4a4(layer).dequantized_weight(), layer.dequantized_weight())
+        assert report[path].weight_error < 1.3 * alone
+    assert convert_numerics(quantized_flux, "w4a4", together=groups) == []
+    mlp = quantized_flux.get_submodule("single_transformer_blocks.0.proj_mlp")
+    apart = [["single_transformer_blocks.0.attn.to_q", "single_transformer_blocks.0.proj_mlp"]]
+    assert {c.path for c in convert_numerics(quantized_flux, "w4a4", together=apart)} == set(apart[0])
+    assert quantized_flux.get_submodule("single_transformer_blocks.0.proj_mlp") is not mlp
+
+
 def test_unsigned_layers_are_listed(quantized_flux: FluxTransformer2DModel) -> None:
     convert_numerics(quantized_flux, "w4a4")
     path = "transformer_blocks.0.ff.net.2"

@@ -93,6 +93,14 @@ def test_native_to_comfyui_needs_other_numerics(quantized_flux: FluxTransformer2
         )
         < 0.2
     )
+    flux = convert_checkpoint(
+        source, tmp_path / "flux.safetensors", "comfyui-flux", numerics="w4a4", show_progress=False
+    )
+    assert "single_blocks.0.linear1.weight" in read_tensors(flux.path)[0]
+    q, mlp = (
+        load_any(flux.path)[0].get_submodule(f"single_transformer_blocks.0.{n}") for n in ("attn.to_q", "proj_mlp")
+    )
+    assert torch.equal(q.smooth, mlp.smooth)
     with pytest.raises(FileExistsError, match="exists; name another place"):
         convert_checkpoint(source, dest, "comfyui", show_progress=False)
     with pytest.raises(ValueError, match="target 'gguf'"):
