@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from loragraft.kernels.layout import apply_hadamard
-from loragraft.kernels.matmul import matmul
+from loragraft.kernels.row_product import row_product
 
 SaveX = Literal["quantized", "raw"]
 Dgrad = Literal["dequantized", "int8"]
@@ -46,11 +46,11 @@ def adapter_gradients(
     """dA [r, K] and dB [N, r] in the adapter's dtypes. The rotation and smoothing of a rebuilt x act on the small dA."""
     r, K = adapter_down.shape
     g_Mr, h_Mr = g_MR[:, -r:], h_MR[:, -r:]
-    grad_up = matmul(dy_MN.T, h_Mr, out_dtype=adapter_up.dtype)
+    grad_up = row_product(h_Mr, dy_MN).T.to(adapter_up.dtype, memory_format=torch.contiguous_format)
     if x_MK is not None:
-        return matmul(g_Mr.T, x_MK, out_dtype=adapter_down.dtype), grad_up
+        return row_product(g_Mr, x_MK).to(adapter_down.dtype), grad_up
     assert codes_MK is not None
-    grad_down = matmul(g_Mr.T, codes_MK, scale_MG, out_dtype=torch.float32)[:, :K]
+    grad_down = row_product(g_Mr, codes_MK, scale_MG)[:, :K]
     grad_down = apply_hadamard(grad_down) if hadamard else grad_down
     grad_down = grad_down if smooth_K is None else grad_down * smooth_K.float()
     return grad_down.to(adapter_down.dtype, copy=True, memory_format=torch.contiguous_format), grad_up

@@ -68,6 +68,57 @@ def unpack_int4(packed_NK2: Tensor) -> Tensor:
     return torch.stack(((packed_i8 << 4) >> 4, packed_i8 >> 4), dim=-1).flatten(-2)
 
 
+def pack_tiles(codes_NK: Tensor) -> Tensor:
+    """uint8 codes 0..15 [N, Kp] -> [N, Kp/2]: in each 128 columns, the first 64 in the low nibbles, the second in the high.
+
+    One mask then gives 64 neighbouring columns in order: four codes per 32-bit operation, no interleaving.
+    Raises ValueError if Kp is not a multiple of 128 or the dtype is not uint8.
+    """
+    if codes_NK.dtype != torch.uint8 or codes_NK.shape[-1] % K_ALIGN:
+        raise ValueError(
+            f"pack_tiles: codes are {codes_NK.dtype} {tuple(codes_NK.shape)}, must be uint8 with K a multiple of {K_ALIGN}"
+        )
+    halves = codes_NK.view(codes_NK.shape[0], -1, 2, 64)
+    return (halves[:, :, 0] | (halves[:, :, 1] << 4)).flatten(1)
+
+
+def unpack_tiles(packed_NK2: Tensor) -> Tensor:
+    """uint8 [N, Kp/2] of `pack_tiles` -> uint8 codes [N, Kp] in 0..15."""
+    tiles = packed_NK2.view(packed_NK2.shape[0], -1, 64)
+    return torch.stack((tiles & 15, tiles >> 4), dim=2).flatten(1)
+
+
+def pack_words(group_scale: Tensor, group_zero: Tensor, group_size: int) -> Tensor:
+    """Integer scales s and zeros z of groups of 64 or 128, uint8 [Kp/g, N] -> int32 words [Kp/128, N].
+
+    One word per row and 128 columns, s0 | c0 << 8 | s1 << 16 | c1 << 24 with c = 128 - z s, so that code u stands for the
+    byte u s + c with its sign bit flipped. Raises ValueError where z s > 128: c would leave its byte.
+    """
+    scale, zero = group_scale.to(torch.int32), group_zero.to(torch.int32)
+    offset = 128 - zero * scale
+    if offset.numel() and not offset.is_meta and int(offset.min()) < 0:
+        raise ValueError(f"pack_words: zero * scale reaches {128 - int(offset.min())}, must not exceed 128")
+    if group_size == K_ALIGN:
+        scale, offset = scale.repeat_interleave(2, dim=0), offset.repeat_interleave(2, dim=0)
+    return scale[0::2] | (offset[0::2] << 8) | (scale[1::2] << 16) | (offset[1::2] << 24)
+
+
+def unpack_words(words: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """int32 [Kp/128, N] of `pack_words` -> integer scales and zeros, uint8 [Kp/g, N]."""
+    scale, offset = word_bytes(words)
+    zero = (128 - offset) // scale.clamp(min=1)  # meta tensors and garbage may hold a zero scale
+    if group_size == K_ALIGN:
+        scale, zero = scale[0::2], zero[0::2]
+    return scale.to(torch.uint8).contiguous(), zero.to(torch.uint8).contiguous()
+
+
+def word_bytes(words: Tensor) -> tuple[Tensor, Tensor]:
+    """int32 [Kp/128, N] of `pack_words` -> scale s and offset c = 128 - z s of every 64 columns, int32 [Kp/64, N]."""
+    scale = torch.stack((words & 255, (words >> 16) & 255), dim=1).flatten(0, 1)
+    offset = torch.stack(((words >> 8) & 255, (words >> 24) & 255), dim=1).flatten(0, 1)
+    return scale, offset
+
+
 def hadamard64(dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
     """[64, 64] regular Hadamard matrix H4 x H4 x H4 / 8 (Kronecker): symmetric, orthonormal, H H = I.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from loragraft.kernels.act_quant import shift_unsigned
-from loragraft.kernels.layout import GROUP, LinearCase, apply_hadamard, padded
+from loragraft.kernels.layout import GROUP, LinearCase, apply_hadamard, pack_words, padded
 from loragraft.kernels.w4a4_linear import CASES as W4A4_CASES
 from loragraft.kernels.w4a4_linear import w4a4_linear, w4a4_reference
 from loragraft.kernels.w4a8_linear import CASES as W4A8_CASES
@@ -91,8 +91,8 @@ def _w4a8_weights(case: LinearCase, random: torch.Generator) -> Inputs:
     group_scale[:, 0], group_zero[:, 0] = 16, 8  # the ends of INT8: (u - 8) * 16 is -128 .. 112
     row_scale = (torch.rand(case.N, generator=random) + 0.5) / (40 * case.K**0.5)
     return {
-        "qweight": _packed(case, random), "row_scale": row_scale, "group_scale": group_scale, "group_zero": group_zero,
-        "smooth": _smooth(case, random), "hadamard": case.hadamard,
+        "qweight": _packed(case, random), "row_scale": row_scale,
+        "group_words": pack_words(group_scale, group_zero, case.group), "smooth": _smooth(case, random), "hadamard": case.hadamard,
     }  # fmt: skip
 
 

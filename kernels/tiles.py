@@ -3,11 +3,42 @@
 import triton
 import triton.language as tl
 
+# One 32-bit register of 8 packed codes ($1) and the word of their row ($2: s0 | c0 << 8 | s1 << 16 | c1 << 24) -> 4 INT8.
+# Low nibbles are the tile's first 64 columns with scale s0, high nibbles the second 64 with s1; c = 128 - z s. u s + c stays
+# in 0..255 for every reachable code, so one 32-bit multiply-add serves four codes, and xor 0x80 makes them signed.
+WIDEN_LOW = tl.constexpr("""
+{
+.reg .b32 codes, scale, offset;
+and.b32 codes, $1, 0x0F0F0F0F;
+prmt.b32 scale, $2, 0, 0x4440;
+prmt.b32 offset, $2, 0, 0x1111;
+mad.lo.u32 codes, codes, scale, offset;
+xor.b32 $0, codes, 0x80808080;
+}
+""")
+WIDEN_HIGH = tl.constexpr("""
+{
+.reg .b32 codes, scale, offset;
+shr.u32 codes, $1, 4;
+and.b32 codes, codes, 0x0F0F0F0F;
+prmt.b32 scale, $2, 0, 0x4442;
+prmt.b32 offset, $2, 0, 0x3333;
+mad.lo.u32 codes, codes, scale, offset;
+xor.b32 $0, codes, 0x80808080;
+}
+""")
+
 
 @triton.jit
 def round_half_even(b_x):
     """float32 -> float32 integer, ties to even, for |x| < 2^22: adding 1.5 * 2^23 leaves no fraction bits to keep."""
     return (b_x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def round_to_int8(b_x):
+    """float32 -> int8, ties to even, for |x| <= 127: the low byte of x + 1.5 * 2^23, without a conversion instruction."""
+    return (b_x + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
 
 
 @triton.jit

@@ -23,7 +23,6 @@ from loragraft.quantization.checkpoint import (
     check_block,
     check_tensor,
     empty_layer,
-    quantized_layers,
     record_base_id,
 )
 from loragraft.quantization.dialects.assembly import Progress, assemble
@@ -53,8 +52,24 @@ class LoragraftConfig(QuantizationConfigMixin):  # type: ignore[misc]  # diffuse
         return found
 
 
+class StoredLayer(nn.Module):
+    """The tensors of a quantized layer as its file has them, on the meta device until they are read."""
+
+    def __init__(self, layer: SVDQuantLinear) -> None:
+        super().__init__()
+        self._layer = (layer,)  # a tuple hides it: its own buffers may be in another order
+        for name, tensor in layer.state_dict().items():
+            self.register_buffer(name, tensor)
+
+    def finish(self) -> SVDQuantLinear:
+        """The layer, once all tensors are there."""
+        (layer,) = self._layer
+        layer.load_state_dict(dict(self.named_buffers()), strict=True, assign=True)
+        return layer
+
+
 class LoragraftQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffusers is untyped
-    """Puts empty `SVDQuantLinear` layers into the model before its weights are read, and their tensors in, unchanged.
+    """Puts a `StoredLayer` for every quantized one before the weights are read, and the finished layers after.
 
     The base id is that of the tensors as they are stored, as `load_quantized` has it.
     """
@@ -68,7 +83,7 @@ class LoragraftQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffusers
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
         for path, layer in self.quantization_config.layers.items():
-            replace_module(model, path, empty_layer(model, path, layer, None, "config.json"))
+            replace_module(model, path, StoredLayer(empty_layer(model, path, layer, None, "config.json")))
 
     def check_if_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **_: Any
@@ -88,15 +103,17 @@ class LoragraftQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffusers
         """The tensor as the file has it: `param_value` was cast to torch_dtype already. Raises CheckpointError."""
         path, name = param_name.rsplit(".", 1)
         layer, stored = named_module(model, path), state_dict[param_name]
-        assert isinstance(layer, SVDQuantLinear)  # check_if_quantized_param
         check_tensor(param_name, stored, getattr(layer, name), "checkpoint", strict=name != "bias")
         setattr(layer, name, stored.to(target_device))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
-        for path, layer in quantized_layers(model).items():
-            for name, buffer in layer.named_buffers():
-                if buffer.is_meta:
-                    raise CheckpointError(f"checkpoint: tensor '{path}.{name}' is missing")
+        for path in self.quantization_config.layers:
+            layer = named_module(model, path)
+            assert isinstance(layer, StoredLayer)  # put there before
+            absent = [name for name, buffer in layer.named_buffers() if buffer.is_meta]
+            if absent:
+                raise CheckpointError(f"checkpoint: tensor '{path}.{absent[0]}' is missing")
+            replace_module(model, path, layer.finish())
         if len(self._stored_ids) == 1:  # of a folder with several files it is the id of what was made of them
             record_base_id(model, self._stored_ids[0])
         return model.requires_grad_(False)

@@ -8,18 +8,30 @@
 | w4a4  (interchange) | signed | wscale bf16 [Kp/64, N] | INT4 per 64 channels; act_unsigned: 0..15 of x + 0.171875 |
 | w4a16 (adaLN) | unsigned | wscale, wzero bf16 [Kp/64, N] | not quantized, no smooth |
 
+This is how layers are stored and what `state_dict` holds. In memory a w4a8 layer has its codes by tiles of 128 columns and one
+word for a tile's scales and zeros instead (`layout.pack_tiles`, `pack_words`); both ways are exact.
+
 Beside them: smooth bf16 [K], lora_down bf16 [R, K], lora_up bf16 [N, R], bias [N]. Kp is K rounded up to 128. Imported
 layers may have float16 for bf16; the bias of an act_unsigned layer makes up for the shift (see `kernels/w4a4_linear.py`), and
 only its columns from `unsigned_from` on are unsigned.
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from loragraft.kernels.layout import apply_hadamard, padded
+from loragraft.kernels.layout import (
+    apply_hadamard,
+    pack_int4,
+    pack_tiles,
+    pack_words,
+    padded,
+    unpack_tiles,
+    unpack_uint4,
+    unpack_words,
+)
 from loragraft.kernels.w4a4_linear import dequantize_w4a4, w4a4_linear
 from loragraft.kernels.w4a8_linear import dequantize_w4a8, w4a8_linear
 from loragraft.kernels.w4a16_linear import dequantize_w4a16, w4a16_linear
@@ -37,8 +49,7 @@ class SVDQuantLinear(nn.Module):
 
     qweight: Tensor
     row_scale: Tensor
-    group_scale: Tensor
-    group_zero: Tensor
+    group_words: Tensor
     wscale: Tensor
     wzero: Tensor
     smooth: Tensor | None
@@ -79,8 +90,8 @@ class SVDQuantLinear(nn.Module):
         rank = tensors["lora_down"].shape[0] if "lora_down" in tensors else 0
         expected = buffer_layout(in_features, out_features, numerics, group_size, rank)
         _check_tensors(tensors, expected)
-        for name in expected:
-            self.register_buffer(name, tensors[name])
+        for name, tensor in self._in_memory({name: tensors[name] for name in expected}).items():
+            self.register_buffer(name, tensor)
         self.register_buffer("bias", tensors.get("bias"))
         if numerics == "w4a16":
             self.smooth = None
@@ -156,7 +167,7 @@ class SVDQuantLinear(nn.Module):
         smooth, down, up, bias = self.smooth, self.lora_down, self.lora_up, self.bias
         if self.numerics == "w4a8":
             return w4a8_linear(
-                x, self.qweight, self.row_scale, self.group_scale, self.group_zero, smooth, down, up, bias,
+                x, self.qweight, self.row_scale, self.group_words, smooth, down, up, bias,
                 hadamard=self.hadamard, adapter_down=adapter_down, adapter_up=adapter_up,
                 save_x=self.save_x, dgrad=self.dgrad,
             )  # fmt: skip
@@ -184,7 +195,7 @@ class SVDQuantLinear(nn.Module):
     def dequantized_codes(self, dtype: torch.dtype) -> Tensor:
         """The residual [N, Kp] that the codes stand for, still smoothed and rotated; columns from K on are padding."""
         if self.numerics == "w4a8":
-            return dequantize_w4a8(self.qweight, self.row_scale, self.group_scale, self.group_zero, dtype)
+            return dequantize_w4a8(self.qweight, self.row_scale, self.group_words, dtype)
         if self.numerics == "w4a4":
             return dequantize_w4a4(self.qweight, self.wscale, dtype)
         return dequantize_w4a16(self.qweight, self.wscale, self.wzero, dtype)
@@ -201,6 +212,28 @@ class SVDQuantLinear(nn.Module):
         if lora_down.dtype != lora_up.dtype or not lora_down.is_floating_point():
             raise ValueError(f"branch dtypes {lora_down.dtype}, {lora_up.dtype}: expected one floating-point dtype")
         self.lora_down, self.lora_up = lora_down.contiguous(), lora_up.contiguous()
+
+    def _in_memory(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Stored tensors -> buffers."""
+        if self.numerics != "w4a8":
+            return stored
+        codes, scale, zero = (stored.pop(name) for name in ("qweight", "group_scale", "group_zero"))
+        words = pack_words(scale, zero, self.group_size)
+        return {"qweight": pack_tiles(unpack_uint4(codes)), "group_words": words, **stored}
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.numerics == "w4a8":
+            destination[f"{prefix}qweight"] = pack_int4(unpack_tiles(self.qweight))
+            scale, zero = unpack_words(destination.pop(f"{prefix}group_words"), self.group_size)
+            destination[f"{prefix}group_scale"], destination[f"{prefix}group_zero"] = scale, zero
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        names = [f"{prefix}{name}" for name in ("qweight", "group_scale", "group_zero")]
+        if self.numerics == "w4a8" and all(name in state_dict for name in names):
+            stored = {name.removeprefix(prefix): state_dict.pop(name) for name in names}
+            state_dict.update({f"{prefix}{name}": tensor for name, tensor in self._in_memory(stored).items()})
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SVDQuantLinear":
         """`nn.Module.to` and its kin end here: keep the device of fn's result, never its dtype."""

@@ -190,17 +190,16 @@ def test_opcheck(op, rank, device):
     x, *rest = positional(op, inputs)
     torch.library.opcheck(getattr(torch.ops.loragraft, f"{op.name}_linear").default, (x, *rest))
     dy = torch.randn(7, 40, device=device)
-    g, down = torch.randn(7, 16, device=device), inputs["lora_down"]
-    weights = [
-        v for k, v in inputs.items() if k in ("qweight", "row_scale", "group_scale", "group_zero", "wscale", "wzero")
-    ]
+    weights = [v for k, v in inputs.items() if k in ("qweight", "row_scale", "group_words", "wscale", "wzero")]
     last = {"w4a8": (inputs.get("smooth"), False, True), "w4a4": (inputs.get("smooth"), False), "w4a16": ()}[op.name]
-    torch.library.opcheck(getattr(torch.ops.loragraft, f"{op.name}_dx").default, (dy, g, down, *weights, *last))
+    name, left = ("dgrad", inputs["lora_up"]) if op.name == "w4a8" else ("dx", torch.randn(7, 16, device=device))
+    gradient = getattr(torch.ops.loragraft, f"{op.name}_{name}").default
+    torch.library.opcheck(gradient, (dy, left, inputs["lora_down"], *weights, *last))
 
 
 def positional(op, inputs):
     names = {
-        "w4a8": ("qweight", "row_scale", "group_scale", "group_zero", "smooth"),
+        "w4a8": ("qweight", "row_scale", "group_words", "smooth"),
         "w4a4": ("qweight", "wscale", "smooth"),
         "w4a16": ("qweight", "wscale", "wzero"),
     }[op.name]

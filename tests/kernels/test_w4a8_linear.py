@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from loragraft.kernels.layout import LinearCase, pack_int4, relative_rms
+from loragraft.kernels.layout import LinearCase, pack_tiles, pack_words, relative_rms
 from loragraft.kernels.registry import OPS, cast
 from loragraft.kernels.w4a8_linear import dequantize_w4a8, w4a8_linear, weight_int8
 
@@ -20,9 +20,10 @@ def test_one_output_by_hand(device):
     """K = 128, x = 1 everywhere: a = 1 / 127, codes 127; y = a s_n 127 sum_k (u - z) s = s_n (128 u s - 64 (z0 s0 + z1 s1))."""
     u = torch.full((1, 128), 3, dtype=torch.uint8)
     scale, zero = torch.tensor([[2], [16]], dtype=torch.uint8), torch.tensor([[5], [8]], dtype=torch.uint8)
-    assert weight_int8(pack_int4(u), scale, zero).unique().tolist() == [-80, -4]
+    words = pack_words(scale, zero, 64)
+    assert weight_int8(pack_tiles(u), words).unique().tolist() == [-80, -4]
     empty = {"lora_down": torch.zeros(0, 128, device=device), "lora_up": torch.zeros(1, 0, device=device)}
-    weights = {"qweight": pack_int4(u), "row_scale": torch.tensor([0.5]), "group_scale": scale, "group_zero": zero}
+    weights = {"qweight": pack_tiles(u), "row_scale": torch.tensor([0.5]), "group_words": words}
     weights = {name: tensor.to(device) for name, tensor in weights.items()}
     y = w4a8_linear(torch.ones(1, 128, device=device), **weights, **empty, smooth=None, bias=None, hadamard=False)
     assert y.item() == pytest.approx(0.5 * 64 * (-80 - 4), rel=1e-6)
@@ -31,22 +32,22 @@ def test_one_output_by_hand(device):
 def test_the_ends_of_int8(device):
     """(u - z) s reaches -128 and 112 without wrapping, and a whole row of them sums exactly."""
     inputs = cast(W4A8.inputs(LinearCase(7, 40, 128)), torch.float32, device)
-    weight = weight_int8(inputs["qweight"], inputs["group_scale"], inputs["group_zero"])
+    weight = weight_int8(inputs["qweight"], inputs["group_words"])
     assert weight[0].min() == -128
     assert weight[0].max() == 112
-    dense = dequantize_w4a8(inputs["qweight"], inputs["row_scale"], inputs["group_scale"], inputs["group_zero"])
+    dense = dequantize_w4a8(inputs["qweight"], inputs["row_scale"], inputs["group_words"])
     assert torch.equal(dense, weight.float() * inputs["row_scale"][:, None])
 
 
 @pytest.mark.parametrize("hadamard", [False, True])
 @pytest.mark.parametrize("group", [64, 128])
 @pytest.mark.usefixtures("poison")
-def test_int8_dgrad_is_close_and_touches_dx_alone(hadamard, group, device, dtype):
+def test_int8_dgrad_is_close_and_touches_dx_alone(hadamard, group, device, dtype, tolerance):
     case = LinearCase(17, 96, 192 if group == 64 else 256, hadamard=hadamard, group=group)
     inputs = cast(W4A8.inputs(case), dtype, device)
     dy = torch.randn(17, 96, generator=torch.Generator().manual_seed(4)).to(device, dtype)
     exact, int8 = gradients(inputs, dy, dgrad="dequantized"), gradients(inputs, dy, dgrad="int8")
-    assert torch.equal(exact["adapter_down"], int8["adapter_down"])
+    assert relative_rms(int8["adapter_down"], exact["adapter_down"]) < tolerance  # dy B, summed in another order
     assert torch.equal(exact["adapter_up"], int8["adapter_up"])
     assert 1e-3 < relative_rms(int8["x"], exact["x"]) < 1.5e-2  # 0.3-0.8 % seen
 
@@ -75,8 +76,8 @@ def test_unknown_modes_and_group_sizes_are_refused():
     for wrong, message in (
         ({"save_x": "int8"}, "save_x"),
         ({"dgrad": "fp8"}, "dgrad"),
-        ({"group_scale": inputs["group_scale"][:3]}, "group_scale"),
-        ({"group_scale": inputs["group_scale"][:2]}, "one shape"),
+        ({"group_words": inputs["group_words"][:1]}, "group_words"),
+        ({"row_scale": inputs["row_scale"][:3]}, "row_scale"),
         ({"x": inputs["x"][:, :200], "hadamard": True}, "K % 64"),
     ):
         with pytest.raises(ValueError, match=message):

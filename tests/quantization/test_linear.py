@@ -83,7 +83,7 @@ def test_branch_can_be_exchanged(outlier_layer: OutlierLayer) -> None:
 
 
 def test_wrong_tensors_are_named(outlier_layer: OutlierLayer) -> None:
-    tensors = dict(_layer(outlier_layer, "w4a8").named_buffers())
+    tensors = dict(_layer(outlier_layer, "w4a8").state_dict())
     with pytest.raises(ValueError, match=r"missing \['row_scale'\]"):
         SVDQuantLinear(256, 192, "w4a8", {k: v for k, v in tensors.items() if k != "row_scale"})
     with pytest.raises(ValueError, match=r"not expected \['wscale'\]"):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from loragraft.kernels.layout import pack_int4, relative_rms
+from loragraft.kernels.layout import pack_int4, pack_tiles, pack_words, relative_rms
 from loragraft.kernels.w4a4_linear import dequantize_w4a4
 from loragraft.kernels.w4a8_linear import dequantize_w4a8
 from loragraft.kernels.w4a16_linear import dequantize_w4a16
@@ -44,8 +44,9 @@ def test_progressive_codes_stay_inside_int8(kind: str, group: int, seed: int) ->
 def test_dense_is_what_the_kernels_multiply_with(K: int) -> None:
     weight = _weights(0, "normal", K=K)
     native, symmetric, affine = round_progressive(weight, 64), round_symmetric(weight, 64), round_affine(weight, 64)
+    words = pack_words(native.scales["group_scale"], native.scales["group_zero"], 64)
     by_kernel = (
-        dequantize_w4a8(pack_int4(native.codes_NK), **native.scales),
+        dequantize_w4a8(pack_tiles(native.codes_NK), native.scales["row_scale"], words),
         dequantize_w4a4(pack_int4(symmetric.codes_NK), **symmetric.scales),
         dequantize_w4a16(pack_int4(affine.codes_NK), **affine.scales),
     )

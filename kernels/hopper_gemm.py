@@ -1,0 +1,236 @@
+"""INT8 matrix product for Hopper (sm_90), warp-specialized, in Gluon: loads, widening and epilogues overlap.
+
+    y_mn = a_m s_n sum_k x_mk w_nk  +  sum_r h_mr u_nr  +  bias_n
+
+x INT8; w either packed UINT4 with one 32-bit word of scales and offsets per row and 128 columns (see layout.pack_tiles), or
+INT8 as it lies. Tiles are computed as Y^T = W X^T: the weight is the tensor core's A operand, which may come from registers,
+so widened codes are never written anywhere. One warp keeps STAGES tiles of 128 columns in flight (TMA); two warpgroups, WN
+weight rows each, share every tile of x. They run out of step, so one widens or finishes a tile while the other multiplies.
+The low-rank branch is one more step through the same stages, after the sums were scaled in place; ranks beyond R read as 0.
+Programs are persistent. INT32 sums are exact, so results do not depend on the schedule.
+"""
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from loragraft.kernels.layout import on_device
+from loragraft.kernels.tiles import WIDEN_HIGH, WIDEN_LOW
+
+SHARED_BYTES = 232448 - 1024  # of one SM, less barriers
+STEP_RANKS = 64  # ranks of one branch step: 128 bytes, as the INT8 columns of a step
+
+
+@gluon.jit
+def _tile(pid, M, N, BM: gl.constexpr, BN: gl.constexpr, GROUP_M: gl.constexpr):
+    """Tile numbers of a program: GROUP_M tiles of tokens share each strip of weights, for the L2 cache."""
+    tiles_m, tiles_n = gl.cdiv(M, BM), gl.cdiv(N, BN)
+    group = pid // (GROUP_M * tiles_n)
+    first = group * GROUP_M
+    size = gl.minimum(tiles_m - first, GROUP_M)
+    inside = pid % (GROUP_M * tiles_n)
+    return first + inside % size, inside // size
+
+
+@gluon.jit
+def _load_stage(desc, row, column, barrier, buffers, slot):
+    """One 128-byte-wide tile as two 64-byte-wide boxes."""
+    tma.async_copy_global_to_shared(desc, [row, column], barrier, buffers.index(slot))
+    tma.async_copy_global_to_shared(desc, [row, column + 64], barrier, buffers.index(slot + 1))
+
+
+@gluon.jit
+def _produce(
+    x_desc, w_desc, h_desc, full, empty, xs, ws, M, N, steps,
+    PACKED: gl.constexpr, RANK_STEPS: gl.constexpr, BM: gl.constexpr, WN: gl.constexpr, GROUP_M: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    stage, phase = 0, 1
+    W_BYTES: gl.constexpr = 64 if PACKED else 128
+    for tile in range(gl.program_id(0), gl.cdiv(M, BM) * gl.cdiv(N, 2 * WN), gl.num_programs(0)):
+        t_m, t_n = _tile(tile, M, N, BM, 2 * WN, GROUP_M)
+        for k in range(steps):
+            mbarrier.wait(empty.index(stage), phase)
+            barrier = full.index(stage)
+            mbarrier.expect(barrier, BM * 128 + 2 * WN * W_BYTES)
+            _load_stage(x_desc, t_m * BM, k * 128, barrier, xs, 2 * stage)
+            for group in gl.static_range(2):
+                row = (2 * t_n + group) * WN
+                if PACKED:
+                    tma.async_copy_global_to_shared(w_desc, [row, k * 64], barrier, ws.index(2 * stage + group))
+                else:
+                    _load_stage(w_desc, row, k * 128, barrier, ws, 4 * stage + 2 * group)
+            stage += 1
+            if stage == STAGES:
+                stage, phase = 0, phase ^ 1
+        for step in gl.static_range(RANK_STEPS):
+            mbarrier.wait(empty.index(stage), phase)
+            mbarrier.expect(full.index(stage), BM * 128)
+            _load_stage(h_desc, t_m * BM, step * 128, full.index(stage), xs, 2 * stage)
+            stage += 1
+            if stage == STAGES:
+                stage, phase = 0, phase ^ 1
+
+
+@gluon.jit
+def _widen(b_w, word, HALF: gl.constexpr):
+    """INT8 codes of the low or the high nibbles; the four words of pack=4 are one row's, hence equal."""
+    b_word = word[:, None].broadcast_to(b_w.shape)
+    return gl.inline_asm_elementwise(HALF, "=r,r,r,r,r,r", [b_w, b_word], dtype=gl.int8, is_pure=True, pack=4)
+
+
+@gluon.jit
+def _consume(
+    GROUP: gl.constexpr, p_a, p_words, p_s, p_up, p_bias, y_desc, full, empty, xs, ws, ys, M, N, R, s_un, s_ur, steps,
+    PACKED: gl.constexpr, RANK_STEPS: gl.constexpr, BM: gl.constexpr, WN: gl.constexpr, GROUP_M: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    INT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
+    FLOAT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
+    A_INT: gl.constexpr = gl.DotOperandLayout(0, INT, 4)
+    A_FLOAT: gl.constexpr = gl.DotOperandLayout(0, FLOAT, 2)
+    HALF: gl.constexpr = gl.NVMMASharedLayout(64, 16)
+    o_word = gl.arange(0, WN, layout=gl.SliceLayout(1, A_INT))
+    o_n = gl.arange(0, WN, layout=gl.SliceLayout(1, FLOAT))
+    o_m = gl.arange(0, BM, layout=gl.SliceLayout(0, FLOAT))
+    o_up = gl.arange(0, WN, layout=gl.SliceLayout(1, A_FLOAT))
+    o_r = gl.arange(0, 32, layout=gl.SliceLayout(0, A_FLOAT))
+    stage, phase = 0, 0
+    for tile in range(gl.program_id(0), gl.cdiv(M, BM) * gl.cdiv(N, 2 * WN), gl.num_programs(0)):
+        t_m, t_n = _tile(tile, M, N, BM, 2 * WN, GROUP_M)
+        first = (2 * t_n + GROUP) * WN
+        acc = gl.zeros([WN, BM], gl.int32, layout=INT)
+        p_word = p_words
+        if PACKED:
+            p_word += gl.minimum(first + o_word, N - 1)  # rows beyond N repeat a valid one and are not stored
+            word = gl.load(p_word)
+        for k in range(steps):
+            mbarrier.wait(full.index(stage), phase)
+            x_low = xs.index(2 * stage).permute((1, 0))
+            x_high = xs.index(2 * stage + 1).permute((1, 0))
+            if PACKED:
+                b_w = ws.index(2 * stage + GROUP).load(A_INT)
+                acc = warpgroup_mma(_widen(b_w, word, WIDEN_LOW), x_low, acc, is_async=True)
+                acc = warpgroup_mma(_widen(b_w, word, WIDEN_HIGH), x_high, acc, is_async=True)
+                p_word += N
+                word = gl.load(p_word, mask=o_word < (steps - 1 - k) * WN, other=0)  # nothing after the last step
+            else:
+                acc = warpgroup_mma(ws.index(4 * stage + 2 * GROUP), x_low, acc, is_async=True)
+                acc = warpgroup_mma(ws.index(4 * stage + 2 * GROUP + 1), x_high, acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+            mbarrier.arrive(empty.index(stage))
+            stage += 1
+            if stage == STAGES:
+                stage, phase = 0, phase ^ 1
+        r_n = gl.minimum(first + o_n, N - 1)
+        b_y = gl.convert_layout(acc.to(gl.float32), FLOAT)
+        b_y *= gl.load(p_s + r_n).to(gl.float32)[:, None] * gl.load(p_a + gl.minimum(t_m * BM + o_m, M - 1))[None, :]
+        for step in gl.static_range(RANK_STEPS):
+            p_u = p_up + gl.minimum(first + o_up, N - 1)[:, None] * s_un
+            o_low, o_high = step * 64 + o_r, step * 64 + 32 + o_r
+            up_low = gl.load(p_u + o_low[None, :] * s_ur, mask=(o_low < R)[None, :], other=0.0)
+            up_high = gl.load(p_u + o_high[None, :] * s_ur, mask=(o_high < R)[None, :], other=0.0)
+            mbarrier.wait(full.index(stage), phase)
+            h_low = xs.index(2 * stage)._reinterpret(p_up.dtype.element_ty, [BM, 32], HALF)
+            h_high = xs.index(2 * stage + 1)._reinterpret(p_up.dtype.element_ty, [BM, 32], HALF)
+            b_y = warpgroup_mma(up_low, h_low.permute((1, 0)), b_y, is_async=True)
+            b_y = warpgroup_mma(up_high, h_high.permute((1, 0)), b_y, is_async=True)
+            b_y = warpgroup_mma_wait(0, deps=(b_y,))
+            mbarrier.arrive(empty.index(stage))
+            stage += 1
+            if stage == STAGES:
+                stage, phase = 0, phase ^ 1
+        if p_bias is not None:
+            b_y += gl.load(p_bias + r_n).to(gl.float32)[:, None]
+        tma.store_wait(0)  # the tile before has left ys
+        gl.thread_barrier()
+        ys.store(b_y.to(ys.dtype))
+        fence_async_shared()
+        gl.thread_barrier()
+        tma.async_copy_shared_to_global(y_desc, [t_m * BM, first], ys.permute((1, 0)))
+    tma.store_wait(0)
+
+
+@gluon.jit
+def hopper_gemm_kernel(
+    x_desc, w_desc, h_desc, y_desc, p_a, p_words, p_s, p_up, p_bias, M, N, R, s_un, s_ur, steps,
+    PACKED: gl.constexpr, RANK_STEPS: gl.constexpr, BM: gl.constexpr, WN: gl.constexpr, GROUP_M: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    TRANSPOSED: gl.constexpr = gl.NVMMASharedLayout(128, 16, transposed=True)
+    BOXES: gl.constexpr = 2 if PACKED else 4
+    xs = gl.allocate_shared_memory(gl.int8, [2 * STAGES, BM, 64], x_desc.layout)
+    ws = gl.allocate_shared_memory(gl.int8, [BOXES * STAGES, WN, 64], w_desc.layout)
+    ys = gl.allocate_shared_memory(y_desc.dtype, [2, WN, BM], TRANSPOSED)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=2)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (_consume, (0, p_a, p_words, p_s, p_up, p_bias, y_desc, full, empty, xs, ws, ys.index(0), M, N, R, s_un, s_ur,
+                        steps, PACKED, RANK_STEPS, BM, WN, GROUP_M, STAGES)),
+            (_consume, (1, p_a, p_words, p_s, p_up, p_bias, y_desc, full, empty, xs, ws, ys.index(1), M, N, R, s_un, s_ur,
+                        steps, PACKED, RANK_STEPS, BM, WN, GROUP_M, STAGES)),
+            (_produce, (x_desc, w_desc, h_desc, full, empty, xs, ws, M, N, steps, PACKED, RANK_STEPS, BM, WN, GROUP_M,
+                        STAGES)),
+        ],
+        [4, 1],
+        [232, 40],
+    )  # fmt: skip
+
+
+def hopper_runs(x_MK: Tensor, y_dtype: torch.dtype, N: int) -> bool:
+    """Whether this kernel takes the product: an sm_90 device, a 16-bit result, rows of y that TMA can store."""
+    return (
+        x_MK.is_cuda
+        and torch.cuda.get_device_capability(x_MK.device) == (9, 0)
+        and y_dtype in (torch.bfloat16, torch.float16)
+        and N % 8 == 0
+    )
+
+
+def hopper_gemm(
+    x_MK: Tensor, a_M1: Tensor, weight: Tensor, words: Tensor | None, s_N: Tensor, h_MR: Tensor, up_NR: Tensor,
+    bias: Tensor | None, config: dict[str, int] | None = None,
+) -> Tensor:  # fmt: skip
+    """y [M, N] in h's dtype; x int8 [M, Kp], weight uint8 [N, Kp/2] with its words, or int8 [N, Kp] without.
+
+    h [M, R] with rows of a multiple of 16 bytes (strided views are fine), up [N, R] of any strides.
+    """
+    (M, KP), (N, R) = x_MK.shape, up_NR.shape
+    config = config or hopper_config(M, N, KP)
+    BM, WN, packed = config["BM"], config["WN"], words is not None
+    stages = (SHARED_BYTES - 4 * WN * BM) // (BM * 128 + 2 * WN * (64 if packed else 128))
+    y_MN = h_MR.new_empty((M, N))
+    box = gl.NVMMASharedLayout(64, 8)
+    x_desc = TensorDescriptor.from_tensor(x_MK, [BM, 64], box)
+    w_desc = TensorDescriptor.from_tensor(weight.view(torch.int8), [WN, 64], box)
+    h_desc = TensorDescriptor.from_tensor(h_MR.view(torch.int8), [BM, 64], box) if R else x_desc
+    y_desc = TensorDescriptor.from_tensor(y_MN, [BM, WN], gl.NVMMASharedLayout(128, 16))
+    tiles = triton.cdiv(M, BM) * triton.cdiv(N, 2 * WN)
+    programs = torch.cuda.get_device_properties(x_MK.device).multi_processor_count
+    with on_device(x_MK):
+        hopper_gemm_kernel[(min(tiles, programs),)](
+            x_desc, w_desc, h_desc, y_desc, a_M1, words, s_N, up_NR, bias, M, N, R, *up_NR.stride(), KP // 128,
+            PACKED=packed, RANK_STEPS=triton.cdiv(R, STEP_RANKS), BM=BM, WN=WN, GROUP_M=config["GROUP_M"], STAGES=stages,
+            num_warps=4,
+        )  # fmt: skip
+    return y_MN
+
+
+def hopper_config(M: int, N: int, KP: int) -> dict[str, int]:
+    """Tile sizes for a shape: large tiles need enough tokens to fill the card."""
+    return {"BM": 256, "WN": 64, "GROUP_M": 8} if M > 1024 else {"BM": 128, "WN": 64, "GROUP_M": 8}

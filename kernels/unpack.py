@@ -1,0 +1,93 @@
+"""Four-bit weights as the backward pass reads them: transient matrices, written by one kernel and gone after one product.
+
+* `transposed_int8`: I^T [Kp, Np] of a W4A8 weight. 8-bit tensor cores sum along the last axis of both operands only, so
+  dy I needs the weight with its output features last.
+* `effective_weight`: W_eff = (deq(q) H) / smooth + U D [N, K] in 16 or 32 bits, what a layer multiplies with when nothing
+  rounds its input. dx = dy W_eff is then one matrix product of the library, branch included.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from loragraft.kernels.layout import on_device, padded
+from loragraft.kernels.tiles import hadamard_tile, load_nibbles
+
+
+@triton.jit
+def _load_tile_int8(p_q, p_words, o_n, tile, half, N, KP):
+    """I [BN, 64] int32 of columns 128 tile + 64 half ..: nibble `half` of each byte, scale and offset from the word."""
+    p_tile = p_q + o_n.to(tl.int64)[:, None] * (KP // 2) + tile * 64 + tl.arange(0, 64)[None, :]
+    b_byte = tl.load(p_tile, mask=(o_n < N)[:, None], other=0).to(tl.int32)
+    b_word = tl.load(p_words + tile * N + o_n, mask=o_n < N, other=0x80008000 - 0x100000000) >> (16 * half)
+    b_scale, b_offset = b_word & 255, (b_word >> 8) & 255
+    return ((b_byte >> (4 * half)) & 15) * b_scale[:, None] + b_offset[:, None] - 128
+
+
+@triton.jit
+def transposed_int8_kernel(p_q, p_words, p_out, N, NP, KP, BN: tl.constexpr):
+    o_n = tl.program_id(0) * BN + tl.arange(0, BN)
+    for half in tl.static_range(2):
+        b_w = _load_tile_int8(p_q, p_words, o_n, tl.program_id(1), half, N, KP)
+        o_k = tl.program_id(1) * 128 + half * 64 + tl.arange(0, 64)
+        p_tile = p_out + o_k.to(tl.int64)[:, None] * NP + o_n[None, :]
+        tl.store(p_tile, tl.trans(b_w).to(tl.int8), mask=(o_n < NP)[None, :])
+
+
+@triton.jit
+def effective_weight_kernel(
+    p_q, p_words, p_scale, p_smooth, p_up, p_down, p_out, N, K, KP, R, s_un, s_ur, s_dr,
+    W4A8: tl.constexpr, HADAMARD: tl.constexpr, HAS_SMOOTH: tl.constexpr, PRECISION: tl.constexpr,
+    BN: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """Rows of BN, one group of 64 columns. p_scale: row scales [N] of W4A8, group scales [Kp/64, N] of W4A4."""
+    o_n, group = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1)
+    o_k = group * 64 + tl.arange(0, 64)
+    if W4A8:
+        b_codes = _load_tile_int8(p_q, p_words, o_n, group // 2, group % 2, N, KP)
+        b_scale = tl.load(p_scale + o_n, mask=o_n < N, other=0.0)
+    else:
+        b_codes = (load_nibbles(p_q, o_n, group * 64, N, KP, 64) ^ 8) - 8
+        b_scale = tl.load(p_scale + group * N + o_n, mask=o_n < N, other=0.0).to(tl.float32)
+    b_w = b_codes.to(tl.float32) * b_scale[:, None]
+    if HADAMARD:
+        b_w = tl.dot(b_w, hadamard_tile(), input_precision=PRECISION)
+    if HAS_SMOOTH:
+        b_w *= (1.0 / tl.load(p_smooth + o_k, mask=o_k < K, other=1.0).to(tl.float32))[None, :]
+    o_r = tl.arange(0, BR)
+    for r in range(0, R, BR):
+        m_r = r + o_r < R
+        p_u = p_up + o_n[:, None] * s_un + (r + o_r)[None, :] * s_ur
+        b_up = tl.load(p_u, mask=(o_n < N)[:, None] & m_r[None, :], other=0.0)
+        p_d = p_down + (r + o_r)[:, None] * s_dr + o_k[None, :]
+        b_down = tl.load(p_d, mask=m_r[:, None] & (o_k < K)[None, :], other=0.0)
+        b_w = tl.dot(b_up, b_down, b_w, input_precision="ieee")
+    p_tile = p_out + o_n.to(tl.int64)[:, None] * K + o_k[None, :]
+    tl.store(p_tile, b_w.to(p_out.dtype.element_ty), mask=(o_n < N)[:, None] & (o_k < K)[None, :])
+
+
+def transposed_int8(qweight: Tensor, words: Tensor) -> Tensor:
+    """I^T int8 [Kp, Np], Np = N padded to 128 with zeros."""
+    N, KP = qweight.shape[0], 2 * qweight.shape[1]
+    NP = padded(N)
+    out = qweight.new_empty((KP, NP), dtype=torch.int8)
+    with on_device(qweight):
+        transposed_int8_kernel[(triton.cdiv(NP, 64), KP // 128)](qweight, words, out, N, NP, KP, BN=64)
+    return out
+
+
+def effective_weight(
+    qweight: Tensor, words: Tensor | None, scale: Tensor, smooth: Tensor | None, hadamard: bool, up_NR: Tensor, down_RK: Tensor
+) -> Tensor:  # fmt: skip
+    """W_eff [N, K] in the dtype of the branch. W4A8 with its words and row scales [N], W4A4 with group scales [Kp/64, N]."""
+    (N, R), K = up_NR.shape, down_RK.shape[1]
+    KP = 2 * qweight.shape[1]
+    out = up_NR.new_empty((N, K))
+    with on_device(qweight):
+        effective_weight_kernel[(triton.cdiv(N, 64), triton.cdiv(K, 64))](
+            qweight, words, scale, smooth, up_NR, down_RK, out, N, K, KP, R, *up_NR.stride(), down_RK.stride(0),
+            W4A8=words is not None, HADAMARD=hadamard, HAS_SMOOTH=smooth is not None,
+            PRECISION="ieee" if out.dtype == torch.float32 else "tf32", BN=64, BR=16,
+        )  # fmt: skip
+    return out
