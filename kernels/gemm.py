@@ -17,6 +17,7 @@ from torch import Tensor
 from loragraft.kernels.layout import on_device
 from loragraft.kernels.tiles import WIDEN_HIGH, WIDEN_LOW, hadamard_tile
 
+
 @triton.jit
 def _tile(pid, M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP_M: tl.constexpr):
     """Tile numbers of a program: GROUP_M tiles of tokens share each strip of weights, for the L2 cache."""

@@ -28,9 +28,12 @@ class LinearCase:
     bias: bool = True
     hadamard: bool = False
     group: int = GROUP
+    unsigned: bool = False
+    unsigned_from: int = 0
 
     def __str__(self) -> str:
         flags = ("-bias" if self.bias else "") + ("-hadamard" if self.hadamard else "")
+        flags += (f"-unsigned{self.unsigned_from or ''}") if self.unsigned else ""
         return f"{self.M}x{self.N}x{self.K}-R{self.R}-r{self.r}-g{self.group}{flags}"
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from loragraft.kernels.act_quant import shift_unsigned
 from loragraft.kernels.layout import GROUP, LinearCase, apply_hadamard, pack_words, padded
 from loragraft.kernels.w4a4_linear import CASES as W4A4_CASES
 from loragraft.kernels.w4a4_linear import w4a4_linear, w4a4_reference
@@ -18,7 +19,7 @@ from loragraft.kernels.w4a8_linear import w4a8_linear, w4a8_reference
 from loragraft.kernels.w4a16_linear import CASES as W4A16_CASES
 from loragraft.kernels.w4a16_linear import w4a16_linear, w4a16_reference
 
-Inputs = dict[str, Tensor | bool | None]
+Inputs = dict[str, Tensor | bool | int | None]
 SIXTEEN_BIT = ("x", "smooth", "lora_down", "lora_up", "bias", "adapter_down", "adapter_up")  # what `cast` casts
 
 
@@ -57,17 +58,22 @@ def cast(inputs: Inputs, dtype: torch.dtype, device: torch.device | str) -> Inpu
     return moved
 
 
-def _on_grid(case: LinearCase, smooth: Tensor | bool | None, bits: int, random: torch.Generator) -> Tensor:
+def _on_grid(case: LinearCase, smooth: Tensor | bool | int | None, bits: int, random: torch.Generator) -> Tensor:
     """x [M, K] whose x' has codes in every row (8 bits) or group (4 bits) up to the largest, none near a tie."""
     K, levels = case.K, 7 if bits == 4 else 127
     width = GROUP if bits == 4 else K
-    codes = (torch.randn(case.M, K, generator=random) * levels / 3).round().clamp(-levels, levels)
-    steps = codes + (torch.rand(case.M, K, generator=random) - 0.5) * 0.6 * (codes.abs() < levels)
-    steps[:, ::width] = levels
-    grid = (2.0 ** torch.randint(-3, 3, (case.M, (K + width - 1) // width), generator=random)) / levels
+    unsigned_from = case.unsigned_from if case.unsigned else K
+    levels_K = torch.full((K,), levels)
+    levels_K[unsigned_from:] = 15
+    codes = (torch.randn(case.M, K, generator=random) * levels_K / 3).round()
+    codes = codes.minimum(levels_K).maximum(-levels_K * (levels_K == levels))
+    steps = codes + (torch.rand(case.M, K, generator=random) - 0.5) * 0.6 * (codes.abs() < levels_K)
+    steps[:, ::width] = levels_K[::width].to(steps.dtype)
+    grid = 2.0 ** torch.randint(-3, 3, (case.M, (K + width - 1) // width), generator=random) / levels_K[::width]
     x = steps * grid.to(torch.bfloat16).float().repeat_interleave(width, dim=1)[:, :K]
     x = apply_hadamard(x) if case.hadamard else x
-    return x * smooth if isinstance(smooth, Tensor) else x
+    x = x * smooth if isinstance(smooth, Tensor) else x
+    return 2 * x - shift_unsigned(x, unsigned_from) if case.unsigned else x
 
 
 def _smooth(case: LinearCase, random: torch.Generator) -> Tensor:
@@ -102,6 +108,8 @@ def _w4a4_weights(case: LinearCase, random: torch.Generator) -> Inputs:
         "wscale": wscale,
         "smooth": _smooth(case, random),
         "hadamard": case.hadamard,
+        "unsigned": case.unsigned,
+        "unsigned_from": case.unsigned_from,
     }
 
 

@@ -3,7 +3,6 @@
 import triton
 import triton.language as tl
 
-
 # One 32-bit register of 8 packed codes ($1) and the word of their row ($2: s0 | c0 << 8 | s1 << 16 | c1 << 24) -> 4 INT8.
 # Low nibbles are the tile's first 64 columns with scale s0, high nibbles the second 64 with s1; c = 128 - z s. u s + c stays
 # in 0..255 for every reachable code, so one 32-bit multiply-add serves four codes, and xor 0x80 makes them signed.

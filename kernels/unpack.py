@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from loragraft.kernels.layout import on_device, padded
-from loragraft.kernels.tiles import dot_ranks, hadamard_tile, load_nibbles
+from loragraft.kernels.tiles import hadamard_tile, load_nibbles
 
 
 @triton.jit

@@ -4,7 +4,7 @@
     diffusion_pytorch_model.safetensors    diffusers' module names; per quantized layer the buffers of `SVDQuantLinear`
 
 quantization_config = {quant_method: "loragraft", version, profile, layers: {path: {numerics, group_size, hadamard,
-act_unsigned, act_shift, rank, output_error}}}. Codes are row-major, low nibble = even column; whatever order a kernel wants
+act_unsigned, act_shift, rank, output_error}}} (and act_unsigned_from, where only the later columns are unsigned). Codes are row-major, low nibble = even column; whatever order a kernel wants
 is made at load. `base_id` names the weights, not the files: sha256 over the sorted (name, dtype, shape, bytes).
 """
 
@@ -19,7 +19,8 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from loragraft.disk import replacing_folder
-from loragraft.quantization.linear import SVDQuantLinear, buffer_layout
+from loragraft.kernels.act_quant import GELU_SHIFT
+from loragraft.quantization.linear import SVDQuantLinear, buffer_layout, fits_dtype
 from loragraft.quantization.names import named_module, nearest, replace_module
 from loragraft.quantization.settings import Numerics
 from loragraft.quantization.tensor_file import CheckpointError, read_tensors, write_tensors
@@ -93,14 +94,26 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
             "numerics": layer.numerics,
             "group_size": layer.group_size,
             "hadamard": layer.hadamard,
-            "act_unsigned": False,
-            "act_shift": 0.0,
+            "act_unsigned": layer.act_unsigned,
+            "act_shift": GELU_SHIFT if layer.act_unsigned else 0.0,
+            **({"act_unsigned_from": layer.unsigned_from} if layer.unsigned_from else {}),
             "rank": layer.rank,
             "output_error": layer.output_error,
         }
         for path, layer in layers.items()
     }
     return {"quant_method": QUANT_METHOD, "version": VERSION, "profile": profile, "layers": described}
+
+
+def check_saveable(model: nn.Module, bake_grafts: bool) -> None:
+    """Raises ValueError for a model with injected adapters, or with grafts unless `bake_grafts`."""
+    if any(".base_layer." in name for name in model.state_dict()):
+        raise ValueError("the model carries an injected adapter; save that with adapters, and remove_adapter first")
+    grafted = [path for path, layer in quantized_layers(model).items() if layer.rank != layer.base_rank]
+    if grafted and not bake_grafts:
+        raise ValueError(
+            f"{len(grafted)} layer(s) carry grafts, e.g. {grafted[0]!r}; ungraft, or pass bake_grafts=True"
+        )
 
 
 def save_quantized(model: nn.Module, folder: Path | str, *, overwrite: bool = False, bake_grafts: bool = False) -> Path:
@@ -110,13 +123,7 @@ def save_quantized(model: nn.Module, folder: Path | str, *, overwrite: bool = Fa
     written base (which is then another base); FileExistsError if the folder exists and `overwrite` is false.
     """
     folder = Path(folder)
-    if any(".base_layer." in name for name in model.state_dict()):
-        raise ValueError("the model carries an injected adapter; save that with adapters, and remove_adapter first")
-    grafted = [path for path, layer in quantized_layers(model).items() if layer.rank != layer.base_rank]
-    if grafted and not bake_grafts:
-        raise ValueError(
-            f"{len(grafted)} layer(s) carry grafts, e.g. {grafted[0]!r}; ungraft, or pass bake_grafts=True"
-        )
+    check_saveable(model, bake_grafts)
     block = quantization_config(model)
     with replacing_folder(folder, overwrite=overwrite) as scratch:
         model.save_config(scratch)  # type: ignore[operator]  # diffusers' ConfigMixin
@@ -143,7 +150,7 @@ def load_quantized(folder: Path | str, model_class: type[Any], *, device: torch.
     with init_empty_weights(include_buffers=False):
         model = model_class.from_config(config)
     for path, layer in block["layers"].items():
-        replace_module(model, path, _empty_layer(model, path, layer, tensors, folder))
+        replace_module(model, path, empty_layer(model, path, layer, tensors.get(f"{path}.bias"), folder))
     _check_state(model, tensors, folder)
     model.load_state_dict(tensors, strict=True, assign=True)
     record_base_id(model, base_id(tensors))
@@ -157,7 +164,12 @@ def _read_config(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text())
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON ({error}); fetch it again") from error
-    block = config.get("quantization_config") or {}
+    check_block(config.get("quantization_config") or {}, path)
+    return dict(config)
+
+
+def check_block(block: dict[str, Any], path: Path | str) -> None:
+    """Raises CheckpointError for a quantization_config of another method or version, or with an impossible layer."""
     method, version = block.get("quant_method"), block.get("version")
     if method != QUANT_METHOD:
         raise CheckpointError(f"{path}: quant_method is {method!r}, this reader knows {QUANT_METHOD!r} only")
@@ -171,16 +183,22 @@ def _read_config(path: Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"{path}: layer {name!r} has numerics {layer['numerics']!r}; known: {get_args(Numerics)}"
             )
-        if layer["act_unsigned"] or layer["act_shift"]:
+        if layer["act_shift"] != (GELU_SHIFT if layer["act_unsigned"] else 0.0):
             raise CheckpointError(
-                f"{path}: layer {name!r} has unsigned, shifted activations, which this format's runtime lacks"
+                f"{path}: layer {name!r} has act_unsigned {layer['act_unsigned']} with act_shift {layer['act_shift']}; "
+                f"unsigned activations are shifted by {GELU_SHIFT}, signed ones by 0"
             )
-    return dict(config)
+        if layer["act_unsigned"] and (layer["numerics"] != "w4a4" or layer["hadamard"]):
+            raise CheckpointError(f"{path}: layer {name!r}: unsigned activations are for w4a4 without a rotation")
 
 
-def _empty_layer(
-    model: nn.Module, path: str, layer: dict[str, Any], tensors: dict[str, Tensor], folder: Path
+def empty_layer(
+    model: nn.Module, path: str, layer: dict[str, Any], bias: Tensor | None, folder: Path | str
 ) -> SVDQuantLinear:
+    """An empty layer as quantization_config describes it, for the linear of `model` at `path`; the bias has `bias`' dtype.
+
+    Raises CheckpointError naming the nearest layers if there is none, or if the description does not fit it.
+    """
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if path not in linears:
         raise CheckpointError(
@@ -188,18 +206,22 @@ def _empty_layer(
         )
     linear = named_module(model, path)
     assert isinstance(linear, nn.Linear)
-    bias = tensors.get(f"{path}.bias")
-    return SVDQuantLinear.empty(
-        linear.in_features,
-        linear.out_features,
-        layer["numerics"],
-        rank=layer["rank"],
-        bias=linear.bias is not None,
-        group_size=layer["group_size"],
-        hadamard=layer["hadamard"],
-        output_error=layer.get("output_error"),
-        bias_dtype=bias.dtype if bias is not None and bias.is_floating_point() else torch.bfloat16,
-    )
+    try:
+        return SVDQuantLinear.empty(
+            linear.in_features,
+            linear.out_features,
+            layer["numerics"],
+            rank=layer["rank"],
+            bias=linear.bias is not None,
+            group_size=layer["group_size"],
+            hadamard=layer["hadamard"],
+            act_unsigned=layer["act_unsigned"],
+            unsigned_from=layer.get("act_unsigned_from", 0),
+            output_error=layer.get("output_error"),
+            bias_dtype=bias.dtype if bias is not None and bias.is_floating_point() else torch.bfloat16,
+        )
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: layer {path!r}: {error}") from error
 
 
 def _check_state(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
@@ -211,21 +233,25 @@ def _check_state(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> 
         raise CheckpointError(f"{folder}: {len(foreign)} tensor(s) belong to no layer, the first is {foreign[0]!r}")
     strict = {f"{path}.{name}" for path, layer in quantized_layers(model).items() for name in _stored(layer)}
     for name, wanted in expected.items():
-        tensor = tensors[name]
-        if tensor.shape != wanted.shape:
-            raise CheckpointError(
-                f"{folder}: tensor {name!r} has shape {tuple(tensor.shape)}, expected {tuple(wanted.shape)}"
-            )
-        branch = name.endswith((".lora_down", ".lora_up")) and tensor.is_floating_point()
-        fits = tensor.dtype == wanted.dtype if name in strict and not branch else tensor.is_floating_point()
-        if not fits:
-            raise CheckpointError(f"{folder}: tensor {name!r} is {tensor.dtype}, expected {wanted.dtype}")
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{folder}: tensor {name!r} holds NaN or infinity")
-        if name.endswith(".group_scale") and name in strict and not (tensor.min() >= 1 and tensor.max() <= 15):
-            raise CheckpointError(f"{folder}: tensor {name!r} leaves the code: integer scales are 1 to 15")
-        if name.endswith(".group_zero") and name in strict and tensor.max() > 15:
-            raise CheckpointError(f"{folder}: tensor {name!r} leaves the code: zero points are 0 to 15")
+        check_tensor(name, tensors[name], wanted, folder, strict=name in strict)
+
+
+def check_tensor(name: str, tensor: Tensor, wanted: Tensor, folder: Path | str, *, strict: bool) -> None:
+    """Raises CheckpointError naming a tensor that is not like `wanted`; `strict`: it is a quantized layer's, but no bias."""
+    if tensor.shape != wanted.shape:
+        raise CheckpointError(
+            f"{folder}: tensor {name!r} has shape {tuple(tensor.shape)}, expected {tuple(wanted.shape)}"
+        )
+    leaf = name.rpartition(".")[2]
+    fits = fits_dtype(leaf, tensor.dtype, wanted.dtype) if strict else tensor.is_floating_point()
+    if not fits:
+        raise CheckpointError(f"{folder}: tensor {name!r} is {tensor.dtype}, expected {wanted.dtype}")
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        raise CheckpointError(f"{folder}: tensor {name!r} holds NaN or infinity")
+    if name.endswith(".group_scale") and strict and not (tensor.min() >= 1 and tensor.max() <= 15):
+        raise CheckpointError(f"{folder}: tensor {name!r} leaves the code: integer scales are 1 to 15")
+    if name.endswith(".group_zero") and strict and tensor.max() > 15:
+        raise CheckpointError(f"{folder}: tensor {name!r} leaves the code: zero points are 0 to 15")
 
 
 def _stored(layer: SVDQuantLinear) -> list[str]:

@@ -5,13 +5,15 @@
 | numerics | codes | scales | activations |
 |---|---|---|---|
 | w4a8  (native) | qweight u8 [N, Kp/2], unsigned | row_scale f32 [N], group_scale, group_zero u8 [Kp/g, N] | INT8 per token |
-| w4a4  (interchange) | signed | wscale bf16 [Kp/64, N] | INT4 per 64 channels |
+| w4a4  (interchange) | signed | wscale bf16 [Kp/64, N] | INT4 per 64 channels; act_unsigned: 0..15 of x + 0.171875 |
 | w4a16 (adaLN) | unsigned | wscale, wzero bf16 [Kp/64, N] | not quantized, no smooth |
 
 This is how layers are stored and what `state_dict` holds. In memory a w4a8 layer has its codes by tiles of 128 columns and one
 word for a tile's scales and zeros instead (`layout.pack_tiles`, `pack_words`); both ways are exact.
 
-Beside them: smooth bf16 [K], lora_down bf16 [R, K], lora_up bf16 [N, R], bias [N]. Kp is K rounded up to 128.
+Beside them: smooth bf16 [K], lora_down bf16 [R, K], lora_up bf16 [N, R], bias [N]. Kp is K rounded up to 128. Imported
+layers may have float16 for bf16; the bias of an act_unsigned layer makes up for the shift (see `kernels/w4a4_linear.py`), and
+only its columns from `unsigned_from` on are unsigned.
 """
 
 from collections.abc import Callable
@@ -64,12 +66,24 @@ class SVDQuantLinear(nn.Module):
         *,
         group_size: int = 64,
         hadamard: bool = False,
+        act_unsigned: bool = False,
+        unsigned_from: int = 0,
         output_error: float | None = None,
     ) -> None:
-        """`tensors` as `quantize_linear` returns them. Raises ValueError naming a missing, foreign or mis-shaped one."""
+        """`tensors` as `quantize_linear` returns them. Raises ValueError naming a missing, foreign or mis-shaped one.
+
+        Also for act_unsigned with other numerics than w4a4, or with a rotation, and for an unsigned_from inside a group.
+        """
         super().__init__()
+        if act_unsigned and (numerics != "w4a4" or hadamard):
+            raise ValueError(f"act_unsigned is for w4a4 without a rotation, not {numerics} with hadamard = {hadamard}")
+        if unsigned_from % 64 or not 0 <= unsigned_from < in_features or (unsigned_from and not act_unsigned):
+            raise ValueError(
+                f"unsigned_from {unsigned_from}: expected 0, or with act_unsigned a multiple of 64 below K"
+            )
         self.in_features, self.out_features = in_features, out_features
         self.numerics, self.group_size, self.hadamard = numerics, group_size, hadamard
+        self.act_unsigned, self.unsigned_from = act_unsigned, unsigned_from
         self.output_error = output_error
         self.save_x: Literal["quantized", "raw"] = "quantized"
         self.dgrad: Literal["dequantized", "int8"] = "dequantized"
@@ -112,6 +126,8 @@ class SVDQuantLinear(nn.Module):
         bias: bool,
         group_size: int = 64,
         hadamard: bool = False,
+        act_unsigned: bool = False,
+        unsigned_from: int = 0,
         output_error: float | None = None,
         bias_dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "meta",
@@ -128,6 +144,8 @@ class SVDQuantLinear(nn.Module):
             tensors,
             group_size=group_size,
             hadamard=hadamard,
+            act_unsigned=act_unsigned,
+            unsigned_from=unsigned_from,
             output_error=output_error,
         )
 
@@ -156,7 +174,8 @@ class SVDQuantLinear(nn.Module):
         if self.numerics == "w4a4":
             return w4a4_linear(
                 x, self.qweight, self.wscale, smooth, down, up, bias,
-                hadamard=self.hadamard, adapter_down=adapter_down, adapter_up=adapter_up,
+                hadamard=self.hadamard, unsigned=self.act_unsigned, unsigned_from=self.unsigned_from,
+                adapter_down=adapter_down, adapter_up=adapter_up,
                 save_x=self.save_x, dgrad=self.dgrad,
             )  # fmt: skip
         return w4a16_linear(
@@ -166,14 +185,15 @@ class SVDQuantLinear(nn.Module):
     def dequantized_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W_eff [N, K]: what the layer multiplies with when its input is not rounded, computed in float32 or wider."""
         wide = torch.promote_types(dtype, torch.float32)
-        residual = self._dequantized_codes(wide)[:, : self.in_features]
+        residual = self.dequantized_codes(wide)[:, : self.in_features]
         if self.hadamard:
             residual = apply_hadamard(residual)
         if self.smooth is not None:
             residual = residual / self.smooth.to(wide)
         return (residual + self.lora_up.to(wide) @ self.lora_down.to(wide)).to(dtype)
 
-    def _dequantized_codes(self, dtype: torch.dtype) -> Tensor:
+    def dequantized_codes(self, dtype: torch.dtype) -> Tensor:
+        """The residual [N, Kp] that the codes stand for, still smoothed and rotated; columns from K on are padding."""
         if self.numerics == "w4a8":
             return dequantize_w4a8(self.qweight, self.row_scale, self.group_words, dtype)
         if self.numerics == "w4a4":
@@ -226,7 +246,7 @@ class SVDQuantLinear(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        rotated = ", hadamard" if self.hadamard else ""
+        rotated = ", hadamard" if self.hadamard else ", act_unsigned" if self.act_unsigned else ""
         return (
             f"{self.in_features}, {self.out_features}, {self.numerics}, group_size={self.group_size}, rank={self.rank}, "
             f"bias={self.bias is not None}{rotated}"
@@ -259,6 +279,16 @@ def _check_tensors(tensors: dict[str, Tensor], expected: dict[str, tuple[tuple[i
         raise ValueError(f"tensors of a quantized layer: missing {sorted(missing)}, not expected {sorted(foreign)}")
     for name, (shape, dtype) in expected.items():
         tensor = tensors[name]
-        branch = name.startswith("lora_") and tensor.is_floating_point()  # a float32 branch is allowed
-        if tuple(tensor.shape) != shape or (tensor.dtype != dtype and not branch):
+        if tuple(tensor.shape) != shape or not fits_dtype(name, tensor.dtype, dtype):
             raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} {shape}")
+
+
+def fits_dtype(name: str, given: torch.dtype, wanted: torch.dtype) -> bool:
+    """Whether the buffer `name` may be `given` where `buffer_layout` says `wanted`.
+
+    The branch may be of any float type; scales and smoothing factors stored as bf16 may be float16, as in imported files.
+    The offsets of imported W4A16 layers may be float32, as they are differences of what the file stores.
+    """
+    if name.startswith("lora_") or (name, given) == ("wzero", torch.float32):
+        return given.is_floating_point
+    return given == wanted or (wanted == torch.bfloat16 and given == torch.float16)

@@ -7,7 +7,19 @@ import pytest
 
 from loragraft import cli
 
-VERBS = ("recipe", "prompts", "train", "generate", "quantize", "score", "preflight", "publish", "zoo", "demo")
+VERBS = (
+    "recipe",
+    "prompts",
+    "train",
+    "generate",
+    "quantize",
+    "convert",
+    "score",
+    "preflight",
+    "publish",
+    "zoo",
+    "demo",
+)
 
 
 def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
@@ -43,6 +55,8 @@ def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
         (["generate", "--base", "pocet", "--prompt", "x"], "Did you mean 'pocket'"),
         (["generate"], 'give --prompt "..."'),
         (["quantize", "pocket", "--out", "."], "exists already"),
+        (["convert", "nowhere.safetensors", "."], "exists; name another place"),
+        (["convert", "nowhere.safetensors", "int4"], "no file or folder nowhere.safetensors"),
     ],
 )
 def test_mistakes_are_one_sentence(

@@ -13,7 +13,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -180,6 +180,12 @@ def _quantize(args: argparse.Namespace) -> int:
     (out / "quantization_report.json").write_text(json.dumps(report_to_dict(reports), indent=1) + "\n")
     print(f"{args.base} in profile {args.profile}: {out}")
     return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from loragraft.quantization.dialects.conversion import run_convert
+
+    return run_convert(args)
 
 
 def _preflight(args: argparse.Namespace) -> int:
@@ -382,6 +388,20 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("--smoothing", choices=("calibrated", "weight", "hadamard", "none"), default="calibrated")
     quantize.add_argument("--rank", type=int, default=16, help="rank of the 16-bit branch")
     quantize.add_argument("--out", required=True, help="folder to write; must not exist")
+
+    convert = verb(
+        "convert",
+        _convert,
+        "an INT4 checkpoint of Nunchaku's, Nunchaku Lite, ComfyUI's or our own into another format",
+        "loragraft convert svdq-int4_r32-flux.1-dev.safetensors flux-int4       add --numerics w4a8 for our own kernels\n\n"
+        "Values stay as they are unless --numerics or --signed is given; then each layer's added error is shown. --to comfyui\nnames layers as diffusers does, comfyui-flux as ComfyUI's FLUX does.",
+    )
+    convert.add_argument("source", help="a file or folder; its format is found out")
+    convert.add_argument("dest", help="a folder to write (ComfyUI: a file); must not exist")
+    convert.add_argument("--to", choices=("native", "nunchaku-lite", "comfyui", "comfyui-flux"), default="native")
+    convert.add_argument("--numerics", choices=("w4a8", "w4a4"), help="convert to these")
+    convert.add_argument("--signed", action="store_true", help="replace unsigned activations, which Lite does not know")
+    convert.add_argument("--layout", choices=("row-major", "tile-packed"), default="row-major", help="for ComfyUI")
 
     preflight = verb(
         "preflight", _preflight, "what a run will take, before it starts: layers, samples, memory of the weights"

@@ -12,6 +12,7 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
 from loragraft.quantization.checkpoint import base_id, load_quantized, recorded_base_id, save_quantized
+from loragraft.quantization.convert import plan_layers, quantize_model
 from loragraft.quantization.tensor_file import CheckpointError, read_tensors, write_tensors
 
 Inputs = Callable[[int], dict[str, Tensor]]
@@ -111,7 +112,14 @@ CORRUPT_CONFIGS = {
     "stranger": (lambda c: c["layers"].update({"blocks.7": c["layers"][LAYER]}), "'blocks.7' is no linear layer"),
     "numerics": (lambda c: c["layers"][LAYER].update(numerics="w2a2"), f"{LAYER}' has numerics 'w2a2'"),
     "lacks": (lambda c: c["layers"][LAYER].pop("rank"), f"{LAYER}' lacks rank"),
-    "unsigned": (lambda c: c["layers"][LAYER].update(act_unsigned=True), f"{LAYER}' has unsigned"),
+    "shift": (
+        lambda c: c["layers"][LAYER].update(act_unsigned=True),
+        f"{LAYER}' has act_unsigned True with act_shift 0",
+    ),
+    "unsigned": (
+        lambda c: c["layers"][LAYER].update(act_unsigned=True, act_shift=0.171875),
+        f"{LAYER}': unsigned activations are for w4a4",
+    ),
     "rank": (lambda c: c["layers"][LAYER].update(rank=5), rf"{LAYER}\.lora_down' has shape \(4, 128\)"),
     "group": (lambda c: c["layers"][LAYER].update(group_size=128), rf"{LAYER}\.group_scale' has shape"),
     "profile": (lambda c: c["layers"][LAYER].update(numerics="w4a4"), rf"missing.*{LAYER}\.wscale"),
@@ -150,3 +158,23 @@ def test_saving_is_careful(quantized_flux: FluxTransformer2DModel, folder: Path,
     baked = load_quantized(tmp_path / "grafted", FluxTransformer2DModel)
     assert baked.get_submodule(LAYER).rank == baked.get_submodule(LAYER).base_rank == 8
     shutil.rmtree(folder)
+
+
+def test_unsigned_layers_keep_their_mark(
+    tiny_flux: FluxTransformer2DModel, flux_rules: Any, flux_keep: Any, tmp_path: Path
+) -> None:
+    plan = plan_layers(tiny_flux, flux_rules("w4a4", smoothing="weight", rank=4, iterations=1, grid=1), flux_keep)
+    quantize_model(tiny_flux, plan, {}, keep=flux_keep)
+    layer = tiny_flux.get_submodule("transformer_blocks.0.ff.net.2")
+    layer.act_unsigned, layer.unsigned_from = True, 64
+    folder = save_quantized(tiny_flux, tmp_path / "interchange")
+    described = json.loads((folder / "config.json").read_text())["quantization_config"]["layers"]
+    assert described["transformer_blocks.0.ff.net.2"].items() >= {"act_unsigned": True, "act_shift": 0.171875}.items()
+    loaded = load_quantized(folder, FluxTransformer2DModel)
+    again = loaded.get_submodule("transformer_blocks.0.ff.net.2")
+    assert (again.act_unsigned, again.unsigned_from) == (True, 64)
+    assert not loaded.get_submodule(LAYER).act_unsigned
+    x = torch.nn.functional.gelu(torch.randn(3, layer.in_features), approximate="tanh")
+    assert torch.equal(again(x), layer(x))
+    layer.unsigned_from = 0
+    assert not torch.equal(again(x), layer(x))

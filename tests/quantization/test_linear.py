@@ -92,3 +92,28 @@ def test_wrong_tensors_are_named(outlier_layer: OutlierLayer) -> None:
         SVDQuantLinear(256, 192, "w4a8", tensors | {"row_scale": tensors["row_scale"].bfloat16()})
     with pytest.raises(ValueError, match=r"group_scale.*expected torch.uint8 \(2, 192\)"):
         SVDQuantLinear(256, 192, "w4a8", tensors, group_size=128)
+
+
+def test_an_unsigned_layer_answers_for_the_x_that_came_in(outlier_layer: OutlierLayer) -> None:
+    """x after tanh-GELU, the bias less 0.171875 times the row sums of the residual: the weight's answer, below signed error."""
+    layer = _layer(outlier_layer, "w4a4")
+    x = torch.nn.functional.gelu(outlier_layer[1].samples_SK, approximate="tanh")
+    branch = layer.lora_up.float() @ layer.lora_down.float()
+    residual = layer.dequantized_weight() - branch
+    tensors = dict(layer.named_buffers()) | {"bias": layer.bias - 0.171875 * residual.sum(dim=1)}
+    unsigned = SVDQuantLinear(256, 192, "w4a4", tensors, act_unsigned=True)
+    expected = x @ layer.dequantized_weight().T + layer.bias
+    assert relative_rms(unsigned(x), expected) < 0.75 * relative_rms(layer(x), expected)
+    assert "act_unsigned" in repr(unsigned)
+    with pytest.raises(ValueError, match="act_unsigned is for w4a4"):
+        SVDQuantLinear(256, 192, "w4a8", dict(_layer(outlier_layer, "w4a8").named_buffers()), act_unsigned=True)
+
+
+def test_sixteen_bit_scales_may_be_float16(outlier_layer: OutlierLayer) -> None:
+    """Imported files store them so; float32 stays refused."""
+    layer = _layer(outlier_layer, "w4a4")
+    halves = {n: t.half() if n in ("wscale", "smooth") else t for n, t in layer.named_buffers()}
+    half, x = SVDQuantLinear(256, 192, "w4a4", halves), outlier_layer[1].samples_SK
+    assert relative_rms(half(x), layer(x)) < 1e-5  # these bf16 values are float16 values too
+    with pytest.raises(ValueError, match=r"wscale: torch\.float32"):
+        SVDQuantLinear(256, 192, "w4a4", halves | {"wscale": layer.wscale.float()})

@@ -1,0 +1,108 @@
+"""One checkpoint into another dialect, and on request into other numerics: what `loragraft convert` does."""
+
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Never
+
+import torch
+from diffusers import FluxTransformer2DModel
+from tqdm import tqdm
+
+from loragraft.quantization.checkpoint import save_quantized
+from loragraft.quantization.dialects.assembly import Progress
+from loragraft.quantization.dialects.comfyui import Layout, Names, save_comfyui
+from loragraft.quantization.dialects.detection import detect_dialect, load_any
+from loragraft.quantization.dialects.flux_names import flux_linears
+from loragraft.quantization.dialects.nunchaku_lite import save_lite
+from loragraft.quantization.ledger import build_ledger
+from loragraft.quantization.numerics import Conversion, conversion_table, convert_numerics, sign_activations
+
+Target = Literal["native", "nunchaku-lite", "comfyui", "comfyui-flux"]
+TARGETS: tuple[Target, ...] = ("native", "nunchaku-lite", "comfyui", "comfyui-flux")
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What was read, what was changed on the way, and every layer as it was written."""
+
+    source_dialect: str
+    path: Path
+    changes: tuple[Conversion, ...]
+    """Layers whose numerics changed; empty where only the format did, which changes no value."""
+    ledger_table: str
+
+    def table(self) -> str:
+        """The added error per changed layer, or all layers where none was changed."""
+        return conversion_table(list(self.changes)) if self.changes else self.ledger_table
+
+
+def convert_checkpoint(
+    source: Path,
+    dest: Path,
+    to: Target = "native",
+    *,
+    numerics: Literal["w4a8", "w4a4"] | None = None,
+    signed: bool = False,
+    layout: Layout = "row-major",
+    show_progress: bool = True,
+) -> Converted:
+    """Read `source`, whatever dialect it is in, and write `dest` (a folder; one file for ComfyUI), whole or not at all.
+
+    to: "comfyui" names layers as diffusers does (ComfyUI's names too for Qwen-Image), "comfyui-flux" as ComfyUI's FLUX does;
+    with numerics="w4a4" the layers that it fuses get one smoothing factor.
+    numerics: convert W4A4 or W4A8 layers to these; signed: give unsigned activations up. Without either every value is
+    carried over as it is. Raises CheckpointError for what cannot be read, ValueError naming the layer that the target
+    cannot hold, FileExistsError if `dest` exists.
+    """
+    if to not in TARGETS:
+        raise ValueError(f"target {to!r}: expected one of {', '.join(TARGETS)}")
+    if dest.exists():
+        raise FileExistsError(f"{dest} exists; name another place, or move it away")
+    dialect = detect_dialect(source)
+    with _bar(f"read {dialect}", show_progress) as bar:
+        model, _ = load_any(source, _stepping(bar))
+    changes: list[Conversion] = []
+    device = "cuda" if torch.cuda.is_available() else None
+    if signed:
+        with _bar("sign activations", show_progress) as bar:
+            changes += sign_activations(model, _stepping(bar), device=device)
+    if numerics is not None:
+        with _bar(f"convert to {numerics}", show_progress) as bar:
+            fused = to == "comfyui-flux" and isinstance(
+                model, FluxTransformer2DModel
+            )  # others are refused when written
+            groups = list(flux_linears(model.config).values()) if fused else []
+            changes += convert_numerics(model, numerics, _stepping(bar), device=device, together=groups)
+    table = build_ledger(model).table()
+    if to == "native":
+        save_quantized(model, dest)
+    else:
+        with _bar(f"write {to}", show_progress) as bar:
+            if to == "nunchaku-lite":
+                save_lite(model, dest, progress=_stepping(bar))
+            else:
+                names: Names = "flux" if to == "comfyui-flux" else "diffusers"
+                save_comfyui(model, dest, layout=layout, names=names, progress=_stepping(bar))
+    return Converted(dialect, dest, tuple(changes), table)
+
+
+def run_convert(args: Namespace) -> int:
+    """The verb: converts as its options say and prints the table; options are those of `convert_checkpoint`."""
+    done = convert_checkpoint(
+        Path(args.source), Path(args.dest), args.to, numerics=args.numerics, signed=args.signed, layout=args.layout
+    )
+    print(f"{done.table()}\n{args.source} ({done.source_dialect}) as {args.to}: {done.path}")
+    return 0
+
+
+def _bar(text: str, shown: bool) -> "tqdm[Never]":
+    return tqdm(desc=text, unit="layer", disable=not shown, leave=False)
+
+
+def _stepping(bar: "tqdm[Never]") -> Progress:
+    def step(done: int, total: int, _path: str) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+
+    return step
