@@ -73,11 +73,11 @@ def quantize_model(
     first layer is swapped. Raises as `plan_layers` and `quantize_linear` do.
     """
     _check_cover(model, plan, keep)
-    uncalibrated = [p for p, settings in plan.items() if settings.smoothing_mode == "calibrated" and p not in stats]
+    uncalibrated = [p for p, settings in plan.items() if settings.needs_statistics and p not in stats]
     if uncalibrated:
         raise ValueError(
             f"no activation statistics for {len(uncalibrated)} layer(s), the first is {uncalibrated[0]!r}; "
-            "calibrate them, or ask for smoothing='weight' or 'hadamard'"
+            "calibrate them, or ask for smoothing='auto', 'weight' or 'hadamard' without gptq"
         )
     reports = []
     for done, (path, settings) in enumerate(plan.items(), start=1):
