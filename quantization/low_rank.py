@@ -10,6 +10,8 @@ so one pass over M stands for one power iteration and the alternation itself doe
 matrix in float64: two tall products instead of Householder's column by column, which a GPU does badly.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -47,6 +49,12 @@ def orthonormal(matrix_Nq: Tensor) -> Tensor:
     return basis.to(matrix_Nq.dtype)
 
 
+@lru_cache(maxsize=16)
+def _start(K: int, columns: int, seed: int, device: torch.device) -> Tensor:
+    """N(0, 1) [K, q], drawn on the CPU: one start for every device. Not to be written to."""
+    return torch.randn(K, columns, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
 class Subspace:
     """Low-rank factors of one slowly changing matrix; remembers the right singular vectors of the last one."""
 
@@ -62,9 +70,8 @@ class Subspace:
             return matrix_NK.new_zeros(N, 0), matrix_NK.new_zeros(0, K)
         right_Kq, iterations = self._right, 0
         if right_Kq is None:
-            # Drawn on the CPU: one start for every device.
-            drawn = torch.randn(K, min(rank + OVERSAMPLING, N, K), generator=torch.Generator().manual_seed(self.seed))
-            right_Kq, iterations = drawn.to(matrix_NK), self.cold_iterations
+            columns = min(rank + OVERSAMPLING, N, K)
+            right_Kq, iterations = _start(K, columns, self.seed, matrix_NK.device), self.cold_iterations
         for _ in range(iterations):
             right_Kq = orthonormal(matrix_NK.T @ orthonormal(matrix_NK @ right_Kq))
         left_Nq = orthonormal(matrix_NK @ right_Kq)

@@ -120,7 +120,7 @@ class PartialFile:
                 if info != found:
                     raise ValueError(f"tensor {name!r} is {found}; the header of {self.path.name} says {info}")
                 data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-                self._write(self._spans[name][0], memoryview(data))
+                self._write(self._spans[name][0], data.data)
             os.fdatasync(self._file)
             self._append({"piece": piece, "result": result})
         self.done[piece] = result

@@ -17,6 +17,7 @@ All arithmetic is float32; only the orthonormal bases of `low_rank.Subspace` are
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -126,14 +127,21 @@ def _layer(weight_NK: Tensor, stats: ActivationStats | None, settings: QuantSett
     else:
         absmax = torch.ones(K, device=device)  # no channel is known to be loud: only the weight shapes s
         if settings.smoothing_mode == "auto":
-            rows = synthetic_rows(K, settings.seed).to(device)
+            rows = _drawn_rows(K, settings.seed, device, mixed=True)
             # Equal weight to every row, however loud: the error is then the mean over the kinds of input.
             size = torch.linalg.vector_norm(rows @ weight_NK.T, dim=1, keepdim=True)
             rows = rows / torch.where(size > 0, size, torch.ones_like(size))
         else:
-            generator = torch.Generator().manual_seed(settings.seed)
-            rows = torch.randn(SYNTHETIC_ROWS, K, generator=generator).to(device)
+            rows = _drawn_rows(K, settings.seed, device, mixed=False)
     return Layer(weight_NK, absmax, weight_NK.abs().amax(0), rows, rows @ weight_NK.T, settings, stats is not None)
+
+
+@lru_cache(maxsize=8)  # a model has few widths, and drawing for the widest takes longer than quantizing it
+def _drawn_rows(K: int, seed: int, device: torch.device, *, mixed: bool) -> Tensor:
+    """Synthetic rows on the device; not to be written to."""
+    if mixed:
+        return synthetic_rows(K, seed).to(device)
+    return torch.randn(SYNTHETIC_ROWS, K, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
 def synthetic_rows(K: int, seed: int) -> Tensor:

@@ -111,7 +111,7 @@ class FileSource:
         if count == 0:
             return torch.empty(info.shape, dtype=info.dtype)
         data = torch.empty(count, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
-        view = memoryview(data.numpy())
+        view = memoryview(data.numpy().data)
         descriptor = os.open(file, os.O_RDONLY)
         try:
             done = 0
