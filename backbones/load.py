@@ -110,7 +110,7 @@ def quantize_base(
     main = QuantSettings(NUMERICS[profile], rank=rank, group_size=group_size, smoothing=smoothing, gptq=gptq)
     plan = plan_base(spec, transformer, main)
     measured = gptq or smoothing in ("calibrated", "auto")
-    calibrate = partial(_denoise_calibration_prompts, spec, transformer, dtype) if measured else None
+    calibrate = partial(denoise_calibration_prompts, spec, transformer, dtype) if measured else None
     with tqdm(total=len(plan), desc=f"quantize {spec.name}", unit="layer") as bar:
         reports = quantize_backbone(transformer, plan, calibrate, lambda *_: bar.update(), keep=spec.keep_16bit)
     # Back to what the 16-bit base holds on disk: every value came from there, so nothing is rounded.
@@ -129,7 +129,8 @@ def plan_base(spec: BaseSpec, transformer: nn.Module, main: QuantSettings) -> di
     return plan_layers(transformer, rules, spec.keep_16bit)
 
 
-def _denoise_calibration_prompts(spec: BaseSpec, transformer: nn.Module, dtype: torch.dtype) -> None:
+def denoise_calibration_prompts(spec: BaseSpec, transformer: nn.Module, dtype: torch.dtype) -> None:
+    """Runs `transformer` over the trajectories of the spec's calibration prompts; what it draws is thrown away."""
     device = next(transformer.parameters()).device
     encoders = spec.load_encoders(device, dtype)
     pipeline = build_pipeline(transformer, encoders)
