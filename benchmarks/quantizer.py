@@ -106,7 +106,7 @@ def write_model(source: GeneratedSource, folder: Path, shard_bytes: float = 4e9)
         if sum(tensor.nbytes for tensor in shard.values()) > shard_bytes:
             close()
     close()
-    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     (folder / "config.json").write_text(json.dumps(source.config))
 
 

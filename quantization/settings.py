@@ -106,3 +106,5 @@ class LayerReport:
     """Error of the layer's output on the calibration rows (N(0, 1) rows without calibration), activations quantized."""
     rtn_error: float
     """The same with plain rounding: no smoothing, no rotation, no branch."""
+    weighted: bool = False
+    """Whether the branch was fitted to the measured inputs, not to the weight alone."""

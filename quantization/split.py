@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loragraft.kernels.act_quant import dequantize_activation, quantize_activation
 from loragraft.kernels.layout import apply_hadamard, relative_rms
-from loragraft.quantization.low_rank import Subspace, low_rank
+from loragraft.quantization.low_rank import POWER_ITERATIONS, InputMetric, Subspace, low_rank
 from loragraft.quantization.settings import QuantSettings
 from loragraft.quantization.weight_quant import RoundedWeight, round_affine, round_progressive, round_symmetric
 
@@ -42,6 +42,8 @@ class Layer:
     settings: QuantSettings
     measured: bool
     """Whether the rows are activations that were measured, not synthetic ones."""
+    fitted_SK: Tensor | None = None
+    """Measured rows besides those that judge, for what is fitted to its rows and would flatter itself on them."""
 
     def part(self, rows: int, outputs: int) -> "Layer":
         """The same layer with at most so many rows and out features, evenly spread; itself if it has no more."""
@@ -70,6 +72,8 @@ class Split:
     rounded: RoundedWeight
     error: float
     iterations: int
+    weighted: bool = False
+    """Whether the branch was fitted to the inputs (`InputMetric`)."""
 
 
 def smoothing_vector(absmax_x_K: Tensor, absmax_w_K: Tensor, alpha: float, beta: float) -> Tensor:
@@ -84,17 +88,23 @@ def smoothing_vector(absmax_x_K: Tensor, absmax_w_K: Tensor, alpha: float, beta:
     return (log_s - log_s.mean()).exp().to(torch.bfloat16)
 
 
-def split_layer(layer: Layer, transform: Transform, rounds: int, cold_iterations: int | None = None) -> Split:
+def split_layer(
+    layer: Layer, transform: Transform, rounds: int, *, weighted: bool = False, cold_iterations: int = POWER_ITERATIONS
+) -> Split:
     """Branch and codes for one transform, alternating for at most `rounds` rounds; the best round is returned.
 
-    `cold_iterations`: power iterations of a subsampled search's first SVD, where the default is more than is needed.
+    Of a subsampled search only: `weighted` fits the branch to the inputs `layer.fitted_SK`, and `cold_iterations` are the
+    power iterations of the first SVD.
     """
     settings, weight = layer.settings, layer.weight_NK
     smooth = smoothing_vector(layer.absmax_K, layer.weight_absmax_K, transform.alpha, transform.beta)
     target = rotate(weight * smooth.float(), transform.hadamard)
     inputs = quantized_inputs(layer, smooth, transform.hadamard)
     subsampled = settings.search == "subsampled"
-    subspace = Subspace(settings.branch_rank, settings.seed, *(() if cold_iterations is None else (cold_iterations,)))
+    metric = None
+    if weighted and layer.fitted_SK is not None:
+        metric = InputMetric(rotate(layer.fitted_SK / smooth.float(), transform.hadamard))
+    subspace = Subspace(settings.branch_rank, settings.seed, cold_iterations, metric)
     best: Split | None = None
     residual = target
     for iteration in range(1, rounds + 1):
@@ -110,7 +120,7 @@ def split_layer(layer: Layer, transform: Transform, rounds: int, cold_iterations
         if best is not None and error >= best.error:
             break
         gain = 1.0 if best is None else 1 - error / best.error
-        best = Split(transform, smooth, down, up, rounded, error, iteration)
+        best = Split(transform, smooth, down, up, rounded, error, iteration, weighted)
         if subsampled and gain < LEAST_GAIN:
             break
         residual = target - rounded.dense_NK

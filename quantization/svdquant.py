@@ -11,6 +11,10 @@ s = max|x|^a / max|W|^b over (0, 0), (i/n, 0), (i/n, 1 - i/n), i = 1..n, judged 
 L_i = SVD_R(W' - deq(q_{i-1})), q_i = round(W' - L_i) is DeepCompressor's `calib/lowrank.py` (LoftQ, arXiv:2310.08659,
 for one layer); it stops at the first round whose y is worse. The SVD is randomized (`low_rank`), seeded.
 
+A subsampled search on measured activations also tries the branch that approximates in the metric of the inputs
+(`low_rank.InputMetric`): L_i C = SVD_R((W' - deq(q_{i-1})) C), C = (x'^T x' / S + damping)^(1/2), fitted to three quarters of the rows
+and judged on the others.
+
 s, D and U are rounded to bfloat16 *before* the residual is formed: the codes absorb the branch's own rounding.
 All arithmetic is float32; only the orthonormal bases of `low_rank.Subspace` are made in float64.
 """
@@ -64,8 +68,10 @@ def quantize_linear(
     mode = settings.smoothing_mode
     fitted, stats = _held_out(stats, settings)
     judged = _layer(weight, stats if mode in ("calibrated", "auto", "none") else None, settings)
+    if judged.measured and fitted is not None:
+        judged = replace(judged, fitted_SK=fitted.to(weight.device).float())
     best = _search(judged) if settings.search == "subsampled" else _search_exhaustively(judged)
-    if fitted is not None:
+    if settings.gptq and fitted is not None:
         best = _with_gptq(judged, best, fitted)
     reported = _layer(weight, stats, settings) if stats is not None and mode in ("weight", "hadamard") else judged
     report = LayerReport(
@@ -78,6 +84,7 @@ def quantize_linear(
         beta=best.transform.beta,
         hadamard=best.transform.hadamard,
         iterations=best.iterations,
+        weighted=best.weighted,
         weight_error=weight_error(reported, best),
         output_error=relative_rms(layer_output(reported, best), reported.target_SN),
         rtn_error=_plain_error(reported),
@@ -112,8 +119,9 @@ def _check(weight: Tensor, stats: ActivationStats | None, settings: QuantSetting
 
 
 def _held_out(stats: ActivationStats | None, settings: QuantSettings) -> tuple[Tensor | None, ActivationStats | None]:
-    """(rows that GPTQ is fitted to, statistics that judge); without GPTQ (None, all of them)."""
-    if stats is None or not settings.gptq:
+    """(rows that branch and codes may be fitted to, statistics that judge); (None, all) where nothing is fitted to rows."""
+    fits = settings.gptq or (settings.search == "subsampled" and settings.branch_rank > 0)
+    if stats is None or not fits or stats.samples_SK.shape[0] < 2 * HELD_OUT:
         return None, stats
     judge = torch.arange(stats.samples_SK.shape[0], device=stats.samples_SK.device) % HELD_OUT == HELD_OUT - 1
     return stats.samples_SK[~judge], ActivationStats(stats.absmax_K, stats.samples_SK[judge])
@@ -182,15 +190,17 @@ def _search(layer: Layer) -> Split:
     if _rotates(layer):
         candidates += [replace(candidate, hadamard=True) for candidate in candidates]
     rounds = settings.iterations if settings.branch_rank > 0 else 1
-    if len(candidates) == 1:
+    if len(candidates) == 1 and layer.fitted_SK is None:
         return split_layer(layer, candidates[0], rounds)
     small = layer.part(SUBSAMPLED_ROWS, SUBSAMPLED_OUTPUTS)
-    ranked = sorted(((split_layer(small, c, 1, cold_iterations=1).error, i) for i, c in enumerate(candidates)))
-    finalists = [candidates[i] for _, i in ranked[:FINALISTS]]
+    ranked = sorted((split_layer(small, c, 1, cold_iterations=1).error, i) for i, c in enumerate(candidates))
+    ways = (False, True) if layer.fitted_SK is not None and settings.branch_rank > 0 else (False,)
+    finalists = [(candidates[i], weighted) for _, i in ranked[:FINALISTS] for weighted in ways]
     tried = min(rounds, FINALIST_ROUNDS)
     # Only the error is kept of each: a wide layer's splits would fill the memory.
-    errors = [split_layer(layer, finalist, tried).error for finalist in finalists]
-    return split_layer(layer, finalists[errors.index(min(errors))], rounds)
+    errors = [split_layer(layer, transform, tried, weighted=weighted).error for transform, weighted in finalists]
+    transform, weighted = finalists[errors.index(min(errors))]
+    return split_layer(layer, transform, rounds, weighted=weighted)
 
 
 def _rotates(layer: Layer) -> bool:
