@@ -106,7 +106,9 @@ def write_model(source: GeneratedSource, folder: Path, shard_bytes: float = 4e9)
         if sum(tensor.nbytes for tensor in shard.values()) > shard_bytes:
             close()
     close()
-    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": index})
+    )
     (folder / "config.json").write_text(json.dumps(source.config))
 
 
@@ -229,13 +231,14 @@ def random_passes(model: Any, args: argparse.Namespace) -> None:
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(DEVICE, torch.bfloat16)
 
-    grid = torch.stack(torch.meshgrid(torch.zeros(1), torch.arange(side), torch.arange(side), indexing="ij"), -1)
+    row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    grid = torch.stack((torch.zeros_like(row), row, column), -1).reshape(-1, 3)
     for number in range(args.passes):
         model(
             hidden_states=normal(1, side * side, c.in_channels), encoder_hidden_states=normal(1, text, c.joint_attention_dim),
             pooled_projections=normal(1, c.pooled_projection_dim), guidance=torch.full((1,), 3.5, device=DEVICE),
             timestep=torch.full((1,), (number + 0.5) / args.passes, device=DEVICE, dtype=torch.bfloat16),
-            img_ids=grid.reshape(-1, 3).to(DEVICE), txt_ids=torch.zeros(text, 3, device=DEVICE),
+            img_ids=grid.to(DEVICE), txt_ids=torch.zeros(text, 3, device=DEVICE),
         )  # fmt: skip
 
 

@@ -71,9 +71,9 @@ def quantize_linear(
     if judged.measured and fitted is not None:
         judged = replace(judged, fitted_SK=fitted.to(weight.device).float())
     best = _search(judged) if settings.search == "subsampled" else _search_exhaustively(judged)
+    reported = judged if stats is None or judged.measured else _layer(weight, stats, settings)
     if settings.gptq and fitted is not None:
-        best = _with_gptq(judged, best, fitted)
-    reported = _layer(weight, stats, settings) if stats is not None and mode in ("weight", "hadamard") else judged
+        best = _with_gptq(reported, best, fitted)
     report = LayerReport(
         path=path,
         numerics=settings.numerics,
@@ -236,8 +236,8 @@ def _with_gptq(layer: Layer, split: Split, fitted_SK: Tensor) -> Split:
     target = target - transformed_branch(split.down_RK, split.up_NR, split.smooth_K, split.transform.hadamard)
     inputs = rotate(fitted_SK.to(target) / split.smooth_K.float(), split.transform.hadamard)
     tried = replace(split, rounded=gptq_codes(target, inputs, split.rounded, layer.settings))
-    error = relative_rms(layer_output(layer, tried), layer.target_SN)
-    return replace(tried, error=error) if error < split.error else split
+    before, after = (relative_rms(layer_output(layer, s), layer.target_SN) for s in (split, tried))
+    return replace(tried, error=after) if after < before else split
 
 
 def _plain_error(layer: Layer) -> float:
