@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from loragraft.disk import flush, write_atomic
+from loragraft.disk import flush, sweep, write_atomic
 from loragraft.quantization.calibrate import ActivationStats
 from loragraft.quantization.checkpoint import CONFIG_NAME, PROFILES, QUANT_METHOD, VERSION, WEIGHTS_NAME
 from loragraft.quantization.convert import plan_paths
@@ -100,6 +100,7 @@ def quantize_stream(
         _run(source, [piece for piece in pieces if piece.name not in file.done], file, device, stats, progress)
         reports = [LayerReport(**file.done[piece.name]) for piece in pieces if piece.settings is not None]
         block = _quantization_config(plan, reports)
+        sweep(unfinished, older_than_hours=0)  # scratch names of a process that was killed in the next two lines
         _write_json(unfinished / CONFIG_NAME, {**_public(config), "quantization_config": block}, indent=2)
         _write_json(unfinished / REPORT_NAME, report_to_dict(reports), indent=1)
         if unfinished != folder:
