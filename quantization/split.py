@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from loragraft.kernels.act_quant import dequantize_activation, quantize_activation
-from loragraft.kernels.layout import apply_hadamard, relative_rms
+from loragraft.kernels.layout import apply_hadamard, relative_rms, uses_triton
+from loragraft.quantization.fused_rounding import round_progressive_fused
 from loragraft.quantization.low_rank import POWER_ITERATIONS, InputMetric, Subspace, low_rank
 from loragraft.quantization.settings import QuantSettings
 from loragraft.quantization.weight_quant import RoundedWeight, round_affine, round_progressive, round_symmetric
@@ -141,6 +142,8 @@ def transformed_branch(down_RK: Tensor, up_NR: Tensor, smooth_K: Tensor, hadamar
 def round_weight(residual_NK: Tensor, settings: QuantSettings) -> RoundedWeight:
     """Codes of the residual in the settings' code system; large ones a part of the rows at a time (rows are independent)."""
     rounding = {"w4a8": round_progressive, "w4a4": round_symmetric, "w4a16": round_affine}[settings.numerics]
+    if settings.search == "subsampled" and settings.numerics == "w4a8" and uses_triton(residual_NK):
+        return round_progressive_fused(residual_NK, settings.group_size)
     if residual_NK.numel() <= ROUNDING_CHUNK:
         return rounding(residual_NK, settings.group_size)
     rows = max(1, ROUNDING_CHUNK // residual_NK.shape[1])

@@ -130,8 +130,11 @@ def main() -> int:
         report = killed_everywhere(root / "model", root / "killed", root / "killed.log")
         report["equal"] = bytes_of(root / "clean") == bytes_of(root / "killed")
         size = (root / "clean" / stream.WEIGHTS_NAME).stat().st_size
-        full = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+        def full() -> None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
+
         report["full"] = quantize(root / "model", root / "full", root / "full.log", full)
         report["after_full"] = quantize(root / "model", root / "full", root / "full.log")[0]
         report["equal_after_full"] = bytes_of(root / "clean") == bytes_of(root / "full")
