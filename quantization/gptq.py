@@ -55,20 +55,21 @@ def gptq_codes(target_NK: Tensor, inputs_SK: Tensor, rounded: RoundedWeight, set
 
 def _factor(inputs_SK: Tensor) -> tuple[Tensor, Tensor]:
     """(U [K, K] float32, upper, of the inverse damped Hessian in falling order of its diagonal; that order [K])."""
-    # float64: float32 loses the small eigenvalues of inputs with loud channels, and the inverse lives on those.
-    hessian = inputs_SK.double().T @ inputs_SK.double()
-    order = hessian.diagonal().argsort(descending=True, stable=True)
-    hessian = hessian[order][:, order]
-    scale = hessian.diagonal().mean().clamp(min=1e-30)
+    # float64: float32 loses the small eigenvalues of inputs with loud channels, and the inverse lives on those. One K x K
+    # matrix takes 1.9 GB at K = 15360, so each is dropped as soon as the next one stands.
+    wide = inputs_SK.double()
+    order = wide.square().sum(0).argsort(descending=True, stable=True)
+    wide = wide[:, order]
     damping = DAMPING
     while damping <= MOST_DAMPING:
-        damped = hessian.clone()
-        damped.diagonal().add_(damping * scale)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        matrix = wide.T @ wide
+        matrix.diagonal().add_(damping * matrix.diagonal().mean().clamp(min=1e-30))
+        matrix, failed = torch.linalg.cholesky_ex(matrix)
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            matrix = torch.cholesky_inverse(matrix)
+            matrix, failed = torch.linalg.cholesky_ex(matrix, upper=True)
             if not failed:
-                return upper.float(), order
+                return matrix.float(), order
         damping *= 10
     raise ValueError(f"GPTQ: the Hessian of {inputs_SK.shape[0]} rows cannot be factored; are the inputs finite?")
 
