@@ -366,6 +366,7 @@ def _parser() -> argparse.ArgumentParser:
         "turn a 16-bit base into an SVDQuant INT4 checkpoint",
         "loragraft quantize pocket --out pocket-int4\n"
         "loragraft quantize FLUX.1-dev/transformer --out flux-int4          layer by layer; needs no data\n"
+        "loragraft quantize FLUX.1-dev --smoothing calibrated --out flux-int4       the pipeline's folder: runs it first\n"
         "loragraft quantize flux1-dev-diffusers.safetensors --out flux-int4 --stats activations.safetensors\n\n"
         "A base: calibrated smoothing watches the inputs of every linear while the calibration prompts are denoised; 'weight'\n"
         "and 'hadamard' need no data. A folder or file of a FLUX transformer in diffusers' names is never loaded as a whole:\n"
@@ -384,6 +385,8 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("--group-size", type=int, choices=(64, 128), default=64, help="128: native only, faster")
     quantize.add_argument("--gptq", action="store_true", help="choose the codes by GPTQ; needs activations")
     quantize.add_argument("--stats", metavar="FILE", help="activation statistics that calibrate.save_stats wrote")
+    quantize.add_argument("--prompts", metavar="FILE", help="calibrate a pipeline on these, one a line (default: 16 of ours)")
+    quantize.add_argument("--resolution", type=int, default=1024, help="pixels of a pipeline's calibration (default 1024)")
     quantize.add_argument("--out", required=True, help="folder to write; must not exist")
 
     preflight = verb(

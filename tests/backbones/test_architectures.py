@@ -105,7 +105,7 @@ def test_refusals(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         open_model(tmp_path / "heads")
     for options, message in (
         (["--smoothing", "weight"], "weights on disk are quantized with auto"),
-        (["--smoothing", "calibrated"], "needs --stats"),
+        (["--smoothing", "calibrated"], "needs the folder of the whole pipeline"),
         (["--gptq"], "no activation statistics for 17 layer(s)"),
         (["--profile", "interchange", "--group-size", "128"], "group_size 128 with w4a4"),
     ):
