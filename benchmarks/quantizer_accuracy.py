@@ -208,7 +208,10 @@ def layer_row(case: Case) -> dict[str, Any]:
 def accuracy(args: argparse.Namespace) -> dict[str, Any]:
     """Every layer, and per ratio the worst kind's mean, the mean and the worst layer."""
     rows = []
-    for case in (*synthetic_cases(args.width), *pocket_cases(args.pocket_layers, args.prompts)):
+    pocket = pocket_cases(args.pocket_layers, args.prompts) if args.pocket_layers else ()
+    for case in (*synthetic_cases(args.width), *pocket):
+        if args.only not in case.name:
+            continue
         rows.append(layer_row(case))
         print(case.name, {name: round(value, 3) for name, value in rows[-1]["ratios"].items()}, flush=True)
     return {"width": args.width, "rank": RANK, "ratios": summary(rows), "layers": rows}
@@ -231,6 +234,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--commit", default="", help="commit of the code that runs")
     parser.add_argument("--width", type=int, default=384, help="in and out features of the synthetic layers")
+    parser.add_argument("--only", default="", help="only layers whose name holds this, e.g. 'gaussian 3072x3072'")
     parser.add_argument("--pocket-layers", type=int, default=10)
     parser.add_argument("--prompts", type=int, default=6, help="calibration prompts of pocket")
     args = parser.parse_args()
