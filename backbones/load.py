@@ -107,7 +107,7 @@ def quantize_base(
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     transformer = load_16bit(spec).eval().requires_grad_(False)
     nn.Module.to(transformer, device=device, dtype=dtype)  # diffusers' own `to` warns about an empty list
-    main = QuantSettings(NUMERICS[profile], rank=rank, group_size=group_size, smoothing=smoothing, gptq=gptq)
+    main = QuantSettings(numerics=NUMERICS[profile], rank=rank, group_size=group_size, smoothing=smoothing, gptq=gptq)
     plan = plan_base(spec, transformer, main)
     measured = gptq or smoothing in ("calibrated", "auto")
     calibrate = partial(denoise_calibration_prompts, spec, transformer, dtype) if measured else None
