@@ -124,13 +124,25 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
     main = folder_settings(
         "native", calibrated=stats is not None, rank=RANK, group_size=args.group_size, gptq=args.gptq
     )
+    waits = {"reader": 0.0, "writer": 0.0}
+
+    def waited(what: str, seconds: float) -> None:
+        waits[what] += seconds
+
     started = time.monotonic()
     reports = quantize_stream(
-        source, plan_model(source, architecture, main), config, args.work / args.name, device=DEVICE, stats=stats
+        source,
+        plan_model(source, architecture, main),
+        config,
+        args.work / args.name,
+        device=DEVICE,
+        stats=stats,
+        waited=waited,
     )
     quantized = [report for report in reports if report.numerics == "w4a8"]
     return {
         "seconds": time.monotonic() - started,
+        "waited_seconds": waits,
         "peak_gpu_gib": torch.cuda.max_memory_reserved() / 2**30 if DEVICE == "cuda" else None,
         "peak_host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "layers": len(reports),

@@ -10,12 +10,13 @@ ends with the same bytes.
 import hashlib
 import json
 import os
+import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,6 +38,12 @@ AHEAD = 2
 ALGORITHM = 1
 """Part of the key of a half-done quantization: raised whenever the same layer would come out with other bits."""
 REPORT_NAME = "quantization_report.json"
+OnWait = Callable[[str, float], None]
+T = TypeVar("T")
+
+
+def _ignore(what: str, seconds: float) -> None:
+    pass
 
 
 class StatsSource(Protocol):
@@ -83,10 +90,11 @@ def quantize_stream(
     device: torch.device | str = "cpu",
     stats: StatsSource | None = None,
     progress: bool = True,
+    waited: OnWait = _ignore,
 ) -> list[LayerReport]:
     """Writes the checkpoint `folder` (as `load_quantized` reads it, with the report beside it); returns the report.
 
-    `config` is the model's configuration. float32 tensors that stay are stored in bfloat16, 16-bit ones as they are.
+    `config` is the model's configuration. `waited` is told for what the computing thread waited ("reader", "writer") and how long. float32 tensors that stay are stored in bfloat16, 16-bit ones as they are.
     Raises FileExistsError if `folder` exists, ValueError for layers without the statistics that they need, CheckpointError
     for damaged weights or another run's unfinished folder, DiskFullError where there is no room.
     """
@@ -97,7 +105,7 @@ def quantize_stream(
     pieces, tensors = _pieces(source, plan)
     unfinished = folder if folder.exists() else folder.with_name(f".{folder.name}.unfinished")
     with PartialFile(unfinished, WEIGHTS_NAME, tensors, _key(source, plan, config, stats, device)) as file:
-        _run(source, [piece for piece in pieces if piece.name not in file.done], file, device, stats, progress)
+        _run(source, [piece for piece in pieces if piece.name not in file.done], file, device, stats, progress, waited)
         reports = [LayerReport(**file.done[piece.name]) for piece in pieces if piece.settings is not None]
         block = _quantization_config(plan, reports)
         sweep(unfinished, older_than_hours=0)  # scratch names of a process that was killed in the next two lines
@@ -154,6 +162,7 @@ def _run(
     device: torch.device,
     stats: StatsSource | None,
     progress: bool,
+    waited: OnWait,
 ) -> None:
     """Reads, computes and writes the pieces, each in a thread of its own. The first error of any of them is raised."""
     writes: deque[Future[None]] = deque()
@@ -163,7 +172,7 @@ def _run(
         ThreadPoolExecutor(1, "writer") as writer,
         tqdm(total=layers, desc="quantize", unit="layer", disable=not progress) as bar,
     ):
-        for piece, inputs, found in _ahead(reader, source, pieces, stats):
+        for piece, inputs, found in _ahead(reader, source, pieces, stats, waited):
             if piece.settings is None:
                 outputs = {name: tensor.to(_stored(source.tensors[name]).dtype) for name, tensor in inputs.items()}
                 result: dict[str, Any] = {}
@@ -172,14 +181,18 @@ def _run(
                 outputs, result = _quantize(piece, piece.settings, inputs, found, device)
                 bar.update()
             while len(writes) >= AHEAD or (writes and writes[0].done()):
-                writes.popleft().result()
+                _wait(writes.popleft(), "writer", waited)
             writes.append(writer.submit(file.write, piece.name, outputs, result))
         for write in writes:
-            write.result()
+            _wait(write, "writer", waited)
 
 
 def _ahead(
-    reader: ThreadPoolExecutor, source: WeightSource, pieces: Sequence[_Piece], stats: StatsSource | None
+    reader: ThreadPoolExecutor,
+    source: WeightSource,
+    pieces: Sequence[_Piece],
+    stats: StatsSource | None,
+    waited: OnWait,
 ) -> Iterator[tuple[_Piece, dict[str, Tensor], ActivationStats | None]]:
     """The pieces with their tensors, read in the background `AHEAD` of their use."""
 
@@ -192,9 +205,16 @@ def _ahead(
     for piece in pieces:
         waiting.append(reader.submit(read, piece))
         if len(waiting) > AHEAD:
-            yield waiting.popleft().result()
+            yield _wait(waiting.popleft(), "reader", waited)
     while waiting:
-        yield waiting.popleft().result()
+        yield _wait(waiting.popleft(), "reader", waited)
+
+
+def _wait(future: Future[T], what: str, waited: OnWait) -> T:
+    started = time.monotonic()
+    result = future.result()
+    waited(what, time.monotonic() - started)
+    return result
 
 
 def _quantize(

@@ -1,6 +1,7 @@
 """A model quantized from its files: what quantizing the model in memory gives, one layer in memory at a time, resumable."""
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,6 +65,26 @@ def test_equals_the_model_quantized_in_memory(
     assert "_name_or_path" not in config
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted([CONFIG_NAME, REPORT_NAME, WEIGHTS_NAME])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"]
+
+
+def test_it_says_what_it_waited_for(
+    folder: Path, flux_rules: Rules, flux_keep: tuple[str, ...], tmp_path: Path
+) -> None:
+    """A slow reader shows as such."""
+
+    class Slow(FileSource):
+        def read(self, name: str) -> Tensor:
+            time.sleep(0.01)
+            return super().read(name)
+
+    source, waits = Slow(folder), {"reader": 0.0, "writer": 0.0}
+
+    def waited(what: str, seconds: float) -> None:
+        waits[what] += seconds
+
+    plan = plan_source(source, flux_rules("w4a8", **QUICK), flux_keep)
+    quantize_stream(source, plan, source.config or {}, tmp_path / "out", progress=False, waited=waited)
+    assert waits["reader"] > 0.01  # the first one at least; later ones are read while another layer is quantized
 
 
 def test_layers_are_in_natural_order(folder: Path) -> None:
