@@ -10,16 +10,16 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from loragraft.backbones.architectures import NUMERICS
 from loragraft.backbones.sampler import build_pipeline, generate_from_text
 from loragraft.backbones.spec import Backbone, BaseSpec, Profile
 from loragraft.quantization.checkpoint import load_quantized, record_base_id, recorded_base_id, save_quantized
 from loragraft.quantization.convert import plan_layers, quantize_backbone
 from loragraft.quantization.ledger import build_ledger
 from loragraft.quantization.linear import SVDQuantLinear
-from loragraft.quantization.settings import LayerReport, Numerics, QuantSettings, Smoothing
+from loragraft.quantization.settings import LayerReport, QuantSettings, Smoothing
 from loragraft.quantization.tensor_file import CheckpointError
 
-NUMERICS: dict[Profile, Numerics] = {"native": "w4a8", "interchange": "w4a4"}
 CALIBRATION_STEPS = 10
 
 
@@ -96,17 +96,21 @@ def quantize_base(
     *,
     smoothing: Smoothing = "calibrated",
     rank: int = 16,
+    group_size: int = 64,
+    gptq: bool = False,
 ) -> list[LayerReport]:
     """Quantizes the 16-bit transformer of `spec` and writes an INT4 checkpoint to `folder`.
 
-    Calibrated smoothing denoises the spec's calibration prompts once and watches the inputs of every linear.
+    Calibrated and automatic smoothing and GPTQ denoise the spec's calibration prompts once and watch the inputs of every linear.
     """
     device = torch.device(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     transformer = load_16bit(spec).eval().requires_grad_(False)
     nn.Module.to(transformer, device=device, dtype=dtype)  # diffusers' own `to` warns about an empty list
-    plan = plan_base(spec, transformer, QuantSettings(numerics=NUMERICS[profile], smoothing=smoothing, rank=rank))
-    calibrate = partial(_denoise_calibration_prompts, spec, transformer, dtype) if smoothing == "calibrated" else None
+    main = QuantSettings(numerics=NUMERICS[profile], rank=rank, group_size=group_size, smoothing=smoothing, gptq=gptq)
+    plan = plan_base(spec, transformer, main)
+    measured = gptq or smoothing in ("calibrated", "auto")
+    calibrate = partial(denoise_calibration_prompts, spec, transformer, dtype) if measured else None
     with tqdm(total=len(plan), desc=f"quantize {spec.name}", unit="layer") as bar:
         reports = quantize_backbone(transformer, plan, calibrate, lambda *_: bar.update(), keep=spec.keep_16bit)
     # Back to what the 16-bit base holds on disk: every value came from there, so nothing is rounded.
@@ -125,7 +129,8 @@ def plan_base(spec: BaseSpec, transformer: nn.Module, main: QuantSettings) -> di
     return plan_layers(transformer, rules, spec.keep_16bit)
 
 
-def _denoise_calibration_prompts(spec: BaseSpec, transformer: nn.Module, dtype: torch.dtype) -> None:
+def denoise_calibration_prompts(spec: BaseSpec, transformer: nn.Module, dtype: torch.dtype) -> None:
+    """Runs `transformer` over the trajectories of the spec's calibration prompts; what it draws is thrown away."""
     device = next(transformer.parameters()).device
     encoders = spec.load_encoders(device, dtype)
     pipeline = build_pipeline(transformer, encoders)

@@ -12,21 +12,15 @@ import torch
 from diffusers import AutoencoderTiny, FluxTransformer2DModel
 from torch import Tensor, nn
 
+from loragraft.backbones.architectures import FLUX
 from loragraft.backbones.minilm import TOKENS, MiniLMEncoder
 from loragraft.backbones.spec import BaseSpec, Encoders
 
 WEIGHTS = Path(__file__).resolve().parent / "weights" / "pocket"
 
-_DOUBLE = r"transformer_blocks\.\d+\."
-_SINGLE = r"single_transformer_blocks\.\d+\."
-_LINEARS = (
-    _DOUBLE + r"attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)",
-    _DOUBLE + r"(ff|ff_context)\.net\.(0\.proj|2)",
-    _SINGLE + r"(attn\.(to_q|to_k|to_v)|proj_mlp|proj_out)",
-)
 # The sentence vector reaches the blocks through these alone. The words of a new domain shift it for every caption alike,
 # which a low-rank change here can take back, so that a known thing stays known; that is why adapters go here as well.
-_ADALN = (_DOUBLE + r"(norm1|norm1_context)\.linear", _SINGLE + r"norm\.linear")
+_TARGETS = FLUX.quantize + FLUX.quantize_w4a16
 
 
 class PocketEncoders:
@@ -88,10 +82,10 @@ SPEC = BaseSpec(
     transformer_int4={"native": WEIGHTS / "transformer-int4"},
     load_encoders=_load_encoders,
     resolution=128,
-    quantize=_LINEARS,
-    quantize_w4a16=_ADALN,
-    keep_16bit=("x_embedder", "context_embedder", r"time_text_embed\..*", r"norm_out\.linear", "proj_out"),
-    lora_targets=_LINEARS + _ADALN,
+    quantize=FLUX.quantize,
+    quantize_w4a16=FLUX.quantize_w4a16,
+    keep_16bit=FLUX.keep_16bit,
+    lora_targets=_TARGETS,
     calibration_prompts=(
         "red heart icon",
         "a shopping cart",

@@ -6,14 +6,17 @@ draws a uniform key and the `rows` largest keys stay, which is a uniform sample 
 """
 
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from loragraft.quantization.names import named_module
+from loragraft.quantization.tensor_file import CheckpointError, write_tensors
+from loragraft.quantization.weight_source import FileSource
 
 DEFAULT_ROWS = 512
 
@@ -86,3 +89,33 @@ def collect(
         assert collector.samples is not None
         stats[path] = ActivationStats(collector.absmax, collector.samples)
     return stats
+
+
+def save_stats(path: Path, stats: Mapping[str, ActivationStats]) -> None:
+    """One safetensors file: `<layer>.absmax` float32 [K] and `<layer>.samples` bfloat16 [S, K], whole or not at all."""
+    tensors = {}
+    for layer, found in stats.items():
+        tensors[f"{layer}.absmax"] = found.absmax_K.float().cpu()
+        tensors[f"{layer}.samples"] = found.samples_SK.to(torch.bfloat16).cpu()
+    write_tensors(path, tensors, {"format": "pt"})
+
+
+class StatsFile:
+    """What `save_stats` wrote, one layer in memory at a time."""
+
+    def __init__(self, path: Path) -> None:
+        """Reads the header. Raises CheckpointError for a damaged file and for one that holds something else."""
+        self._source = FileSource(path)
+        self.layers = {name.removesuffix(".absmax") for name in self._source.tensors if name.endswith(".absmax")}
+        """Paths of the layers."""
+        if self._source.tensors.keys() != {f"{p}.{kind}" for p in self.layers for kind in ("absmax", "samples")}:
+            raise CheckpointError(f"{path} holds no activation statistics; expected a file of save_stats")
+
+    @property
+    def identity(self) -> str:
+        """Changes with the file."""
+        return self._source.identity
+
+    def read(self, layer: str) -> ActivationStats:
+        """The statistics of one layer, samples in bfloat16."""
+        return ActivationStats(self._source.read(f"{layer}.absmax"), self._source.read(f"{layer}.samples"))

@@ -25,12 +25,18 @@ def linear_paths(model: nn.Module) -> list[str]:
 def plan_layers(
     model: nn.Module, rules: Mapping[str, QuantSettings], keep: Sequence[str] = ()
 ) -> dict[str, QuantSettings]:
-    """Expand full-path regular expressions into path -> settings, in module order.
+    """Expand full-path regular expressions into path -> settings, in module order. Raises as `plan_paths` does."""
+    return plan_paths(linear_paths(model), rules, keep)
+
+
+def plan_paths(
+    paths: Sequence[str], rules: Mapping[str, QuantSettings], keep: Sequence[str] = ()
+) -> dict[str, QuantSettings]:
+    """Expand full-path regular expressions into path -> settings, in the order of `paths`, all linear layers of a model.
 
     Raises ValueError for a pattern that matches no linear layer, a layer that two rules claim with different settings,
     a layer both planned and kept, and a layer that is neither.
     """
-    paths = linear_paths(model)
     plan: dict[str, QuantSettings] = {}
     for pattern, matched in match_paths(list(rules), paths).items():
         for path in matched:
@@ -38,12 +44,11 @@ def plan_layers(
                 raise ValueError(
                     f"layer {path!r} is claimed by two rules with different settings; the second is {pattern!r}"
                 )
-    _check_cover(model, plan, keep)
+    _check_cover(paths, plan, keep)
     return {path: plan[path] for path in paths if path in plan}
 
 
-def _check_cover(model: nn.Module, plan: Mapping[str, QuantSettings], keep: Sequence[str]) -> None:
-    paths = linear_paths(model)
+def _check_cover(paths: Sequence[str], plan: Mapping[str, QuantSettings], keep: Sequence[str]) -> None:
     kept = {path for matched in match_paths(keep, paths).values() for path in matched}
     unknown = [path for path in plan if path not in paths]
     if unknown:
@@ -72,12 +77,12 @@ def quantize_model(
     `keep` are full-path patterns of layers that stay as they are. Everything that can be refused is checked before the
     first layer is swapped. Raises as `plan_layers` and `quantize_linear` do.
     """
-    _check_cover(model, plan, keep)
-    uncalibrated = [p for p, settings in plan.items() if settings.smoothing_mode == "calibrated" and p not in stats]
+    _check_cover(linear_paths(model), plan, keep)
+    uncalibrated = [p for p, settings in plan.items() if settings.needs_statistics and p not in stats]
     if uncalibrated:
         raise ValueError(
             f"no activation statistics for {len(uncalibrated)} layer(s), the first is {uncalibrated[0]!r}; "
-            "calibrate them, or ask for smoothing='weight' or 'hadamard'"
+            "calibrate them, or ask for smoothing='auto', 'weight' or 'hadamard' without gptq"
         )
     reports = []
     for done, (path, settings) in enumerate(plan.items(), start=1):
@@ -103,6 +108,6 @@ def quantize_backbone(
 
     None skips the calibration, which `quantize_model` refuses unless every layer's smoothing is data-free.
     """
-    _check_cover(model, plan, keep)
+    _check_cover(linear_paths(model), plan, keep)
     stats = {} if run_calibration is None else collect(model, plan, run_calibration)
     return quantize_model(model, plan, stats, progress, keep=keep)

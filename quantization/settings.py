@@ -5,8 +5,13 @@ from typing import Literal, get_args
 
 Numerics = Literal["w4a8", "w4a4", "w4a16"]
 """Weight and activation bits: native, interchange, and weight-only (adaLN)."""
-Smoothing = Literal["calibrated", "weight", "hadamard", "none"]
-"""Where the smoothing vector comes from: measured activations, the weight alone, a rotation instead, nowhere."""
+Smoothing = Literal["calibrated", "weight", "hadamard", "none", "auto"]
+"""Where the smoothing vector comes from: measured activations, the weight alone, a rotation instead, nowhere.
+
+"auto": the layer's measured error decides between none, smoothing, a rotation and both; on measured activations where
+there are any, else data-free on the synthetic rows of `svdquant.synthetic_rows`.
+"""
+Search = Literal["exhaustive", "subsampled"]
 DEFAULT_RANK = 16
 
 
@@ -30,6 +35,12 @@ class QuantSettings:
     """Most rounds of the alternation between branch and codes; it ends at the first round that is worse."""
     grid: int = 10
     """Steps of the smoothing exponents: 2 grid candidates."""
+    search: Search = "exhaustive"
+    """"exhaustive": every candidate at full size, each SVD from scratch. "subsampled": candidates are judged on a part of
+    the rows and outputs, the best two at full size, and the alternation's SVDs continue from one another: the same error
+    within a few per cent (`benchmarks/quantizer.py`), and minutes instead of hours for a 12 B model."""
+    gptq: bool = False
+    """Choose the codes by GPTQ with the scales as they are; needs activation statistics."""
     seed: int = 0
     """Seeds the randomized SVD and the synthetic inputs of the data-free modes."""
 
@@ -47,6 +58,8 @@ class QuantSettings:
             )
         if self.numerics == "w4a16" and self.smoothing not in (None, "none"):
             raise ValueError(f"smoothing {self.smoothing!r} with w4a16: its activations stay 16-bit; leave it out")
+        if self.search not in get_args(Search):
+            raise ValueError(f"search {self.search!r}: expected one of {', '.join(get_args(Search))}")
         if self.rank is not None and self.rank < 0:
             raise ValueError(f"rank {self.rank}: expected 0 (no branch) or more")
         if self.iterations < 1 or self.grid < 1:
@@ -58,6 +71,11 @@ class QuantSettings:
         if self.rank is not None:
             return self.rank
         return 0 if self.numerics == "w4a16" else DEFAULT_RANK
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether the layer's activations must have been measured."""
+        return self.smoothing_mode == "calibrated" or self.gptq
 
     @property
     def smoothing_mode(self) -> Smoothing:
@@ -88,3 +106,5 @@ class LayerReport:
     """Error of the layer's output on the calibration rows (N(0, 1) rows without calibration), activations quantized."""
     rtn_error: float
     """The same with plain rounding: no smoothing, no rotation, no branch."""
+    weighted: bool = False
+    """Whether the branch was fitted to the measured inputs, not to the weight alone."""

@@ -9,63 +9,48 @@ For W [N, K], inputs x [S, K], a smoothing vector s [K] and a block-Hadamard H (
 Smoothing (section 3.2 of the paper; grid of DeepCompressor's `examples/diffusion/configs/svdquant`):
 s = max|x|^a / max|W|^b over (0, 0), (i/n, 0), (i/n, 1 - i/n), i = 1..n, judged by the error of y. The alternation
 L_i = SVD_R(W' - deq(q_{i-1})), q_i = round(W' - L_i) is DeepCompressor's `calib/lowrank.py` (LoftQ, arXiv:2310.08659,
-for one layer); it stops at the first round whose y is worse. The SVD is randomized (`torch.svd_lowrank`, seeded).
+for one layer); it stops at the first round whose y is worse. The SVD is randomized (`low_rank`), seeded.
+
+A subsampled search on measured activations also tries the branch that approximates in the metric of the inputs
+(`low_rank.InputMetric`): L_i C = SVD_R((W' - deq(q_{i-1})) C), C = (x'^T x' / S + damping)^(1/2), fitted to three quarters of the rows
+and judged on the others.
 
 s, D and U are rounded to bfloat16 *before* the residual is formed: the codes absorb the branch's own rounding.
-All arithmetic is float32.
+All arithmetic is float32; only the orthonormal bases of `low_rank.Subspace` are made in float64.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from loragraft.kernels.act_quant import dequantize_activation, quantize_activation
-from loragraft.kernels.layout import apply_hadamard, pack_int4, relative_rms
+from loragraft.kernels.layout import pack_int4, relative_rms
 from loragraft.quantization.calibrate import ActivationStats
+from loragraft.quantization.gptq import HELD_OUT, gptq_codes
 from loragraft.quantization.settings import LayerReport, QuantSettings
-from loragraft.quantization.weight_quant import RoundedWeight, round_affine, round_progressive, round_symmetric
+from loragraft.quantization.split import (
+    Layer,
+    Split,
+    Transform,
+    layer_output,
+    rotate,
+    split_layer,
+    transformed_branch,
+    weight_error,
+)
 
 SYNTHETIC_ROWS = 256
-"""Rows of x ~ N(0, I) that judge a data-free choice."""
+"""Rows that judge a data-free choice."""
 ROTATED_CANDIDATES = 6
 """The best few smoothing candidates are also tried rotated; on synthetic layers a full second grid gained under 1 %."""
-OVERSAMPLING, POWER_ITERATIONS = 10, 4
-"""q = R + 10 and niter = 4: DeepCompressor PR #111 (50x faster than the full SVD at the same image quality)."""
-
-
-@dataclass(frozen=True)
-class _Transform:
-    """One candidate: exponents of the smoothing vector and whether blocks of 64 inputs are rotated."""
-
-    alpha: float
-    beta: float
-    hadamard: bool
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """The float layer, the rows it is judged on, and what it should answer."""
-
-    weight_NK: Tensor
-    absmax_K: Tensor
-    rows_SK: Tensor
-    target_SN: Tensor
-    settings: QuantSettings
-
-
-@dataclass(frozen=True)
-class _Split:
-    """One finished quantization of a layer."""
-
-    transform: _Transform
-    smooth_K: Tensor
-    down_RK: Tensor
-    up_NR: Tensor
-    rounded: RoundedWeight
-    error: float
-    iterations: int
+SUBSAMPLED_ROWS, SUBSAMPLED_OUTPUTS = 128, 1024
+"""What a subsampled search judges its candidates on. The ranking of transforms depends on the in features, all of which stay."""
+FINALISTS, FINALIST_ROUNDS = 2, 2
+"""A subsampled search's best few, judged again on the whole layer after so many rounds."""
+LOUD_CHANNELS, LOUDNESS = 64, 30.0
+"""One in 64 channels 30 times as loud: the activation outliers of `synthetic_rows`."""
 
 
 def quantize_linear(
@@ -74,28 +59,21 @@ def quantize_linear(
     """Quantize one linear layer; returns the buffers of a `SVDQuantLinear` by name, and the report.
 
     weight [N, K] and bias [N] in any float dtype (the bias is kept as it is). `stats` holds the layer's measured inputs;
-    it is required for calibrated smoothing and, where given, is what the report's errors are measured on.
+    it is required for calibrated smoothing and GPTQ and, where given, is what the report's errors are measured on (with GPTQ:
+    on the rows that it was not fitted to).
     Raises ValueError naming `path` for non-finite weights, wrong shapes, missing statistics.
     """
     weight = weight_NK.detach().float()
     _check(weight, stats, settings, path)
     mode = settings.smoothing_mode
-    judged = _layer(weight, stats if mode in ("calibrated", "none") else None, settings)
-    first_round = [_split(judged, candidate, rounds=1) for candidate in _candidates(settings)]
-    if (
-        mode == "calibrated"
-        and settings.numerics == "w4a8"
-        and settings.rotation == "auto"
-        and weight.shape[1] % 64 == 0
-    ):
-        favourites = sorted(first_round, key=_error)[:ROTATED_CANDIDATES]
-        first_round += [_split(judged, replace(f.transform, hadamard=True), rounds=1) for f in favourites]
-    best = min(first_round, key=_error)
-    if settings.branch_rank > 0 and settings.iterations > 1:
-        best = _split(judged, best.transform, rounds=settings.iterations)
-    reported = _layer(weight, stats, settings)
-    plain = replace(settings, rank=0, smoothing="none", rotation="never")
-    rtn = _split(replace(reported, settings=plain), _Transform(0.0, 0.0, False), rounds=1)
+    fitted, stats = _held_out(stats, settings)
+    judged = _layer(weight, stats if mode in ("calibrated", "auto", "none") else None, settings)
+    if judged.measured and fitted is not None:
+        judged = replace(judged, fitted_SK=fitted.to(weight.device).float())
+    best = _search(judged) if settings.search == "subsampled" else _search_exhaustively(judged)
+    reported = judged if stats is None or judged.measured else _layer(weight, stats, settings)
+    if settings.gptq and fitted is not None:
+        best = _with_gptq(reported, best, fitted)
     report = LayerReport(
         path=path,
         numerics=settings.numerics,
@@ -106,9 +84,10 @@ def quantize_linear(
         beta=best.transform.beta,
         hadamard=best.transform.hadamard,
         iterations=best.iterations,
-        weight_error=relative_rms(_effective_weight(best), weight),
-        output_error=relative_rms(_output(reported, best), reported.target_SN),
-        rtn_error=rtn.error,
+        weighted=best.weighted,
+        weight_error=weight_error(reported, best),
+        output_error=relative_rms(layer_output(reported, best), reported.target_SN),
+        rtn_error=_plain_error(reported),
     )
     return _tensors(best, bias, settings), report
 
@@ -122,10 +101,16 @@ def _check(weight: Tensor, stats: ActivationStats | None, settings: QuantSetting
     K = weight.shape[1]
     if stats is not None and stats.samples_SK.shape[1] != K:
         raise ValueError(f"{where}: statistics of {stats.samples_SK.shape[1]} in features for a weight of {K}")
-    if stats is None and settings.smoothing_mode == "calibrated":
+    if stats is None and settings.needs_statistics:
+        what = "GPTQ" if settings.gptq else "calibrated smoothing"
         raise ValueError(
-            f"{where}: calibrated smoothing needs activation statistics; collect them with "
-            "loragraft.quantization.calibrate.collect, or ask for smoothing='weight' or 'hadamard'"
+            f"{where}: {what} needs activation statistics; collect them with "
+            "loragraft.quantization.calibrate.collect, or ask for smoothing='auto', 'weight' or 'hadamard' without gptq"
+        )
+    if stats is not None and settings.gptq and stats.samples_SK.shape[0] < 2 * HELD_OUT:
+        raise ValueError(
+            f"{where}: GPTQ needs at least {2 * HELD_OUT} activation rows, one in {HELD_OUT} to judge it by; "
+            f"there are {stats.samples_SK.shape[0]}"
         )
     if settings.smoothing_mode == "hadamard" and K % 64:
         raise ValueError(
@@ -133,118 +118,135 @@ def _check(weight: Tensor, stats: ActivationStats | None, settings: QuantSetting
         )
 
 
-def _layer(weight_NK: Tensor, stats: ActivationStats | None, settings: QuantSettings) -> _Layer:
-    """Rows to judge on: measured ones, or N(0, 1) from the settings' seed."""
+def _held_out(stats: ActivationStats | None, settings: QuantSettings) -> tuple[Tensor | None, ActivationStats | None]:
+    """(rows that branch and codes may be fitted to, statistics that judge); (None, all) where nothing is fitted to rows."""
+    fits = settings.gptq or (settings.search == "subsampled" and settings.branch_rank > 0)
+    if stats is None or not fits or stats.samples_SK.shape[0] < 2 * HELD_OUT:
+        return None, stats
+    judge = torch.arange(stats.samples_SK.shape[0], device=stats.samples_SK.device) % HELD_OUT == HELD_OUT - 1
+    return stats.samples_SK[~judge], ActivationStats(stats.absmax_K, stats.samples_SK[judge])
+
+
+def _layer(weight_NK: Tensor, stats: ActivationStats | None, settings: QuantSettings) -> Layer:
+    """Rows to judge on: measured ones, or synthetic ones from the settings' seed."""
     K, device = weight_NK.shape[1], weight_NK.device
-    if stats is None:
-        generator = torch.Generator().manual_seed(settings.seed)
-        rows = torch.randn(SYNTHETIC_ROWS, K, generator=generator).to(device)
-        absmax = torch.ones(K, device=device)  # the channels of N(0, I) are alike: only the weight shapes s
-    else:
+    if stats is not None:
         rows, absmax = stats.samples_SK.to(device).float(), stats.absmax_K.to(device).float()
-    return _Layer(weight_NK, absmax, rows, rows @ weight_NK.T, settings)
+    else:
+        absmax = torch.ones(K, device=device)  # no channel is known to be loud: only the weight shapes s
+        if settings.smoothing_mode == "auto":
+            rows = _drawn_rows(K, settings.seed, device, mixed=True)
+            # Equal weight to every row, however loud: the error is then the mean over the kinds of input.
+            size = torch.linalg.vector_norm(rows @ weight_NK.T, dim=1, keepdim=True)
+            rows = rows / torch.where(size > 0, size, torch.ones_like(size))
+        else:
+            rows = _drawn_rows(K, settings.seed, device, mixed=False)
+    return Layer(weight_NK, absmax, weight_NK.abs().amax(0), rows, rows @ weight_NK.T, settings, stats is not None)
 
 
-def _candidates(settings: QuantSettings) -> Iterator[_Transform]:
-    """The transforms to try; the first is always the plainest, and wins ties."""
-    mode, n = settings.smoothing_mode, settings.grid
-    steps = [i / n for i in range(1, n)]
-    yield _Transform(0.0, 0.0, hadamard=mode == "hadamard")
-    if mode == "weight":
-        yield from (_Transform(0.0, step, False) for step in [*steps, 1.0])
-    elif mode == "calibrated":
-        yield from (_Transform(step, 0.0, False) for step in [*steps, 1.0])
-        yield from (_Transform(step, 1 - step, False) for step in steps)
+@lru_cache(maxsize=8)  # a model has few widths, and drawing for the widest takes longer than quantizing it
+def _drawn_rows(K: int, seed: int, device: torch.device, *, mixed: bool) -> Tensor:
+    """Synthetic rows on the device; not to be written to."""
+    if mixed:
+        return synthetic_rows(K, seed).to(device)
+    return torch.randn(SYNTHETIC_ROWS, K, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
-def _error(split: _Split) -> float:
-    return split.error
+def synthetic_rows(K: int, seed: int) -> Tensor:
+    """[SYNTHETIC_ROWS, K] inputs for a choice without data: what is not known about them is drawn.
 
-
-def smoothing_vector(absmax_x_K: Tensor, absmax_w_K: Tensor, alpha: float, beta: float) -> Tensor:
-    """s = max|x|^alpha / max|W|^beta, [K] in bfloat16, geometric mean 1.
-
-    Only the ratios matter: a common factor cancels between x / s and W s. Channels that (almost) never fire are held
-    at 1e-5 of the largest, so that a stray value at run time is not blown up.
+    A third each: N(0, I); the same with one channel in 64 thirty times as loud, anew in every row; and heavy tails
+    (Student's t with 3 degrees of freedom) without any channel structure. These are the activations of the synthetic layer test
+    that set this project's numerics. Which channels are loud is unknown, so a smoothing vector cannot be fitted to them;
+    what they reward is a transform that does not depend on knowing.
     """
-    absmax_x = absmax_x_K.clamp(min=1e-5 * absmax_x_K.max().clamp(min=1e-30))
-    absmax_w = absmax_w_K.clamp(min=1e-5 * absmax_w_K.max().clamp(min=1e-30))
-    log_s = alpha * absmax_x.log() - beta * absmax_w.log()
-    return (log_s - log_s.mean()).exp().to(torch.bfloat16)
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(SYNTHETIC_ROWS, K, generator=generator)
+    third = SYNTHETIC_ROWS // 3
+    loud = torch.rand(third, K, generator=generator) < 1 / LOUD_CHANNELS
+    rows[third : 2 * third] *= torch.where(loud, LOUDNESS, 1.0)
+    chi_squared = torch.randn(3, SYNTHETIC_ROWS - 2 * third, K, generator=generator).square_().mean(0)
+    rows[2 * third :] /= chi_squared.sqrt_()  # t_3 = N(0, 1) / sqrt(chi^2_3 / 3)
+    return rows
 
 
-def _split(layer: _Layer, transform: _Transform, rounds: int) -> _Split:
-    """Branch and codes for one transform, alternating for at most `rounds` rounds; the best round is returned."""
-    settings, weight = layer.settings, layer.weight_NK
-    smooth = smoothing_vector(layer.absmax_K, weight.abs().amax(0), transform.alpha, transform.beta)
-    target = _rotate(weight * smooth.float(), transform.hadamard)
-    inputs = _quantized_inputs(layer, smooth, transform.hadamard)
-    best: _Split | None = None
-    rounded_before = torch.zeros_like(target)
-    for iteration in range(1, rounds + 1):
-        up, right = low_rank(target - rounded_before, settings.branch_rank, settings.seed)
-        down = (_rotate(right, transform.hadamard) / smooth.float()).to(torch.bfloat16)
-        up = up.to(torch.bfloat16)
-        branch = up.float() @ _rotate(down.float() * smooth.float(), transform.hadamard)
-        rounded = _round(target - branch, settings)
-        output = inputs @ rounded.dense_NK.T + (layer.rows_SK @ down.float().T) @ up.float().T
-        error = relative_rms(output, layer.target_SN)
-        if best is not None and error >= best.error:
-            break
-        best = _Split(transform, smooth, down, up, rounded, error, iteration)
-        rounded_before = rounded.dense_NK
-    assert best is not None  # rounds >= 1
+def _search_exhaustively(layer: Layer) -> Split:
+    """Every candidate for one round on the whole layer; the best is alternated."""
+    settings = layer.settings
+    first_round = [split_layer(layer, candidate, rounds=1) for candidate in _candidates(layer)]
+    if _rotates(layer):
+        favourites = sorted(first_round, key=_error)[:ROTATED_CANDIDATES]
+        first_round += [split_layer(layer, replace(f.transform, hadamard=True), rounds=1) for f in favourites]
+    best = min(first_round, key=_error)
+    if settings.branch_rank > 0 and settings.iterations > 1:
+        best = split_layer(layer, best.transform, rounds=settings.iterations)
     return best
 
 
-def low_rank(matrix_NK: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Best rank-R factors [N, R], [R, K] of a matrix, singular values shared evenly; the global RNG is left alone."""
-    N, K = matrix_NK.shape
-    rank = min(rank, N, K)
-    if rank == 0:
-        return matrix_NK.new_zeros(N, 0), matrix_NK.new_zeros(0, K)
-    devices = [matrix_NK.device] if matrix_NK.is_cuda else []
-    with torch.random.fork_rng(devices=devices):  # svd_lowrank takes no generator of its own
-        if matrix_NK.is_cuda:
-            torch.cuda.default_generators[matrix_NK.device.index].manual_seed(seed)
-        else:
-            torch.default_generator.manual_seed(seed)
-        U, S, V = torch.svd_lowrank(matrix_NK, q=min(rank + OVERSAMPLING, N, K), niter=POWER_ITERATIONS)
-    root = S[:rank].sqrt()
-    return U[:, :rank] * root, (V[:, :rank] * root).T
+def _search(layer: Layer) -> Split:
+    """Candidates on a part of the layer, the finalists on all of it, and the winner alternated."""
+    settings = layer.settings
+    candidates = list(_candidates(layer))
+    if _rotates(layer):
+        candidates += [replace(candidate, hadamard=True) for candidate in candidates]
+    rounds = settings.iterations if settings.branch_rank > 0 else 1
+    if len(candidates) == 1 and layer.fitted_SK is None:
+        return split_layer(layer, candidates[0], rounds)
+    small = layer.part(SUBSAMPLED_ROWS, SUBSAMPLED_OUTPUTS)
+    ranked = sorted((split_layer(small, c, 1, cold_iterations=1).error, i) for i, c in enumerate(candidates))
+    ways = (False, True) if layer.fitted_SK is not None and settings.branch_rank > 0 else (False,)
+    finalists = [(candidates[i], weighted) for _, i in ranked[:FINALISTS] for weighted in ways]
+    tried = min(rounds, FINALIST_ROUNDS)
+    # Only the error is kept of each: a wide layer's splits would fill the memory.
+    errors = [split_layer(layer, transform, tried, weighted=weighted).error for transform, weighted in finalists]
+    transform, weighted = finalists[errors.index(min(errors))]
+    return split_layer(layer, transform, rounds, weighted=weighted)
 
 
-def _rotate(matrix: Tensor, hadamard: bool) -> Tensor:
-    return apply_hadamard(matrix) if hadamard else matrix
+def _rotates(layer: Layer) -> bool:
+    """Whether a rotation may be tried on top of the candidates."""
+    settings = layer.settings
+    return (
+        settings.smoothing_mode in ("calibrated", "auto")
+        and settings.numerics == "w4a8"
+        and settings.rotation == "auto"
+        and layer.weight_NK.shape[1] % 64 == 0
+    )
 
 
-def _round(residual_NK: Tensor, settings: QuantSettings) -> RoundedWeight:
-    rounding = {"w4a8": round_progressive, "w4a4": round_symmetric, "w4a16": round_affine}[settings.numerics]
-    return rounding(residual_NK, settings.group_size)
+def _candidates(layer: Layer) -> Iterator[Transform]:
+    """The transforms to try, before rotation; the first is always the plainest, and wins ties."""
+    mode, n = layer.settings.smoothing_mode, layer.settings.grid
+    steps = [i / n for i in range(1, n)]
+    yield Transform(0.0, 0.0, hadamard=mode == "hadamard")
+    if mode == "weight" or (mode == "auto" and not layer.measured):
+        yield from (Transform(0.0, step, False) for step in [*steps, 1.0])
+    elif mode in ("calibrated", "auto"):
+        yield from (Transform(step, 0.0, False) for step in [*steps, 1.0])
+        yield from (Transform(step, 1 - step, False) for step in steps)
 
 
-def _quantized_inputs(layer: _Layer, smooth_K: Tensor, hadamard: bool) -> Tensor:
-    """[S, K]: what the integer GEMM sees of the rows, dequantized (the rows themselves for w4a16)."""
-    if layer.settings.numerics == "w4a16":
-        return layer.rows_SK
-    bits = 8 if layer.settings.numerics == "w4a8" else 4
-    codes, scale = quantize_activation(layer.rows_SK, smooth_K, hadamard, bits)
-    return dequantize_activation(codes, scale, torch.float32)[:, : layer.rows_SK.shape[1]]
+def _error(split: Split) -> float:
+    return split.error
 
 
-def _output(layer: _Layer, split: _Split) -> Tensor:
-    inputs = _quantized_inputs(layer, split.smooth_K, split.transform.hadamard)
-    branch = (layer.rows_SK @ split.down_RK.float().T) @ split.up_NR.float().T
-    return inputs @ split.rounded.dense_NK.T + branch
+def _with_gptq(layer: Layer, split: Split, fitted_SK: Tensor) -> Split:
+    """The split with GPTQ's codes if they are better on the rows that judge."""
+    target = rotate(layer.weight_NK * split.smooth_K.float(), split.transform.hadamard)
+    target = target - transformed_branch(split.down_RK, split.up_NR, split.smooth_K, split.transform.hadamard)
+    inputs = rotate(fitted_SK.to(target) / split.smooth_K.float(), split.transform.hadamard)
+    tried = replace(split, rounded=gptq_codes(target, inputs, split.rounded, layer.settings))
+    before, after = (relative_rms(layer_output(layer, s), layer.target_SN) for s in (split, tried))
+    return replace(tried, error=after) if after < before else split
 
 
-def _effective_weight(split: _Split) -> Tensor:
-    """W_eff = (deq(q) H) / s + U D."""
-    residual = _rotate(split.rounded.dense_NK, split.transform.hadamard) / split.smooth_K.float()
-    return residual + split.up_NR.float() @ split.down_RK.float()
+def _plain_error(layer: Layer) -> float:
+    """Output error of plain rounding: no smoothing, no rotation, no branch."""
+    plain = replace(layer.settings, rank=0, smoothing="none", rotation="never", gptq=False)
+    return split_layer(replace(layer, settings=plain), Transform(0.0, 0.0, False), rounds=1).error
 
 
-def _tensors(split: _Split, bias: Tensor | None, settings: QuantSettings) -> dict[str, Tensor]:
+def _tensors(split: Split, bias: Tensor | None, settings: QuantSettings) -> dict[str, Tensor]:
     """Checkpoint names -> contiguous tensors; w4a16 stores no smoothing vector."""
     tensors = {"qweight": pack_int4(split.rounded.codes_NK), **split.rounded.scales}
     if settings.numerics != "w4a16":

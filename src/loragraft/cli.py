@@ -167,19 +167,9 @@ def _versions(*packages: str) -> dict[str, str]:
 
 
 def _quantize(args: argparse.Namespace) -> int:
-    from loragraft.backbones.load import find_spec, quantize_base
-    from loragraft.quantization.report import report_table, report_to_dict
+    from loragraft.backbones.quantize_command import run
 
-    out = Path(args.out)
-    if out.exists():
-        raise ValueError(f"{out} exists already: name another folder with --out, or move it away")
-    reports = quantize_base(
-        find_spec(args.base), _profile(args.profile), out, _device(), smoothing=args.smoothing, rank=args.rank
-    )
-    print(report_table(reports))
-    (out / "quantization_report.json").write_text(json.dumps(report_to_dict(reports), indent=1) + "\n")
-    print(f"{args.base} in profile {args.profile}: {out}")
-    return 0
+    return run(args, _device())
 
 
 def _convert(args: argparse.Namespace) -> int:
@@ -262,7 +252,7 @@ def _device() -> str:
 
 
 def _profile(name: str) -> "Profile":
-    from loragraft.backbones.load import NUMERICS
+    from loragraft.backbones.architectures import NUMERICS
 
     for profile in NUMERICS:
         if profile == name:
@@ -380,13 +370,29 @@ def _parser() -> argparse.ArgumentParser:
         "quantize",
         _quantize,
         "turn a 16-bit base into an SVDQuant INT4 checkpoint",
-        "Calibrated smoothing watches the inputs of every linear while the calibration prompts are denoised;\n"
-        "'weight' and 'hadamard' need no data.",
+        "loragraft quantize pocket --out pocket-int4\n"
+        "loragraft quantize FLUX.1-dev/transformer --out flux-int4          layer by layer; needs no data\n"
+        "loragraft quantize FLUX.1-dev --smoothing calibrated --out flux-int4       the pipeline's folder: runs it first\n"
+        "loragraft quantize flux1-dev-diffusers.safetensors --out flux-int4 --stats activations.safetensors\n\n"
+        "A base: calibrated smoothing watches the inputs of every linear while the calibration prompts are denoised; 'weight'\n"
+        "and 'hadamard' need no data. A folder or file of a FLUX transformer in diffusers' names is never loaded as a whole:\n"
+        "one layer at a time is read, quantized and written, and the same command goes on where a killed one ended.\n"
+        "'auto' takes for every layer what measures best of no transform, smoothing, rotation and both: on its measured\n"
+        "activations (--stats), else on synthetic inputs.",
     )
-    quantize.add_argument("base")
+    quantize.add_argument("base", help="a base's name, or a folder or safetensors file of 16-bit weights")
     quantize.add_argument("--profile", choices=PROFILES, default="native")
-    quantize.add_argument("--smoothing", choices=("calibrated", "weight", "hadamard", "none"), default="calibrated")
-    quantize.add_argument("--rank", type=int, default=16, help="rank of the 16-bit branch")
+    quantize.add_argument(
+        "--smoothing",
+        choices=("calibrated", "weight", "hadamard", "none", "auto"),
+        help="default: calibrated for a base, auto for weights on disk",
+    )
+    quantize.add_argument("--rank", type=int, help="rank of the 16-bit branch (default: 16 for a base, else 32)")
+    quantize.add_argument("--group-size", type=int, choices=(64, 128), default=64, help="128: native only, faster")
+    quantize.add_argument("--gptq", action="store_true", help="choose the codes by GPTQ; needs activations")
+    quantize.add_argument("--stats", metavar="FILE", help="activation statistics that calibrate.save_stats wrote")
+    quantize.add_argument("--prompts", metavar="FILE", help="calibrate a pipeline on these, one a line (default: 16 of ours)")
+    quantize.add_argument("--resolution", type=int, default=1024, help="pixels of a pipeline's calibration (default 1024)")
     quantize.add_argument("--out", required=True, help="folder to write; must not exist")
 
     convert = verb(

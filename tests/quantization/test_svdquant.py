@@ -7,8 +7,10 @@ from torch import nn
 from loragraft.kernels.layout import apply_hadamard, relative_rms
 from loragraft.quantization.calibrate import ActivationStats
 from loragraft.quantization.linear import SVDQuantLinear
+from loragraft.quantization.low_rank import low_rank
 from loragraft.quantization.settings import Numerics, QuantSettings
-from loragraft.quantization.svdquant import low_rank, quantize_linear, smoothing_vector
+from loragraft.quantization.split import smoothing_vector
+from loragraft.quantization.svdquant import quantize_linear
 
 OutlierLayer = tuple[nn.Linear, ActivationStats]
 

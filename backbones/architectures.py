@@ -1,0 +1,174 @@
+"""Which layers of a known transformer are quantized how, and quantizing one from its files alone.
+
+A base of this folder names its architecture; a folder or file that is no base is recognised by its configuration or, for a
+bare FLUX file, by the shapes of its tensors.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loragraft.backbones.spec import Profile
+from loragraft.quantization.calibrate import StatsFile
+from loragraft.quantization.names import nearest
+from loragraft.quantization.settings import LayerReport, Numerics, QuantSettings
+from loragraft.quantization.stream import plan_source, quantize_stream
+from loragraft.quantization.tensor_file import CheckpointError
+from loragraft.quantization.weight_source import FileSource, WeightSource
+
+NUMERICS: dict[Profile, Numerics] = {"native": "w4a8", "interchange": "w4a4"}
+FOLDER_RANK = 32
+"""SVDQuant's rank for models of this size."""
+FOLDER_ROUNDS = 20
+"""Rounds of the alternation; each ends early where it no longer pays."""
+DATA_FREE_GRID, CALIBRATED_GRID = 4, 10
+ORIGINAL_FLUX_KEYS = ("double_blocks.", "model.diffusion_model.double_blocks.")
+ROPE_AXES = {128: (16, 56, 56)}
+"""Width of an attention head -> FLUX's split of it among text, row and column, which no tensor shows."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Full-path patterns of linear layers; every linear layer is in exactly one list."""
+
+    class_name: str
+    """diffusers' class, the configuration's `_class_name`."""
+    quantize: tuple[str, ...]
+    """Layers that carry the profile: attention and feed-forward."""
+    quantize_w4a16: tuple[str, ...]
+    """Layers with few rows (adaLN): INT4 weights, 16-bit activations."""
+    keep_16bit: tuple[str, ...]
+
+
+_DOUBLE = r"transformer_blocks\.\d+\."
+_SINGLE = r"single_transformer_blocks\.\d+\."
+FLUX = Architecture(
+    class_name="FluxTransformer2DModel",
+    quantize=(
+        _DOUBLE + r"attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)",
+        _DOUBLE + r"(ff|ff_context)\.net\.(0\.proj|2)",
+        _SINGLE + r"(attn\.(to_q|to_k|to_v)|proj_mlp|proj_out)",
+    ),
+    quantize_w4a16=(_DOUBLE + r"(norm1|norm1_context)\.linear", _SINGLE + r"norm\.linear"),
+    keep_16bit=("x_embedder", "context_embedder", r"time_text_embed\..*", r"norm_out\.linear", "proj_out"),
+)
+ARCHITECTURES = {found.class_name: found for found in (FLUX,)}
+
+
+def open_model(path: Path) -> tuple[WeightSource, Architecture, dict[str, Any]]:
+    """(weights, architecture, configuration) of a transformer's folder or file, or of a pipeline's folder.
+
+    Raises CheckpointError for damaged files, unknown architectures and key names of other programs.
+    """
+    if (path / "model_index.json").is_file():
+        path = path / "transformer"
+    source = FileSource(path)
+    config = source.config
+    if config is not None and "quantization_config" in config:
+        method = config["quantization_config"].get("quant_method")
+        raise CheckpointError(f"{path} is quantized already ({method}); quantize the 16-bit weights")
+    if any(name.startswith(ORIGINAL_FLUX_KEYS) for name in source.tensors):
+        raise CheckpointError(
+            f"{path} has the original FLUX key names; load it with diffusers' "
+            "FluxTransformer2DModel.from_single_file and save_pretrained, then quantize that folder"
+        )
+    if config is None:
+        config = flux_config(source, path)
+    name = str(config.get("_class_name"))
+    if name not in ARCHITECTURES:
+        raise CheckpointError(f"{path} is a {name}; quantized from files are {', '.join(ARCHITECTURES)}")
+    return source, ARCHITECTURES[name], config
+
+
+def flux_config(source: WeightSource, path: Path) -> dict[str, Any]:
+    """The configuration of a FLUX transformer without config.json, read off its shapes. Raises CheckpointError if it is none."""
+    shapes = {name: info.shape for name, info in source.tensors.items()}
+    needed = (
+        "x_embedder.weight", "context_embedder.weight", "time_text_embed.text_embedder.linear_1.weight",
+        "transformer_blocks.0.attn.norm_q.weight", "proj_out.weight",
+    )  # fmt: skip
+    for name in needed:
+        if name not in shapes:
+            raise CheckpointError(
+                f"{path} has no config.json beside it and is no FLUX transformer in diffusers' key names: it lacks "
+                f"{name!r}; {nearest(name, shapes)}"
+            )
+    width, in_channels = shapes["x_embedder.weight"]
+    head = shapes["transformer_blocks.0.attn.norm_q.weight"][0]
+    if head not in ROPE_AXES:
+        raise CheckpointError(f"{path}: attention heads of {head} are not FLUX.1's; put its config.json beside it")
+    out_channels = shapes["proj_out.weight"][0]
+    return {
+        "_class_name": FLUX.class_name,
+        "patch_size": 1,
+        "in_channels": in_channels,
+        "out_channels": None if out_channels == in_channels else out_channels,
+        "num_layers": _blocks(shapes, "transformer_blocks"),
+        "num_single_layers": _blocks(shapes, "single_transformer_blocks"),
+        "attention_head_dim": head,
+        "num_attention_heads": width // head,
+        "joint_attention_dim": shapes["context_embedder.weight"][1],
+        "pooled_projection_dim": shapes["time_text_embed.text_embedder.linear_1.weight"][1],
+        "guidance_embeds": "time_text_embed.guidance_embedder.linear_1.weight" in shapes,
+        "axes_dims_rope": list(ROPE_AXES[head]),
+    }
+
+
+def _blocks(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> int:
+    return len({name.split(".")[1] for name in shapes if name.startswith(f"{prefix}.")})
+
+
+def folder_settings(
+    profile: Profile,
+    *,
+    calibrated: bool,
+    rank: int | None = None,
+    group_size: int = 64,
+    gptq: bool = False,
+    seed: int = 0,
+) -> QuantSettings:
+    """How a large model's attention and feed-forward layers are quantized: `auto`, by a subsampled search."""
+    return QuantSettings(
+        numerics=NUMERICS[profile],
+        rank=FOLDER_RANK if rank is None else rank,
+        group_size=group_size,
+        smoothing="auto",
+        iterations=FOLDER_ROUNDS,
+        grid=CALIBRATED_GRID if calibrated else DATA_FREE_GRID,
+        search="subsampled",
+        gptq=gptq,
+        seed=seed,
+    )
+
+
+def plan_model(source: WeightSource, architecture: Architecture, main: QuantSettings) -> dict[str, QuantSettings]:
+    """Layer -> settings: `main` everywhere but on the few-row layers (W4A16)."""
+    few_rows = QuantSettings("w4a16", search=main.search, seed=main.seed)
+    rules = dict.fromkeys(architecture.quantize, main) | dict.fromkeys(architecture.quantize_w4a16, few_rows)
+    return plan_source(source, rules, architecture.keep_16bit)
+
+
+def quantize_files(
+    path: Path,
+    folder: Path,
+    profile: Profile,
+    device: torch.device | str,
+    *,
+    stats: Path | None = None,
+    rank: int | None = None,
+    group_size: int = 64,
+    gptq: bool = False,
+    progress: bool = True,
+) -> list[LayerReport]:
+    """Quantizes the transformer at `path`, layer by layer, into the checkpoint `folder`; goes on where a killed run ended.
+
+    `stats` is a file of `calibrate.save_stats`; None chooses data-free. Raises as `open_model` and `quantize_stream` do.
+    """
+    source, architecture, config = open_model(path)
+    main = folder_settings(profile, calibrated=stats is not None, rank=rank, group_size=group_size, gptq=gptq)
+    plan = plan_model(source, architecture, main)
+    measured = None if stats is None else StatsFile(stats)
+    return quantize_stream(source, plan, config, folder, device=device, stats=measured, progress=progress)

@@ -1,0 +1,90 @@
+"""The verb `loragraft quantize`: its options, and what they mean for a base and for weights on disk."""
+
+import argparse
+import json
+from pathlib import Path
+
+from loragraft.backbones.architectures import folder_settings, open_model, plan_model, quantize_files
+from loragraft.backbones.load import find_spec, quantize_base
+from loragraft.quantization.partial_file import JOURNAL
+from loragraft.quantization.report import report_table, report_to_dict
+from loragraft.quantization.settings import LayerReport
+from loragraft.quantization.stream import REPORT_NAME
+
+BASE_RANK = 16
+
+
+def run(args: argparse.Namespace, device: str) -> int:
+    """Quantizes `args.base` into `args.out` and prints the report. Raises ValueError for options that do not go together."""
+    out, source = Path(args.out), Path(args.base)
+    if out.exists() and not (out / JOURNAL).exists():
+        raise ValueError(f"{out} exists already: name another folder with --out, or move it away")
+    if source.exists():
+        reports = _files(args, source, out, device)
+    else:
+        reports = _base(args, out, device)
+        (out / REPORT_NAME).write_text(json.dumps(report_to_dict(reports), indent=1) + "\n")
+    print(report_table(reports))
+    print(f"{args.base} in profile {args.profile}: {out}")
+    return 0
+
+
+def _base(args: argparse.Namespace, out: Path, device: str) -> list[LayerReport]:
+    spec = find_spec(args.base)
+    if args.stats:
+        raise ValueError(f"--stats is for weights on disk; the base {args.base!r} calibrates itself")
+    return quantize_base(
+        spec,
+        args.profile,
+        out,
+        device,
+        smoothing=args.smoothing or "calibrated",
+        rank=BASE_RANK if args.rank is None else args.rank,
+        group_size=args.group_size,
+        gptq=args.gptq,
+    )
+
+
+def _files(args: argparse.Namespace, source: Path, out: Path, device: str) -> list[LayerReport]:
+    if args.smoothing not in (None, "auto", "calibrated"):
+        raise ValueError(f"--smoothing {args.smoothing} is for bases; weights on disk are quantized with auto")
+    stats, own = Path(args.stats) if args.stats else None, None
+    if args.smoothing == "calibrated" and stats is None:
+        stats = own = _pipeline_stats(args, source, out, device)
+    reports = quantize_files(
+        source,
+        out,
+        args.profile,
+        device,
+        stats=stats,
+        rank=args.rank,
+        group_size=args.group_size,
+        gptq=args.gptq,
+    )
+    if own is not None:
+        own.unlink()
+    return reports
+
+
+def _pipeline_stats(args: argparse.Namespace, source: Path, out: Path, device: str) -> Path:
+    """A hidden file beside `out`; an interrupted command finds it and does not calibrate again."""
+    from loragraft.backbones.pipeline_stats import PROMPTS, collect_pipeline_stats
+
+    if not (source / "model_index.json").is_file():
+        raise ValueError(
+            "calibrated smoothing of weights on disk needs the folder of the whole pipeline (with its text encoders), or "
+            "--stats, a file of calibrate.save_stats"
+        )
+    prompts: tuple[str, ...] = PROMPTS
+    if args.prompts:
+        lines = Path(args.prompts).read_text(encoding="utf-8").splitlines()
+        prompts = tuple(line.strip() for line in lines if line.strip())
+    path = out.with_name(f".{out.name}.stats.safetensors")
+    if not path.exists():
+        weights, architecture, _ = open_model(source)
+        main = folder_settings(args.profile, calibrated=True, rank=args.rank, group_size=args.group_size)
+        plan = plan_model(weights, architecture, main)  # what cannot be quantized is refused before the model runs
+        layers = [layer for layer, settings in plan.items() if settings.numerics != "w4a16"]
+        out.parent.mkdir(parents=True, exist_ok=True)
+        collect_pipeline_stats(source, layers, path, device, prompts=prompts, resolution=args.resolution)
+    return path

@@ -1,0 +1,288 @@
+"""How fast the quantizer is and how little memory it takes, at the size of FLUX.1-dev. How good: `quantizer_accuracy.py`.
+
+    python benchmarks/quantizer.py stream --work /dev/shm/quantizer --out stream.json
+    python benchmarks/quantizer.py stream --work /dev/shm/quantizer --out computed.json --no-input-file
+    python benchmarks/quantizer.py calibrated --work /dev/shm/quantizer --out calibrated.json
+
+stream      A folder of FLUX.1-dev's shapes with random weights and planted outliers: seconds, peak memory, size; then once
+            more, killed by signal 9 half-way and resumed; the two files are compared. --no-input-file makes each weight
+            when it is asked for, which takes the disk out of the time. --scale 0.05 is a model for a CPU.
+calibrated  The same folder run on random inputs first, and quantized on what its layers received.
+"""
+
+import argparse
+import hashlib
+import json
+import platform
+import resource
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import FluxTransformer2DModel
+from safetensors.torch import save_file
+from torch import Tensor
+
+from loragraft.backbones.architectures import FLUX, folder_settings, open_model, plan_model
+from loragraft.disk import write_atomic
+from loragraft.quantization.calibrate import StatsFile, collect, save_stats
+from loragraft.quantization.checkpoint import WEIGHTS_NAME
+from loragraft.quantization.partial_file import JOURNAL
+from loragraft.quantization.stream import quantize_stream
+from loragraft.quantization.weight_source import TensorInfo, WeightSource
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+RANK = 32
+
+
+def flux_config(scale: float) -> dict[str, Any]:
+    """FLUX.1-dev's configuration at scale 1, else fewer blocks and heads."""
+    return {
+        "_class_name": FLUX.class_name, "patch_size": 1, "in_channels": 64, "out_channels": None,
+        "num_layers": max(1, round(19 * scale)), "num_single_layers": max(1, round(38 * scale)),
+        "attention_head_dim": 128, "num_attention_heads": max(1, round(24 * scale)),
+        "joint_attention_dim": 64 * max(1, round(64 * scale)), "pooled_projection_dim": 64 * max(1, round(12 * scale)),
+        "guidance_embeds": True, "axes_dims_rope": [16, 56, 56],
+    }  # fmt: skip
+
+
+class GeneratedSource:
+    """Weights that are made when they are read: N(0, 1/K), one column in 128 ten times as loud, some entries 20 times."""
+
+    def __init__(self, config: dict[str, Any], seed: int, device: str) -> None:
+        with init_empty_weights():
+            model = FluxTransformer2DModel.from_config(config)
+        self._tensors = {name: TensorInfo(torch.bfloat16, tuple(t.shape)) for name, t in model.state_dict().items()}
+        self._config, self.seed, self.device = config, seed, device
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return self._tensors
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self._config
+
+    @property
+    def identity(self) -> str:
+        return f"generated {self.seed} on {self.device}"
+
+    def read(self, name: str) -> Tensor:
+        shape = self._tensors[name].shape
+        if len(shape) == 1:
+            return torch.full(shape, 1.0 if "norm" in name and name.endswith("weight") else 0.0, dtype=torch.bfloat16)
+        generator = torch.Generator(self.device).manual_seed(self.seed ^ zlib.crc32(name.encode()))
+        weight = torch.randn(shape, generator=generator, device=self.device) / shape[1] ** 0.5
+        loud = torch.randperm(shape[1], generator=generator, device=self.device)[: max(1, shape[1] // 128)]
+        weight[:, loud] *= 10
+        count = max(1, weight.numel() // 20_000)
+        weight.view(-1)[torch.randint(weight.numel(), (count,), generator=generator, device=self.device)] *= 20
+        return weight.to(torch.bfloat16)
+
+
+def write_model(source: GeneratedSource, folder: Path, shard_bytes: float = 4e9) -> None:
+    """A diffusers folder in shards, as the hub has it."""
+    folder.mkdir(parents=True)
+    index: dict[str, str] = {}
+    shard: dict[str, Tensor] = {}
+
+    def close() -> None:
+        name = f"diffusion_pytorch_model-{len(set(index.values())) + 1:05d}.safetensors"
+        save_file(shard, folder / name)
+        index.update(dict.fromkeys(shard, name))
+        shard.clear()
+
+    for name in source.tensors:
+        shard[name] = source.read(name).cpu()
+        if sum(tensor.nbytes for tensor in shard.values()) > shard_bytes:
+            close()
+    close()
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": index})
+    )
+    (folder / "config.json").write_text(json.dumps(source.config))
+
+
+def child(args: argparse.Namespace) -> dict[str, Any]:
+    """One quantization in this process: seconds, peak memory."""
+    source: WeightSource
+    if args.no_input_file:
+        source, architecture = GeneratedSource(flux_config(args.scale), args.seed, DEVICE), FLUX
+        config = flux_config(args.scale)
+    else:
+        source, architecture, config = open_model(args.work / "model")
+    stats = StatsFile(args.stats) if args.stats else None
+    main = folder_settings(
+        "native", calibrated=stats is not None, rank=RANK, group_size=args.group_size, gptq=args.gptq
+    )
+    waits = {"reader": 0.0, "writer": 0.0}
+
+    def waited(what: str, seconds: float) -> None:
+        waits[what] += seconds
+
+    started = time.monotonic()
+    reports = quantize_stream(
+        source,
+        plan_model(source, architecture, main),
+        config,
+        args.work / args.name,
+        device=DEVICE,
+        stats=stats,
+        waited=waited,
+    )
+    quantized = [report for report in reports if report.numerics == "w4a8"]
+    return {
+        "seconds": time.monotonic() - started,
+        "waited_seconds": waits,
+        "peak_gpu_gib": torch.cuda.max_memory_reserved() / 2**30 if DEVICE == "cuda" else None,
+        "peak_host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "layers": len(reports),
+        "mean_output_error": statistics.mean(report.output_error for report in quantized),
+        "rotated": sum(report.hadamard for report in quantized),
+        "smoothed": sum(report.beta > 0 or report.alpha > 0 for report in quantized),
+        "mean_rounds": statistics.mean(report.iterations for report in quantized),
+    }
+
+
+def start_child(args: argparse.Namespace, name: str, *options: str) -> subprocess.Popen[str]:
+    command = [sys.executable, __file__, "child", "--work", str(args.work), "--name", name, "--scale", str(args.scale)]
+    command += ["--seed", str(args.seed), "--group-size", str(args.group_size), *options]
+    command += ["--no-input-file"] if args.no_input_file else []
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def finish_child(process: subprocess.Popen[str]) -> dict[str, Any]:
+    output, _ = process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"quantizing ended with {process.returncode}: {output}")
+    found: dict[str, Any] = json.loads(output.splitlines()[-1])
+    return found
+
+
+def stream(args: argparse.Namespace) -> dict[str, Any]:
+    """Once without a break, once killed half-way and resumed; the files must be equal."""
+    started = prepare(args)
+    result = {
+        "scale": args.scale,
+        "make_seconds": time.monotonic() - started,
+        **finish_child(start_child(args, "whole")),
+    }
+    whole = args.work / "whole" / WEIGHTS_NAME
+    result["file_gb"] = whole.stat().st_size / 1e9
+    if not args.no_kill:
+        journal = args.work / ".killed.unfinished" / JOURNAL
+        half = result["layers"] // 2
+        process = start_child(args, "killed")
+        while process.poll() is None and (not journal.exists() or len(journal.read_bytes().splitlines()) <= half):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        result["killed_with_exit"] = process.returncode
+        result["done_when_killed"] = len(journal.read_bytes().splitlines()) - 1
+        result["resume_seconds"] = finish_child(start_child(args, "killed"))["seconds"]
+        result["equal_after_kill"] = digest(whole) == digest(args.work / "killed" / WEIGHTS_NAME)
+    return result
+
+
+def prepare(args: argparse.Namespace) -> float:
+    """Clears the work folder of earlier results and makes the model unless it is there; returns when it began."""
+    for name in ("whole", "killed", "calibrated", ".whole.unfinished", ".killed.unfinished", ".calibrated.unfinished"):
+        shutil.rmtree(args.work / name, ignore_errors=True)
+    started = time.monotonic()
+    if not args.no_input_file and not (args.work / "model" / "config.json").exists():
+        shutil.rmtree(args.work / "model", ignore_errors=True)
+        write_model(GeneratedSource(flux_config(args.scale), args.seed, DEVICE), args.work / "model")
+    return started
+
+
+def digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def calibrated(args: argparse.Namespace) -> dict[str, Any]:
+    """Statistics from forward passes over random inputs (1024 px at scale 1), then the quantizer on those."""
+    prepare(args)
+    started = time.monotonic()
+    collect_stats(args, args.work / "stats.safetensors")
+    result: dict[str, Any] = {"scale": args.scale, "passes": args.passes, "gptq": args.gptq}
+    result["statistics_seconds"] = time.monotonic() - started
+    options = ["--stats", str(args.work / "stats.safetensors"), *(["--gptq"] if args.gptq else [])]
+    result |= finish_child(start_child(args, "calibrated", *options))
+    result["total_seconds"] = result["statistics_seconds"] + result["seconds"]
+    result["file_gb"] = (args.work / "calibrated" / WEIGHTS_NAME).stat().st_size / 1e9
+    return result
+
+
+def collect_stats(args: argparse.Namespace, path: Path) -> None:
+    """Runs the 16-bit model, whole, on the device and writes what its layers received."""
+    model = FluxTransformer2DModel.from_pretrained(args.work / "model", torch_dtype=torch.bfloat16)
+    model.to(DEVICE).requires_grad_(False).eval()
+    plan = plan_model(*open_model(args.work / "model")[:2], folder_settings("native", calibrated=True))
+    layers = [layer for layer, settings in plan.items() if settings.numerics != "w4a16"]
+    save_stats(path, collect(model, layers, lambda: random_passes(model, args)))
+    if DEVICE == "cuda":
+        model.to("meta")
+        torch.cuda.empty_cache()
+
+
+def random_passes(model: Any, args: argparse.Namespace) -> None:
+    side, text = max(4, round(64 * args.scale)), max(8, round(512 * args.scale))
+    generator = torch.Generator().manual_seed(args.seed)
+    c = model.config
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(DEVICE, torch.bfloat16)
+
+    row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    grid = torch.stack((torch.zeros_like(row), row, column), -1).reshape(-1, 3)
+    for number in range(args.passes):
+        model(
+            hidden_states=normal(1, side * side, c.in_channels), encoder_hidden_states=normal(1, text, c.joint_attention_dim),
+            pooled_projections=normal(1, c.pooled_projection_dim), guidance=torch.full((1,), 3.5, device=DEVICE),
+            timestep=torch.full((1,), (number + 0.5) / args.passes, device=DEVICE, dtype=torch.bfloat16),
+            img_ids=grid.to(DEVICE), txt_ids=torch.zeros(text, 3, device=DEVICE),
+        )  # fmt: skip
+
+
+def main() -> int:
+    """Measures, writes the JSON, prints a summary; exit code 1 if a killed run ended with other bytes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("stream", "calibrated", "child"))
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--commit", default="", help="commit of the code that runs")
+    parser.add_argument("--work", type=Path, help="folder for models; at scale 1 it takes 40 GB")
+    parser.add_argument("--scale", type=float, default=1.0, help="1: FLUX.1-dev")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--gptq", action="store_true")
+    parser.add_argument("--passes", type=int, default=8, help="calibrated: forward passes")
+    parser.add_argument("--no-input-file", action="store_true", help="stream: make each weight when it is read")
+    parser.add_argument("--no-kill", action="store_true", help="stream: only the uninterrupted run")
+    parser.add_argument("--name", help=argparse.SUPPRESS)
+    parser.add_argument("--stats", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.what == "child":
+        print(json.dumps(child(args)))
+        return 0
+    result = (stream if args.what == "stream" else calibrated)(args)
+    about = {"device": torch.cuda.get_device_name() if DEVICE == "cuda" else platform.processor() or platform.machine()}
+    about |= {"torch": torch.__version__, "commit": args.commit, "command": " ".join(sys.argv)}
+    for name, value in result.items():
+        print(f"{name:24s} {json.dumps(value)}")
+    if args.out:
+        write_atomic(args.out, (json.dumps({**about, **result}, indent=1) + "\n").encode())
+    return 0 if result.get("equal_after_kill", True) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

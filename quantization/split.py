@@ -1,0 +1,189 @@
+"""One linear layer under one transform: smoothing vector, branch and codes, and the error that they make.
+
+The formulas are those of `svdquant`. A `Layer` is what is asked for, a `Transform` what is tried, a `Split` what came out.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from loragraft.kernels.act_quant import dequantize_activation, quantize_activation
+from loragraft.kernels.layout import apply_hadamard, relative_rms, uses_triton
+from loragraft.quantization.fused_rounding import round_progressive_fused
+from loragraft.quantization.low_rank import POWER_ITERATIONS, InputMetric, Subspace, low_rank
+from loragraft.quantization.settings import QuantSettings
+from loragraft.quantization.weight_quant import RoundedWeight, round_affine, round_progressive, round_symmetric
+
+ROUNDING_CHUNK = 1 << 24
+"""Elements rounded at once: the intermediates of a wide layer would take a gigabyte otherwise."""
+LEAST_GAIN = 1e-3
+"""A subsampled search ends the alternation at a round that gains less; an exhaustive one at a round that loses."""
+
+
+@dataclass(frozen=True)
+class Transform:
+    """One candidate: exponents of the smoothing vector and whether blocks of 64 inputs are rotated."""
+
+    alpha: float
+    beta: float
+    hadamard: bool
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The float layer, the rows it is judged on, and what it should answer."""
+
+    weight_NK: Tensor
+    absmax_K: Tensor
+    """max |x| per in feature."""
+    weight_absmax_K: Tensor
+    rows_SK: Tensor
+    target_SN: Tensor
+    settings: QuantSettings
+    measured: bool
+    """Whether the rows are activations that were measured, not synthetic ones."""
+    fitted_SK: Tensor | None = None
+    """Measured rows besides those that judge, for what is fitted to its rows and would flatter itself on them."""
+
+    def part(self, rows: int, outputs: int) -> "Layer":
+        """The same layer with at most so many rows and out features, evenly spread; itself if it has no more."""
+        S, N = self.target_SN.shape
+        if rows >= S and outputs >= N:
+            return self
+        device = self.weight_NK.device
+        of_S = torch.arange(0, S, max(1, S // rows), device=device)[:rows]
+        of_N = torch.arange(0, N, max(1, N // outputs), device=device)[:outputs]
+        return replace(
+            self,
+            weight_NK=self.weight_NK[of_N],
+            rows_SK=self.rows_SK[of_S],
+            target_SN=self.target_SN[of_S][:, of_N],
+        )
+
+
+@dataclass(frozen=True)
+class Split:
+    """One finished quantization of a layer."""
+
+    transform: Transform
+    smooth_K: Tensor
+    down_RK: Tensor
+    up_NR: Tensor
+    rounded: RoundedWeight
+    error: float
+    iterations: int
+    weighted: bool = False
+    """Whether the branch was fitted to the inputs (`InputMetric`)."""
+
+
+def smoothing_vector(absmax_x_K: Tensor, absmax_w_K: Tensor, alpha: float, beta: float) -> Tensor:
+    """s = max|x|^alpha / max|W|^beta, [K] in bfloat16, geometric mean 1.
+
+    Only the ratios matter: a common factor cancels between x / s and W s. Channels that (almost) never fire are held
+    at 1e-5 of the largest, so that a stray value at run time is not blown up.
+    """
+    absmax_x = absmax_x_K.clamp(min=1e-5 * absmax_x_K.max().clamp(min=1e-30))
+    absmax_w = absmax_w_K.clamp(min=1e-5 * absmax_w_K.max().clamp(min=1e-30))
+    log_s = alpha * absmax_x.log() - beta * absmax_w.log()
+    return (log_s - log_s.mean()).exp().to(torch.bfloat16)
+
+
+def split_layer(
+    layer: Layer, transform: Transform, rounds: int, *, weighted: bool = False, cold_iterations: int = POWER_ITERATIONS
+) -> Split:
+    """Branch and codes for one transform, alternating for at most `rounds` rounds; the best round is returned.
+
+    Of a subsampled search only: `weighted` fits the branch to the inputs `layer.fitted_SK`, and `cold_iterations` are the
+    power iterations of the first SVD.
+    """
+    settings, weight = layer.settings, layer.weight_NK
+    smooth = smoothing_vector(layer.absmax_K, layer.weight_absmax_K, transform.alpha, transform.beta)
+    target = rotate(weight * smooth.float(), transform.hadamard)
+    inputs = quantized_inputs(layer, smooth, transform.hadamard)
+    subsampled = settings.search == "subsampled"
+    metric = None
+    if weighted and layer.fitted_SK is not None:
+        metric = InputMetric(rotate(layer.fitted_SK / smooth.float(), transform.hadamard))
+    subspace = Subspace(settings.branch_rank, settings.seed, cold_iterations, metric)
+    best: Split | None = None
+    residual = target
+    for iteration in range(1, rounds + 1):
+        if subsampled:
+            up, right = subspace.factors(residual)
+        else:
+            up, right = low_rank(residual, settings.branch_rank, settings.seed)
+        down = (rotate(right, transform.hadamard) / smooth.float()).to(torch.bfloat16)
+        up = up.to(torch.bfloat16)
+        rounded = round_weight(target - transformed_branch(down, up, smooth, transform.hadamard), settings)
+        output = inputs @ rounded.dense_NK.T + (layer.rows_SK @ down.float().T) @ up.float().T
+        error = relative_rms(output, layer.target_SN)
+        if best is not None and error >= best.error:
+            break
+        gain = 1.0 if best is None else 1 - error / best.error
+        best = Split(transform, smooth, down, up, rounded, error, iteration, weighted)
+        if subsampled and gain < LEAST_GAIN:
+            break
+        residual = target - rounded.dense_NK
+    assert best is not None  # rounds >= 1
+    return best
+
+
+def rotate(matrix: Tensor, hadamard: bool) -> Tensor:
+    """M H, or M."""
+    return apply_hadamard(matrix) if hadamard else matrix
+
+
+def transformed_branch(down_RK: Tensor, up_NR: Tensor, smooth_K: Tensor, hadamard: bool) -> Tensor:
+    """U D diag(s) H [N, K]: the branch as the transformed inputs see it."""
+    return up_NR.float() @ rotate(down_RK.float() * smooth_K.float(), hadamard)
+
+
+def round_weight(residual_NK: Tensor, settings: QuantSettings) -> RoundedWeight:
+    """Codes of the residual in the settings' code system; large ones a part of the rows at a time (rows are independent)."""
+    rounding = {"w4a8": round_progressive, "w4a4": round_symmetric, "w4a16": round_affine}[settings.numerics]
+    if settings.search == "subsampled" and settings.numerics == "w4a8" and uses_triton(residual_NK):
+        return round_progressive_fused(residual_NK, settings.group_size)
+    if residual_NK.numel() <= ROUNDING_CHUNK:
+        return rounding(residual_NK, settings.group_size)
+    rows = max(1, ROUNDING_CHUNK // residual_NK.shape[1])
+    parts = [rounding(part, settings.group_size) for part in residual_NK.split(rows)]
+    scales = {
+        # [N] per row, [G, N] per group: the out features are the last dimension of both.
+        name: torch.cat([part.scales[name] for part in parts], dim=-1)
+        for name in parts[0].scales
+    }
+    codes, dense = torch.cat([p.codes_NK for p in parts]), torch.cat([p.dense_NK for p in parts])
+    return RoundedWeight(codes, dense, scales)
+
+
+def quantized_inputs(layer: Layer, smooth_K: Tensor, hadamard: bool) -> Tensor:
+    """[S, K]: what the integer GEMM sees of the rows, dequantized (the rows themselves for w4a16)."""
+    if layer.settings.numerics == "w4a16":
+        return layer.rows_SK
+    bits = 8 if layer.settings.numerics == "w4a8" else 4
+    codes, scale = quantize_activation(layer.rows_SK, smooth_K, hadamard, bits)
+    return dequantize_activation(codes, scale, torch.float32)[:, : layer.rows_SK.shape[1]]
+
+
+def layer_output(layer: Layer, split: Split) -> Tensor:
+    """y [S, N] of the quantized layer on the layer's rows, without bias."""
+    inputs = quantized_inputs(layer, split.smooth_K, split.transform.hadamard)
+    branch = (layer.rows_SK @ split.down_RK.float().T) @ split.up_NR.float().T
+    return inputs @ split.rounded.dense_NK.T + branch
+
+
+def weight_error(layer: Layer, split: Split) -> float:
+    """|W_eff - W| / |W| with W_eff = (deq(q) H) / s + U D; a part of the rows at a time where the layer is large."""
+    down, smooth = split.down_RK.float(), split.smooth_K.float()
+    rows = max(1, ROUNDING_CHUNK // layer.weight_NK.shape[1])
+    parts = [w.split(rows) for w in (layer.weight_NK, split.rounded.dense_NK, split.up_NR)]
+    if len(parts[0]) == 1:
+        effective = rotate(split.rounded.dense_NK, split.transform.hadamard) / smooth + split.up_NR.float() @ down
+        return relative_rms(effective, layer.weight_NK)
+    wrong = size = 0.0
+    for weight, dense, up in zip(*parts, strict=True):
+        effective = rotate(dense, split.transform.hadamard) / smooth + up.float() @ down
+        wrong += (effective - weight).double().square().sum().item()
+        size += weight.double().square().sum().item()
+    return (wrong / size) ** 0.5 if size else (0.0 if wrong == 0 else float("inf"))
