@@ -111,10 +111,10 @@ def quantize_token_kernel(
 
 @triton.jit
 def quantize_group_kernel(
-    p_x, p_smooth, p_codes, p_scale, M, K, KP, unsigned_from,
+    p_x, p_smooth, p_out, p_scale, M, K, KP, s_out, unsigned_from,
     HAS_SMOOTH: tl.constexpr, HADAMARD: tl.constexpr, UNSIGNED: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """4 bits: one program per group of 64 columns."""
+    """4 bits: one program per group of 64 columns. Without p_scale the output is codes * scale in its own dtype."""
     o_m = tl.program_id(0) * BM + tl.arange(0, BM)
     group = tl.program_id(1)
     o_k = group * 64 + tl.arange(0, 64)
@@ -135,8 +135,11 @@ def quantize_group_kernel(
     b_codes = round_half_even(tl.math.div_rn(b_x, tl.broadcast_to(b_scale[:, None], b_x.shape)))
     b_codes = tl.minimum(tl.maximum(b_codes, low), high)
     o_row = o_m.to(tl.int64)
-    tl.store(p_scale + o_row * (KP // 64) + group, b_scale, mask=o_m < M)
-    tl.store(p_codes + o_row[:, None] * KP + o_k[None, :], b_codes.to(tl.int8), mask=(o_m < M)[:, None])
+    if p_scale is None:
+        b_codes *= b_scale[:, None]
+    else:
+        tl.store(p_scale + o_row * (KP // 64) + group, b_scale, mask=o_m < M)
+    tl.store(p_out + o_row[:, None] * s_out + o_k[None, :], b_codes.to(p_out.dtype.element_ty), mask=(o_m < M)[:, None])
 
 
 @torch.library.custom_op("loragraft::quantize_activation", mutates_args=())
@@ -158,7 +161,7 @@ def _quantize_activation(
         return codes_MK, scale_MG
     grid = (triton.cdiv(M, BM),) if bits == 8 else (triton.cdiv(M, BM), KP // GROUP)
     kernel = quantize_token_kernel if bits == 8 else quantize_group_kernel
-    signs = {} if bits == 8 else {"unsigned_from": unsigned_from, "UNSIGNED": unsigned}
+    signs = {} if bits == 8 else {"s_out": KP, "unsigned_from": unsigned_from, "UNSIGNED": unsigned}
     smooth_K = None if smooth_K is None else smooth_K.contiguous()
     with on_device(x_MK):
         kernel[grid](
@@ -199,10 +202,26 @@ def quantize_activation(
         raise ValueError(
             f"quantize_activation: unsigned needs bits = 4 and no rotation, not bits = {bits}, hadamard = {hadamard}"
         )
-    if unsigned_from % GROUP or not 0 <= unsigned_from < x_MK.shape[1] or (unsigned_from and not unsigned):
-        raise ValueError(
-            f"quantize_activation: unsigned_from = {unsigned_from}, must be 0 or, with unsigned, a multiple of {GROUP} below "
-            f"K = {x_MK.shape[1]}"
-        )
+    check_unsigned_from("quantize_activation", x_MK.shape[1], unsigned, unsigned_from)
     codes_MK, scale_MG = _quantize_activation(x_MK.detach(), smooth_K, hadamard, bits, unsigned, unsigned_from)
     return codes_MK, scale_MG
+
+
+def check_unsigned_from(op: str, K: int, unsigned: bool, unsigned_from: int) -> None:
+    """Raises ValueError if unsigned_from is not the first column of a group, or is given without unsigned."""
+    if unsigned_from % GROUP or not 0 <= unsigned_from < K or (unsigned_from and not unsigned):
+        raise ValueError(
+            f"{op}: unsigned_from = {unsigned_from}, must be 0 or, with unsigned, a multiple of {GROUP} below K = {K}"
+        )
+
+
+def round_to_groups(
+    x_MK: Tensor, smooth_K: Tensor | None, hadamard: bool, unsigned: bool, unsigned_from: int, out_MK: Tensor
+) -> None:
+    """codes * scale of `quantize_activation` with 4 bits into out [M, Kp], rows of any stride. Runs Triton only."""
+    (M, K), BM = x_MK.shape, 16
+    with on_device(x_MK):
+        quantize_group_kernel[(triton.cdiv(M, BM), padded(K) // GROUP)](
+            x_MK, smooth_K, out_MK, None, M, K, padded(K), out_MK.stride(0), unsigned_from,
+            HAS_SMOOTH=smooth_K is not None, HADAMARD=hadamard, UNSIGNED=unsigned, BM=BM,
+        )  # fmt: skip

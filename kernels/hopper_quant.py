@@ -28,20 +28,27 @@ NAN = gl.constexpr(tl.PropagateNan.ALL)
 
 
 @gluon.jit
-def _rotated(buffer, p_smooth, k, K, hadamard, HAS_SMOOTH: gl.constexpr, HADAMARD: gl.constexpr, ROWS: gl.constexpr):
-    """x' of one 64 x 64 tile in float32, in registers: a row is spread over 8 threads of 8 neighbouring columns."""
-    o_k = k + gl.arange(0, 64, layout=gl.SliceLayout(0, ROWS))
-    b_x = buffer.load(ROWS).to(gl.float32)
-    if HAS_SMOOTH:
-        b_smooth = gl.load(p_smooth + o_k, mask=o_k < K, other=1.0).to(gl.float32)
-        b_inverse = gl.inline_asm_elementwise(RECIPROCAL, "=f,f", [b_smooth], dtype=gl.float32, is_pure=True, pack=1)
-        b_x *= b_inverse[None, :]
-    if HADAMARD:
-        FLOAT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 8])
-        b_a = gl.convert_layout(b_x, gl.DotOperandLayout(0, FLOAT, 1))
-        b_x = warpgroup_mma(b_a, hadamard, gl.zeros([64, 64], gl.float32, layout=FLOAT), use_acc=False)
-        b_x = gl.convert_layout(b_x, ROWS)
-    return b_x
+def _prepared(
+    buffer, p_smooth, k, K, hadamard, HAS_SMOOTH: gl.constexpr, HADAMARD: gl.constexpr, LAYOUT: gl.constexpr
+):  # fmt: skip
+    """x' of one 64 x 64 tile in float32, in registers."""
+    READ: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    if HADAMARD and not HAS_SMOOTH:  # entries of H are +-1/8: 16-bit products are exact, and x needs no register
+        return warpgroup_mma(buffer, hadamard, gl.zeros([64, 64], gl.float32, layout=LAYOUT), use_acc=False)
+    else:
+        b_x = buffer.load(READ).to(gl.float32)
+        if HAS_SMOOTH:
+            o_k = k + gl.arange(0, 64, layout=gl.SliceLayout(0, READ))
+            b_smooth = gl.load(p_smooth + o_k, mask=o_k < K, other=1.0).to(gl.float32)
+            b_inverse = gl.inline_asm_elementwise(RECIPROCAL, "=f,f", [b_smooth], dtype=gl.float32, is_pure=True, pack=1)
+            b_x *= b_inverse[None, :]
+        if HADAMARD:
+            TF32: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 8])
+            b_a = gl.convert_layout(b_x, gl.DotOperandLayout(0, TF32, 1))
+            b_y = warpgroup_mma(b_a, hadamard, gl.zeros([64, 64], gl.float32, layout=TF32), use_acc=False)
+            return gl.convert_layout(b_y, LAYOUT)
+        else:
+            return b_x
 
 
 @gluon.jit
@@ -51,8 +58,9 @@ def hopper_quant_kernel(
     HADAMARD: gl.constexpr, BH: gl.constexpr,
 ):  # fmt: skip
     """TILES of 64 columns a program. DOWN: tiles of 64 ranks, 0 without a branch. DOWN_BY_RANK: D is [R, K], else [K, R]."""
-    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    WRITE: gl.constexpr = gl.BlockedLayout([1, 16], [8, 4], [4, 1], [1, 0])
     FLOAT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    ROWS: gl.constexpr = FLOAT if HADAMARD else gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     xs = gl.allocate_shared_memory(x_desc.dtype, [TILES, 64, 64], x_desc.layout)
     ds = gl.allocate_shared_memory(x_desc.dtype, [3, 64, 64], d_desc.layout)
     x_full = gl.allocate_shared_memory(gl.int64, [TILES, 1], mbarrier.MBarrierLayout())
@@ -64,7 +72,7 @@ def hopper_quant_kernel(
     fence_async_shared()
     hadamard = ds.index(0)
     if HADAMARD:
-        hadamard = _hadamard_tile()
+        hadamard = _hadamard_tile(gl.float32 if HAS_SMOOTH else x_desc.dtype)
     # Tickets follow the order of start, so the programs that one waits for have started or are next: no deadlock.
     ticket = gl.atomic_add(p_counters, 1, sem="relaxed") if SPLITS > 1 else gl.program_id(0)
     block, split = ticket // SPLITS, ticket % SPLITS
@@ -89,7 +97,7 @@ def hopper_quant_kernel(
             if not DOWN_BY_RANK:
                 d_tile = d_tile.permute((1, 0))
             acc = warpgroup_mma(d_tile, xs.index(tile).permute((1, 0)), acc, is_async=True)
-        b_x = _rotated(xs.index(tile), p_smooth, first + tile * 64, K, hadamard, HAS_SMOOTH, HADAMARD, ROWS)
+        b_x = _prepared(xs.index(tile), p_smooth, first + tile * 64, K, hadamard, HAS_SMOOTH, HADAMARD, ROWS)
         b_max = gl.maximum(b_max, gl.abs(b_x), propagate_nan=NAN)
         if DOWN:
             acc = warpgroup_mma_wait(0, deps=(acc,))
@@ -129,12 +137,14 @@ def hopper_quant_kernel(
     b_inverse = 127.0 / b_row
     for tile in range(TILES):
         k = first + tile * 64
-        o_k = k + gl.arange(0, 64, layout=gl.SliceLayout(0, ROWS))
-        b_x = _rotated(xs.index(tile), p_smooth, k, K, hadamard, HAS_SMOOTH, HADAMARD, ROWS)
+        b_x = _prepared(xs.index(tile), p_smooth, k, K, hadamard, HAS_SMOOTH, HADAMARD, ROWS)
         # Ties to even: adding 1.5 * 2^23 leaves the integer in the low byte.
         b_codes = (b_x * b_inverse[:, None] + 12582912.0).to(gl.int32, bitcast=True).to(gl.int8)
-        p_tile = p_codes + o_m.to(gl.int64)[:, None] * KP + o_k[None, :]
-        gl.store(p_tile, b_codes, mask=(o_m < M)[:, None] & (o_k < KP)[None, :])
+        b_codes = gl.convert_layout(b_codes, WRITE)
+        o_k = k + gl.arange(0, 64, layout=gl.SliceLayout(0, WRITE))
+        o_w = block * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, WRITE))
+        p_tile = p_codes + o_w.to(gl.int64)[:, None] * KP + o_k[None, :]
+        gl.store(p_tile, b_codes, mask=(o_w < M)[:, None] & (o_k < KP)[None, :])
 
 
 @gluon.jit
@@ -148,16 +158,17 @@ def _fetch_down(d_desc, d_full, ds, tile, first, BY_RANK: gl.constexpr):
 
 
 @gluon.jit
-def _hadamard_tile():
-    """layout.hadamard64 in shared memory, float32."""
+def _hadamard_tile(dtype: gl.constexpr):
+    """layout.hadamard64 in shared memory."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
     o_i = gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT))
     o_j = gl.arange(0, 64, layout=gl.SliceLayout(0, LAYOUT))
     b_xor = o_i[:, None] ^ o_j[None, :]
     b_threes = b_xor & (b_xor >> 1) & 0x15
     b_parity = (b_threes ^ (b_threes >> 2) ^ (b_threes >> 4)) & 1
-    tile = gl.allocate_shared_memory(gl.float32, [64, 64], gl.NVMMASharedLayout(128, 32))
-    tile.store((1 - 2 * b_parity).to(gl.float32) * 0.125)
+    BITS: gl.constexpr = dtype.primitive_bitwidth
+    tile = gl.allocate_shared_memory(dtype, [64, 64], gl.NVMMASharedLayout(128, BITS))
+    tile.store(((1 - 2 * b_parity).to(gl.float32) * 0.125).to(dtype))
     fence_async_shared()
     thread_barrier()
     return tile.permute((1, 0))  # symmetric; 32-bit tensor cores want both operands along their last axis

@@ -4,6 +4,7 @@
   dy I needs the weight with its output features last.
 * `effective_weight`: W_eff = (deq(q) H) / smooth + U D [N, K] in 16 or 32 bits, what a layer multiplies with when nothing
   rounds its input. dx = dy W_eff is then one matrix product of the library, branch included.
+* `joined_weight`: [deq(q), U] [N, Kp + Rp] of a W4A4 weight: with [x', h] on the other side, y is one such product too.
 """
 
 import torch
@@ -37,7 +38,7 @@ def transposed_int8_kernel(p_q, p_words, p_out, N, NP, KP, BN: tl.constexpr):
 
 @triton.jit
 def effective_weight_kernel(
-    p_q, p_words, p_scale, p_smooth, p_up, p_down, p_out, N, K, KP, R, s_un, s_ur, s_dr,
+    p_q, p_words, p_scale, p_smooth, p_up, p_down, p_out, N, K, KP, R, s_un, s_ur, s_dr, s_out,
     W4A8: tl.constexpr, HADAMARD: tl.constexpr, HAS_SMOOTH: tl.constexpr, PRECISION: tl.constexpr,
     BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
@@ -63,7 +64,7 @@ def effective_weight_kernel(
         p_d = p_down + (r + o_r)[:, None] * s_dr + o_k[None, :]
         b_down = tl.load(p_d, mask=m_r[:, None] & (o_k < K)[None, :], other=0.0)
         b_w = tl.dot(b_up, b_down, b_w, input_precision="ieee")
-    p_tile = p_out + o_n.to(tl.int64)[:, None] * K + o_k[None, :]
+    p_tile = p_out + o_n.to(tl.int64)[:, None] * s_out + o_k[None, :]
     tl.store(p_tile, b_w.to(p_out.dtype.element_ty), mask=(o_n < N)[:, None] & (o_k < K)[None, :])
 
 
@@ -87,7 +88,21 @@ def effective_weight(
     with on_device(qweight):
         effective_weight_kernel[(triton.cdiv(N, 64), triton.cdiv(K, 64))](
             qweight, words, scale, smooth, up_NR, down_RK, out, N, K, KP, R, *up_NR.stride(), down_RK.stride(0),
-            W4A8=words is not None, HADAMARD=hadamard, HAS_SMOOTH=smooth is not None,
+            out.stride(0), W4A8=words is not None, HADAMARD=hadamard, HAS_SMOOTH=smooth is not None,
             PRECISION="ieee" if out.dtype == torch.float32 else "tf32", BN=64, BR=16,
+        )  # fmt: skip
+    return out
+
+
+def joined_weight(qweight: Tensor, wscale: Tensor, up_NR: Tensor) -> Tensor:
+    """[deq(q), U, 0] of a W4A4 weight in U's dtype, [N, Kp + Rp] with Rp = R rounded up to 8."""
+    (N, R), KP = up_NR.shape, 2 * qweight.shape[1]
+    out = up_NR.new_empty((N, KP + (R + 7) // 8 * 8))
+    out[:, KP:] = 0
+    out[:, KP : KP + R] = up_NR
+    with on_device(qweight):
+        effective_weight_kernel[(triton.cdiv(N, 64), KP // 64)](
+            qweight, None, wscale, None, up_NR, up_NR, out, N, KP, KP, 0, *up_NR.stride(), 0, out.stride(0),
+            W4A8=False, HADAMARD=False, HAS_SMOOTH=False, PRECISION="ieee", BN=64, BR=16,
         )  # fmt: skip
     return out

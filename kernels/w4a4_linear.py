@@ -8,6 +8,8 @@
 
 This is what Nunchaku, Nunchaku Lite and ComfyUI files mean (SVDQuant, arXiv 2411.05007; nunchaku `gemm_w4a4.cuh`), but
 for their 16-bit accumulator: here sums over groups are float32. Such files have no rotation; hadamard serves our own.
+On a GPU both factors are written as 16-bit numbers a q and w q with h and [U, B] as further columns, and one matrix product of
+the library does the rest: no GPU since Ampere multiplies INT4 with a scale per 64 faster than this (docs/log.md).
 The INT4 codes would put an error of 13 % into dA, so an x to be saved is quantized once more, to 8 bits per token (0.9 %).
 Of an unsigned layer (its columns from unsigned_from on: the single blocks of FLUX join a signed and an unsigned half in one
 matrix) the branch and dA read x unshifted, and its bias has the shift's share already taken out of it:
@@ -17,21 +19,20 @@ bias = b - 0.171875 sum_k W_nk / smooth_k (nunchaku's `ShiftedLinear`), so that 
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from loragraft.kernels import branch
 from loragraft.kernels.act_quant import (
+    check_unsigned_from,
     dequantize_activation,
     quantize_activation,
     quantize_reference,
+    round_to_groups,
     shift_unsigned,
     smooth_and_rotate,
 )
-from loragraft.kernels.layout import GROUP, LinearCase, on_device, padded, unpack_int4, uses_triton
-from loragraft.kernels.matmul import matmul
-from loragraft.kernels.tiles import dot_ranks, hadamard_tile, load_nibbles
+from loragraft.kernels.layout import GROUP, LinearCase, padded, unpack_int4, uses_triton
+from loragraft.kernels.unpack import effective_weight, joined_weight
 
 CASES = (
     LinearCase(77, 96, 192),
@@ -71,59 +72,6 @@ def w4a4_reference(
     return y_MN.view(*x.shape[:-1], -1)
 
 
-@triton.jit
-def _load_int4(p_q, o_n, k, N, KP, BK: tl.constexpr):
-    """Signed codes, int8 [BN, BK]."""
-    return ((load_nibbles(p_q, o_n, k, N, KP, BK) ^ 8) - 8).to(tl.int8)
-
-
-@triton.jit
-def w4a4_fwd_kernel(
-    p_x, p_a, p_q, p_wscale, p_h, p_up, p_bias, p_y, M, N, KP, R,
-    HAS_BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
-):  # fmt: skip
-    o_m, o_n = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
-    o_row = o_m.to(tl.int64)
-    b_y = tl.zeros((BM, BN), tl.float32)
-    for group in range(0, KP // 64):
-        p_tile = p_x + o_row[:, None] * KP + (group * 64 + tl.arange(0, 64))[None, :]
-        b_x = tl.load(p_tile, mask=(o_m < M)[:, None], other=0)
-        b_dot = tl.dot(b_x, tl.trans(_load_int4(p_q, o_n, group * 64, N, KP, 64)), out_dtype=tl.int32)
-        b_a = tl.load(p_a + o_row * (KP // 64) + group, mask=o_m < M, other=0.0)
-        b_w = tl.load(p_wscale + group * N + o_n, mask=o_n < N, other=0.0).to(tl.float32)
-        b_y += b_dot.to(tl.float32) * (b_a[:, None] * b_w[None, :])
-    b_y = dot_ranks(b_y, p_h, p_up, o_m, o_n, M, N, R, 1, R, BR)
-    if HAS_BIAS:
-        b_y += tl.load(p_bias + o_n, mask=o_n < N, other=0.0).to(tl.float32)[None, :]
-    m_y = (o_m < M)[:, None] & (o_n < N)[None, :]
-    tl.store(p_y + o_row[:, None] * N + o_n[None, :], b_y.to(p_y.dtype.element_ty), mask=m_y)
-
-
-@triton.jit
-def w4a4_dx_kernel(
-    p_dy, p_q, p_wscale, p_smooth, p_g, p_down, p_dx, M, N, K, KP, R,
-    HADAMARD: tl.constexpr, HAS_SMOOTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
-):  # fmt: skip
-    """One group of 64 output columns (also one Hadamard block) per program."""
-    o_m, group = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1)
-    b_dx = tl.zeros((BM, 64), tl.float32)
-    for n in range(0, N, BN):
-        o_n = n + tl.arange(0, BN)
-        b_w = tl.load(p_wscale + group * N + o_n, mask=o_n < N, other=0.0).to(tl.float32)
-        b_weight = _load_int4(p_q, o_n, group * 64, N, KP, 64).to(tl.float32) * b_w[:, None]
-        p_tile = p_dy + o_m.to(tl.int64)[:, None] * N + o_n[None, :]
-        b_dy = tl.load(p_tile, mask=(o_m < M)[:, None] & (o_n < N)[None, :], other=0.0)
-        b_dx = tl.dot(b_dy, b_weight.to(b_dy.dtype), b_dx, input_precision="ieee")
-    if HADAMARD:
-        b_dx = tl.dot(b_dx, hadamard_tile(), input_precision="ieee")
-    o_k = group * 64 + tl.arange(0, 64)
-    if HAS_SMOOTH:
-        b_dx /= tl.load(p_smooth + o_k, mask=o_k < K, other=1.0).to(tl.float32)[None, :]
-    b_dx = dot_ranks(b_dx, p_g, p_down, o_m, o_k, M, K, R, K, 1, BR)
-    m_dx = (o_m < M)[:, None] & (o_k < K)[None, :]
-    tl.store(p_dx + o_m.to(tl.int64)[:, None] * K + o_k[None, :], b_dx.to(p_dx.dtype.element_ty), mask=m_dx)
-
-
 def _keeps_codes(adapter_down: Tensor | None, save_x: str) -> bool:
     return adapter_down is not None and save_x == "quantized"
 
@@ -135,25 +83,24 @@ def _w4a4_linear(
     unsigned: bool = False, unsigned_from: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(y, h, codes, scale): the last three are what the backward pass keeps; codes of 8 bits, empty if nothing reads them."""
-    M, N = x_MK.shape[0], qweight.shape[0]
     kept = quantize_activation(x_MK if _keeps_codes(adapter_down, save_x) else x_MK[:0], smooth, hadamard, bits=8)
-    codes_MK, scale_MG = quantize_activation(
-        x_MK, smooth, hadamard, bits=4, unsigned=unsigned, unsigned_from=unsigned_from
-    )
-    h_MR = matmul(x_MK, branch.join(lora_down, adapter_down, 0, x_MK.dtype).T)
+    h_MR = x_MK @ branch.join(lora_down, adapter_down, 0, x_MK.dtype).T
     up_NR = branch.join(lora_up, adapter_up, 1, x_MK.dtype)
     if not uses_triton(x_MK):
+        codes_MK, scale_MG = quantize_activation(
+            x_MK, smooth, hadamard, bits=4, unsigned=unsigned, unsigned_from=unsigned_from
+        )
         rounded_MK = dequantize_activation(codes_MK, scale_MG, torch.float32)
         y_MN = rounded_MK @ dequantize_w4a4(qweight, wscale).T
         y_MN = (y_MN if bias is None else y_MN.add_(bias)).addmm_(h_MR.float(), up_NR.float().T)
         return y_MN.to(x_MK.dtype), h_MR, *kept
-    y_MN, BM = x_MK.new_empty((M, N)), 64 if M > 16 else 16
-    with on_device(x_MK):
-        w4a4_fwd_kernel[(triton.cdiv(M, BM), triton.cdiv(N, 64))](
-            codes_MK, scale_MG, qweight, wscale, h_MR, up_NR, bias, y_MN, M, N, codes_MK.shape[1], up_NR.shape[1],
-            HAS_BIAS=bias is not None, BM=BM, BN=64, BR=16,
-        )  # fmt: skip
-    return y_MN, h_MR, *kept
+    weight_NJ = joined_weight(qweight, wscale, up_NR)
+    KP, R = 2 * qweight.shape[1], h_MR.shape[1]
+    joined_MJ = x_MK.new_empty((x_MK.shape[0], weight_NJ.shape[1]))
+    joined_MJ[:, KP:] = 0
+    joined_MJ[:, KP : KP + R] = h_MR
+    round_to_groups(x_MK, smooth, hadamard, unsigned, unsigned_from, joined_MJ)
+    return torch.nn.functional.linear(joined_MJ, weight_NJ, None if bias is None else bias.to(x_MK.dtype)), h_MR, *kept
 
 
 @_w4a4_linear.register_fake
@@ -170,26 +117,20 @@ def _(
     return x_MK.new_empty((M, qweight.shape[0])), x_MK.new_empty((M, rank)), codes_MK, scale_M1
 
 
-@torch.library.custom_op("loragraft::w4a4_dx", mutates_args=())
-def _w4a4_dx(
-    dy_MN: Tensor, g_MR: Tensor, down_RK: Tensor, qweight: Tensor, wscale: Tensor, smooth: Tensor | None, hadamard: bool
-) -> Tensor:
-    """dx = (dy W) H / smooth + g [D; A]."""
-    (M, N), (R, K) = dy_MN.shape, down_RK.shape
+@torch.library.custom_op("loragraft::w4a4_dgrad", mutates_args=())
+def _w4a4_dgrad(
+    dy_MN: Tensor, up_NR: Tensor, down_RK: Tensor, qweight: Tensor, wscale: Tensor, smooth: Tensor | None, hadamard: bool
+) -> tuple[Tensor, Tensor]:
+    """dx = (dy W) H / smooth + g [D; A] and g = dy [U, B]."""
+    g_MR = dy_MN @ up_NR
     if not uses_triton(dy_MN):
-        return branch.dequantized_dx(dy_MN, dequantize_w4a4(qweight, wscale), smooth, hadamard, g_MR, down_RK)
-    dx_MK, BM = dy_MN.new_empty((M, K)), 64 if M > 16 else 16
-    with on_device(dy_MN):
-        w4a4_dx_kernel[(triton.cdiv(M, BM), triton.cdiv(K, GROUP))](
-            dy_MN, qweight, wscale, smooth, g_MR, down_RK, dx_MK, M, N, K, 2 * qweight.shape[1], R,
-            HADAMARD=hadamard, HAS_SMOOTH=smooth is not None, BM=BM, BN=64, BR=16,
-        )  # fmt: skip
-    return dx_MK
+        return branch.dequantized_dx(dy_MN, dequantize_w4a4(qweight, wscale), smooth, hadamard, g_MR, down_RK), g_MR
+    return dy_MN @ effective_weight(qweight, None, wscale, smooth, hadamard, up_NR, down_RK), g_MR
 
 
-@_w4a4_dx.register_fake
-def _(dy_MN, g_MR, down_RK, qweight, wscale, smooth, hadamard):
-    return dy_MN.new_empty((dy_MN.shape[0], down_RK.shape[1]))
+@_w4a4_dgrad.register_fake
+def _(dy_MN, up_NR, down_RK, qweight, wscale, smooth, hadamard):
+    return dy_MN.new_empty((dy_MN.shape[0], down_RK.shape[1])), dy_MN.new_empty((dy_MN.shape[0], up_NR.shape[1]))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -206,12 +147,13 @@ def _backward(ctx: Any, dy_MN: Tensor, *_: Tensor | None) -> tuple[Tensor | None
         ctx.saved_tensors
     )
     dy_MN = dy_MN.contiguous()
-    g_MR = matmul(dy_MN, branch.join(lora_up, adapter_up, 1, dy_MN.dtype))
-    dx_MK, grad_down, grad_up = None, None, None
+    dx_MK, g_MR, grad_down, grad_up = None, None, None, None
     if ctx.needs_input_grad[0]:
+        up_NR = branch.join(lora_up, adapter_up, 1, dy_MN.dtype)
         down_RK = branch.join(lora_down, adapter_down, 0, dy_MN.dtype)
-        dx_MK = _w4a4_dx(dy_MN, g_MR, down_RK, qweight, wscale, smooth, ctx.hadamard)
+        dx_MK, g_MR = _w4a4_dgrad(dy_MN, up_NR, down_RK, qweight, wscale, smooth, ctx.hadamard)
     if ctx.trains:
+        g_MR = dy_MN @ adapter_up.to(dy_MN.dtype) if g_MR is None else g_MR
         grad_down, grad_up = branch.adapter_gradients(
             dy_MN, g_MR, h_MR, x_MK, codes_MK, scale_M1, smooth, ctx.hadamard, adapter_down, adapter_up
         )
@@ -249,6 +191,7 @@ def w4a4_linear(
             'w4a4_linear: dgrad="int8" needs one weight scale per row (w4a8_linear); with a scale per row and group of 64 the '
             'sum over N cannot stay in integers. Use dgrad="dequantized"'
         )
+    check_unsigned_from("w4a4_linear", x.shape[-1], unsigned, unsigned_from)
     branch.check_groups("w4a4_linear", qweight, wscale=wscale)
     y_MN, *_ = _w4a4_linear(
         x.reshape(-1, x.shape[-1]).contiguous(), qweight, wscale, smooth, lora_down, lora_up, bias, adapter_down, adapter_up,
