@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loragraft.kernels import branch
+from loragraft.kernels import branch, w4a16_skinny
 from loragraft.kernels.layout import GROUP, LinearCase, on_device, unpack_uint4, uses_triton
 from loragraft.kernels.matmul import matmul
 from loragraft.kernels.tiles import dot_ranks, load_nibbles
@@ -27,6 +27,7 @@ CASES = (
     LinearCase(7, 96, 192),
     LinearCase(77, 40, 100, R=5, r=20),
     LinearCase(2, 130, 1280, R=0, r=8),
+    LinearCase(16, 40, 104, R=0, r=20),
 )
 
 
@@ -105,8 +106,13 @@ def _w4a16_linear(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y, h)."""
     (M, K), N = x_MK.shape, qweight.shape[0]
-    h_MR = matmul(x_MK, branch.join(lora_down, adapter_down, 0, x_MK.dtype).T)
+    down_RK = branch.join(lora_down, adapter_down, 0, x_MK.dtype)
     up_NR = branch.join(lora_up, adapter_up, 1, x_MK.dtype)
+    if uses_triton(x_MK) and w4a16_skinny.fits(x_MK, qweight):
+        with on_device(x_MK):
+            h_MR = w4a16_skinny.skinny_down(x_MK, down_RK.contiguous())
+            return w4a16_skinny.skinny_linear(x_MK, qweight, wscale, wzero, h_MR, up_NR.contiguous(), bias), h_MR
+    h_MR = matmul(x_MK, down_RK.T)
     if not uses_triton(x_MK):
         y_MN = x_MK @ dequantize_w4a16(qweight, wscale, wzero)[:, :K].to(x_MK.dtype).T + h_MR @ up_NR.T
         return (y_MN if bias is None else y_MN + bias.to(y_MN.dtype)), h_MR
