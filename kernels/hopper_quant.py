@@ -40,7 +40,9 @@ def _prepared(
         if HAS_SMOOTH:
             o_k = k + gl.arange(0, 64, layout=gl.SliceLayout(0, READ))
             b_smooth = gl.load(p_smooth + o_k, mask=o_k < K, other=1.0).to(gl.float32)
-            b_inverse = gl.inline_asm_elementwise(RECIPROCAL, "=f,f", [b_smooth], dtype=gl.float32, is_pure=True, pack=1)
+            b_inverse = gl.inline_asm_elementwise(
+                RECIPROCAL, "=f,f", [b_smooth], dtype=gl.float32, is_pure=True, pack=1
+            )
             b_x *= b_inverse[None, :]
         if HADAMARD:
             TF32: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 8])

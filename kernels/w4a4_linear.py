@@ -119,7 +119,13 @@ def _(
 
 @torch.library.custom_op("loragraft::w4a4_dgrad", mutates_args=())
 def _w4a4_dgrad(
-    dy_MN: Tensor, up_NR: Tensor, down_RK: Tensor, qweight: Tensor, wscale: Tensor, smooth: Tensor | None, hadamard: bool
+    dy_MN: Tensor,
+    up_NR: Tensor,
+    down_RK: Tensor,
+    qweight: Tensor,
+    wscale: Tensor,
+    smooth: Tensor | None,
+    hadamard: bool,
 ) -> tuple[Tensor, Tensor]:
     """dx = (dy W) H / smooth + g [D; A] and g = dy [U, B]."""
     g_MR = dy_MN @ up_NR
