@@ -3,12 +3,12 @@
     python benchmarks/int4_engine.py --out benchmarks/results/int4_engine.json --commit $(git rev-parse HEAD) \\
         --quantizer stream.json --calibrated calibrated.json --accuracy accuracy.json
 
-Nothing is timed if an error against float64 of the same quantized operands exceeds its bound. Then, medians over replays of
-CUDA graphs, in one process: bf16 (cuBLAS, no branch), ours (activation quantization, down- and up-projection of rank 32 + 16
+Nothing is timed if an error against float64 of the same quantized operands exceeds its bound. Then, replayed CUDA graphs, one
+of each in turn: bf16 (cuBLAS, no branch), ours (activation quantization, down- and up-projection of rank 32 + 16
 and bias included), ours without a branch, with a second adapter, unfused, in W4A4, on the portable kernels; FP8 with and
 without its activation quantization; `torch._int_mm`. Layers that read one x (q, k, v; in single blocks the feed-forward too)
-are one layer here; of bf16 as one matrix or as several the faster counts. Training times are eager autograd for both sides:
-forward and the gradients of x and of the adapter, against `nn.Linear` with PEFT's LoRA. --quantizer, --calibrated and
+are one layer here; of bf16 as one matrix or as several the faster counts. Training: forward and the gradients of x and of the
+adapter, against `nn.Linear` with PEFT's LoRA. --quantizer, --calibrated and
 --accuracy are what benchmarks/quantizer.py and quantizer_accuracy.py wrote on the same machine.
 """
 
@@ -25,11 +25,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import triton
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from loragraft.kernels.gemm import w4a8_gemm
 from loragraft.kernels.hopper_gemm import hopper_gemm
-from loragraft.kernels.layout import LinearCase, pack_words, relative_rms
+from loragraft.kernels.layout import LinearCase, pack_words, padded, relative_rms
 from loragraft.kernels.registry import OPS, cast
 from loragraft.kernels.token_quant import quantize_down
 from loragraft.kernels.w4a4_linear import w4a4_linear
@@ -52,7 +53,7 @@ class Layer:
     parts: tuple[int, ...]
 
     @property
-    def N(self) -> int:
+    def N(self) -> int:  # noqa: N802  # a dimension, named as its siblings
         return sum(self.parts)
 
 
@@ -87,18 +88,41 @@ CHECKED = tuple(
 )  # fmt: skip
 
 
-def median_us(step: Callable[[], object], inner: int = 10, repeats: int = 7) -> float:
-    """Median over replays of a CUDA graph of `inner` calls, in microseconds a call."""
-    step()
-    torch.cuda.synchronize()
+def compare(steps: dict[str, Callable[[], object]], inner: int = 10, rounds: int = 9) -> dict[str, float]:
+    """Microseconds a call: medians over replays of CUDA graphs of `inner` calls, one of each step in turn, `rounds` times.
+
+    In turn, because the clock of a card follows its load: steps timed one after the other do not meet the same card.
+    """
+    graphs = {name: _captured(step, inner) for name, step in steps.items()}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, graph in graphs.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times[name].append(start.elapsed_time(end) / inner * 1e3)
+    return {name: float(statistics.median(values)) for name, values in times.items()}
+
+
+def _captured(step: Callable[[], object], inner: int) -> torch.cuda.CUDAGraph:
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+        step()
+    torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(inner):
             step()
-    return _median_ms(graph.replay, repeats) / inner * 1e3
+    graph.replay()
+    return graph
 
 
-def _median_ms(step: Callable[[], object], repeats: int) -> float:
+def eager_us(step: Callable[[], object], repeats: int = 15) -> float:
+    """Median microseconds of a call as Python makes it, by CUDA events."""
     step()
     times = []
     for _ in range(repeats):
@@ -107,7 +131,7 @@ def _median_ms(step: Callable[[], object], repeats: int) -> float:
         step()
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end))
+        times.append(start.elapsed_time(end) * 1e3)
     return float(statistics.median(times))
 
 
@@ -143,9 +167,10 @@ def _gradients(function: Callable[..., Tensor], inputs: dict[str, Any], dy: Tens
 def native_weights(layer: Layer, rank: int) -> dict[str, Tensor]:
     """Random W4A8 tensors of a layer, its branch of `rank`; plain smoothing vector."""
     N, K = layer.N, layer.K
-    scale = torch.randint(6, 16, (K // 64, N), dtype=torch.uint8, device=DEVICE)
+    KP = padded(K)
+    scale = torch.randint(6, 16, (KP // 64, N), dtype=torch.uint8, device=DEVICE)
     return {
-        "qweight": torch.randint(0, 256, (N, K // 2), dtype=torch.uint8, device=DEVICE),
+        "qweight": torch.randint(0, 256, (N, KP // 2), dtype=torch.uint8, device=DEVICE),
         "row_scale": torch.rand(N, device=DEVICE) / (60 * K**0.5) + 1e-5,
         "group_words": pack_words(scale, torch.full_like(scale, 8), 64),
         "smooth": (torch.rand(K, device=DEVICE) + 0.5).to(BF16),
@@ -179,28 +204,34 @@ def forward_row(layer: Layer) -> dict[str, float]:
         )
         return y.addmm_(x @ own["lora_down"].T, own["lora_up"].T)
 
+    steps: dict[str, Callable[[], object]] = {
+        "bf16": lambda: F.linear(x, joined),
+        "bf16_parts": lambda: [F.linear(x, part) for part in dense],
+        "w4a8": ours(own),
+        "w4a8_rotated": ours({**own, "smooth": None}, hadamard=True),  # type: ignore[dict-item]
+        "w4a8_no_branch": ours(bare),
+        "w4a8_two_adapters": ours(weights[RANK + 2 * ADAPTER]),
+        "w4a8_unfused": unfused,
+        "w4a8_portable": portable,
+        "w4a4": interchange(layer, x, own),
+        **rivals(x, joined),
+    }
     with torch.no_grad():
-        row = {"bf16": median_us(lambda: F.linear(x, joined))}
-        if len(dense) > 1:
-            row["bf16"] = min(row["bf16"], median_us(lambda: [F.linear(x, part) for part in dense]))
-        row["w4a8"] = median_us(ours(own))
-        row["w4a8_rotated"] = median_us(ours({**own, "smooth": None}, hadamard=True))  # type: ignore[dict-item]
-        row["w4a8_no_branch"] = median_us(ours(bare))
-        row["w4a8_two_adapters"] = median_us(ours(weights[RANK + 2 * ADAPTER]))
-        row["w4a8_unfused"], row["w4a8_portable"] = median_us(unfused), median_us(portable)
-        row |= _interchange(layer, x, own) | _rivals(x, joined)
+        row = compare(steps)
+    row["bf16"] = min(row["bf16"], row.pop("bf16_parts"))
     torch.cuda.empty_cache()
     return row
 
 
-def _interchange(layer: Layer, x: Tensor, own: dict[str, Tensor]) -> dict[str, float]:
-    wscale = (torch.rand(layer.K // 64, layer.N, device=DEVICE) / layer.K**0.5).to(BF16)
+def interchange(layer: Layer, x: Tensor, own: dict[str, Tensor]) -> Callable[[], Tensor]:
+    """The same layer in W4A4, groups of 64."""
+    wscale = (torch.rand(padded(layer.K) // 64, layer.N, device=DEVICE) / layer.K**0.5).to(BF16)
     branch = (own["smooth"], own["lora_down"], own["lora_up"], own["bias"])
-    return {"w4a4": median_us(lambda: w4a4_linear(x, own["qweight"], wscale, *branch, hadamard=False))}
+    return lambda: w4a4_linear(x, own["qweight"], wscale, *branch, hadamard=False)
 
 
-def _rivals(x: Tensor, dense: Tensor) -> dict[str, float]:
-    """FP8 with a scale per row, INT8 by the library; activation quantization as fused by torch.compile where it is timed."""
+def rivals(x: Tensor, dense: Tensor) -> dict[str, Callable[[], object]]:
+    """FP8 with a scale per row, activation quantization compiled or left out; INT8 of the library without any scales."""
     fp8 = torch.float8_e4m3fn
 
     def to_fp8(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -210,42 +241,49 @@ def _rivals(x: Tensor, dense: Tensor) -> dict[str, float]:
     codes, scale = to_fp8(dense)
     x8, a8 = to_fp8(x)
     fused = torch.compile(to_fp8)
-    product = lambda a, s: torch._scaled_mm(a, codes.T, s, scale.T, out_dtype=BF16, use_fast_accum=True)  # noqa: E731
-    left, right = x8.view(torch.int8), codes.view(torch.int8)
+
+    def product(left: Tensor, left_scale: Tensor) -> Tensor:
+        return torch._scaled_mm(left, codes.T, left_scale, scale.T, out_dtype=BF16, use_fast_accum=True)
+
     return {
-        "fp8_product_only": median_us(lambda: product(x8, a8)),
-        "fp8": median_us(lambda: product(*fused(x))),
-        "int_mm_product_only": median_us(lambda: torch._int_mm(left, right.T)) if x.shape[0] > 16 else 0.0,
+        "fp8_product_only": lambda: product(x8, a8),
+        "fp8": lambda: product(*fused(x)),
+        "int_mm_product_only": lambda: torch._int_mm(x8.view(torch.int8), codes.view(torch.int8).T),
     }
 
 
 def train_row(layer: Layer) -> dict[str, float]:
-    """Microseconds of forward + dx + dA + dB, eager: PEFT's LoRA on bf16 layers, and ours with both kinds of dgrad."""
-    from peft import LoraConfig, inject_adapter_in_model
+    """Microseconds of forward + dx + dA + dB: PEFT's LoRA on bf16 layers, and ours with both kinds of dgrad.
 
+    Replayed CUDA graphs of the eager calls on both sides, that is, their GPU time; `eager_` as Python launches them.
+    """
     x = torch.randn(layer.M, layer.K, device=DEVICE).to(BF16).requires_grad_()
     dy = torch.randn(layer.M, layer.N, device=DEVICE).to(BF16)
-    parts = nn.ModuleDict(
-        {f"p{i}": nn.Linear(layer.K, n, device=DEVICE, dtype=BF16) for i, n in enumerate(layer.parts)}
-    )
+    parts = nn.ModuleDict({f"p{i}": nn.Linear(layer.K, n, dtype=BF16) for i, n in enumerate(layer.parts)}).to(DEVICE)
     parts.requires_grad_(False)
     config = LoraConfig(r=ADAPTER, lora_alpha=ADAPTER, target_modules=list(parts))
     peft = inject_adapter_in_model(config, parts).to(BF16)
     trained = [x, *(parameter for parameter in peft.parameters() if parameter.requires_grad)]
     dys = dy.split(layer.parts, dim=1)
-    rows = {"bf16_peft": _median_ms(lambda: torch.autograd.grad([m(x) for m in peft.values()], trained, dys), 15) * 1e3}
     weights: dict[str, Any] = {**native_weights(layer, RANK), "hadamard": False}
     down = (torch.randn(ADAPTER, layer.K, device=DEVICE) / layer.K**0.5).to(BF16).requires_grad_()
     up = torch.randn(layer.N, ADAPTER, device=DEVICE).to(BF16).requires_grad_()
-    for dgrad in ("int8", "dequantized"):
 
-        def step(dgrad: Any = dgrad) -> object:
-            y = w4a8_linear(x, **weights, adapter_down=down, adapter_up=up, dgrad=dgrad)
+    def ours(dgrad: str) -> Callable[[], object]:
+        def step() -> object:
+            y = w4a8_linear(x, **weights, adapter_down=down, adapter_up=up, dgrad=dgrad)  # type: ignore[arg-type]
             return torch.autograd.grad(y, [x, down, up], dy)
 
-        rows[f"w4a8_{dgrad}_dgrad"] = _median_ms(step, 15) * 1e3
+        return step
+
+    steps: dict[str, Callable[[], object]] = {
+        "bf16_peft": lambda: torch.autograd.grad([module(x) for module in peft.values()], trained, dys),
+        "w4a8_int8_dgrad": ours("int8"),
+        "w4a8_bf16_dgrad": ours("dequantized"),
+    }
+    row = {**compare(steps, inner=3), **{f"eager_{name}": eager_us(step) for name, step in steps.items()}}
     torch.cuda.empty_cache()
-    return rows
+    return row
 
 
 def gemv() -> dict[str, float]:
@@ -261,10 +299,10 @@ def gemv() -> dict[str, float]:
             w4a16_linear(x, codes[i], scales[2 * i], scales[2 * i + 1], *none, None)
 
     with torch.no_grad():
-        us = median_us(step) / copies
-    source = torch.empty(1 << 28, dtype=torch.uint8, device=DEVICE)
-    target = torch.empty_like(source)
-    copy = 2 * source.numel() / median_us(lambda: target.copy_(source))
+        source = torch.empty(1 << 28, dtype=torch.uint8, device=DEVICE)
+        target = torch.empty_like(source)
+        times = compare({"gemv": step, "copy": lambda: target.copy_(source)})
+    us, copy = times["gemv"] / copies, 2 * source.numel() / times["copy"]
     moved = codes[0].numel() + 2 * scales[0].nbytes + 2 * K + 2 * N
     return {"microseconds": us, "copy_tb_per_s": copy / 1e6, "fraction_of_copy": moved / us / copy}
 
@@ -295,7 +333,8 @@ def summary(rows: dict[str, dict[str, float]], training: dict[str, dict[str, flo
         "linears_vs_fp8": total["fp8"] / total["w4a8"],
         "fused_vs_unfused": total["w4a8_unfused"] / total["w4a8"],
         "train_linears_speedup_w4a8": train["bf16_peft"] / train["w4a8_int8_dgrad"],
-        "train_linears_speedup_w4a8_bf16_dgrad": train["bf16_peft"] / train["w4a8_dequantized_dgrad"],
+        "train_linears_speedup_w4a8_bf16_dgrad": train["bf16_peft"] / train["w4a8_bf16_dgrad"],
+        "train_linears_speedup_w4a8_eager": train["eager_bf16_peft"] / train["eager_w4a8_int8_dgrad"],
         "branch_cost_pct": 100 * (total["w4a8"] / total["w4a8_no_branch"] - 1),
         "graft_cost_pct": 100 * (total["w4a8_two_adapters"] / total["w4a8"] - 1),
         "w4a4_vs_bf16": total["bf16"] / total["w4a4"],

@@ -28,8 +28,8 @@ from loragraft.kernels.hopper import on_hopper, reinterpret, thread_barrier, tma
 from loragraft.kernels.layout import on_device
 from loragraft.kernels.tiles import WIDEN_HIGH, WIDEN_LOW
 
-SHARED_BYTES = 232448 - 1024  # of one SM, less barriers
-STEP_RANKS = 64  # ranks of one branch step: 128 bytes, as the INT8 columns of a step
+SHARED_BYTES = 232448 - 512  # of one SM, less barriers
+STEP_RANKS = 32  # ranks of one branch step: 64 bytes, a box of x
 
 
 @gluon.jit
@@ -52,18 +52,18 @@ def _load_stage(desc, row, column, barrier, buffers, slot):
 
 @gluon.jit
 def _produce(
-    x_desc, w_desc, h_desc, full, empty, xs, ws, M, N, steps,
-    PACKED: gl.constexpr, RANK_STEPS: gl.constexpr, BM: gl.constexpr, WN: gl.constexpr, GROUP_M: gl.constexpr,
+    x_desc, w_desc, h_desc, up_desc, full, empty, xs, ws, M, N, steps,
+    PACKED: gl.constexpr, UP_BY_RANK: gl.constexpr, RANK_STEPS: gl.constexpr, BM: gl.constexpr, WN: gl.constexpr, GROUP_M: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
     stage, phase = 0, 1
-    W_BYTES: gl.constexpr = 64 if PACKED else 128
+    BOXES: gl.constexpr = 2 if PACKED else 4
     for tile in range(gl.program_id(0), gl.cdiv(M, BM) * gl.cdiv(N, 2 * WN), gl.num_programs(0)):
         t_m, t_n = _tile(tile, M, N, BM, 2 * WN, GROUP_M)
         for k in range(steps):
             mbarrier.wait(empty.index(stage), phase)
             barrier = full.index(stage)
-            mbarrier.expect(barrier, BM * 128 + 2 * WN * W_BYTES)
+            mbarrier.expect(barrier, BM * 128 + BOXES * WN * 64)
             _load_stage(x_desc, t_m * BM, k * 128, barrier, xs, 2 * stage)
             for group in gl.static_range(2):
                 row = (2 * t_n + group) * WN
@@ -76,11 +76,30 @@ def _produce(
                 stage, phase = 0, phase ^ 1
         for step in gl.static_range(RANK_STEPS):
             mbarrier.wait(empty.index(stage), phase)
-            mbarrier.expect(full.index(stage), BM * 128)
-            _load_stage(h_desc, t_m * BM, step * 128, full.index(stage), xs, 2 * stage)
+            barrier = full.index(stage)
+            mbarrier.expect(barrier, BM * 64 + 2 * WN * 64)
+            tma_load(h_desc, [t_m * BM, step * 64], barrier, xs.index(2 * stage))
+            for group in gl.static_range(2):
+                up = _up_tile(ws.index(BOXES * stage + group), up_desc.dtype, WN, UP_BY_RANK)
+                row = (2 * t_n + group) * WN
+                if UP_BY_RANK:
+                    tma_load(up_desc, [step * 32, row], barrier, up)
+                else:
+                    tma_load(up_desc, [row, step * 32], barrier, up)
             stage += 1
             if stage == STAGES:
                 stage, phase = 0, phase ^ 1
+
+
+@gluon.jit
+def _up_tile(buffer, dtype: gl.constexpr, WN: gl.constexpr, UP_BY_RANK: gl.constexpr):
+    """A box of ws as it holds 32 ranks of U: [WN, 32], or [32, WN] of its transpose."""
+    if UP_BY_RANK:
+        WIDE: gl.constexpr = gl.NVMMASharedLayout(128, 16)
+        return reinterpret(buffer, dtype, [32, WN], WIDE)
+    else:
+        NARROW: gl.constexpr = gl.NVMMASharedLayout(64, 16)
+        return reinterpret(buffer, dtype, [WN, 32], NARROW)
 
 
 @gluon.jit
@@ -92,24 +111,30 @@ def _widen(b_w, word, HALF: gl.constexpr):
 
 @gluon.jit
 def _consume(
-    GROUP: gl.constexpr, p_a, p_words, p_s, p_up, p_bias, y_desc, full, empty, xs, ws, ys, M, N, R, s_un, s_ur, steps,
-    PACKED: gl.constexpr, RANK_STEPS: gl.constexpr, BM: gl.constexpr, WN: gl.constexpr, GROUP_M: gl.constexpr,
+    GROUP: gl.constexpr, p_a, p_words, p_s, p_bias, up_desc, y_desc, full, empty, xs, ws, ys, scales, M, N, steps,
+    PACKED: gl.constexpr, UP_BY_RANK: gl.constexpr, RANK_STEPS: gl.constexpr, BM: gl.constexpr, WN: gl.constexpr, GROUP_M: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
     INT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
     FLOAT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     A_INT: gl.constexpr = gl.DotOperandLayout(0, INT, 4)
-    A_FLOAT: gl.constexpr = gl.DotOperandLayout(0, FLOAT, 2)
     HALF: gl.constexpr = gl.NVMMASharedLayout(64, 16)
+    FLAT: gl.constexpr = gl.BlockedLayout([BM // 128], [32], [4], [0])
+    BOXES: gl.constexpr = 2 if PACKED else 4
     o_word = gl.arange(0, WN, layout=gl.SliceLayout(1, A_INT))
     o_n = gl.arange(0, WN, layout=gl.SliceLayout(1, FLOAT))
-    o_m = gl.arange(0, BM, layout=gl.SliceLayout(0, FLOAT))
-    o_up = gl.arange(0, WN, layout=gl.SliceLayout(1, A_FLOAT))
-    o_r = gl.arange(0, 32, layout=gl.SliceLayout(0, A_FLOAT))
+    o_m = gl.arange(0, BM, layout=FLAT)
     stage, phase = 0, 0
     for tile in range(gl.program_id(0), gl.cdiv(M, BM) * gl.cdiv(N, 2 * WN), gl.num_programs(0)):
         t_m, t_n = _tile(tile, M, N, BM, 2 * WN, GROUP_M)
         first = (2 * t_n + GROUP) * WN
+        # Fetched before the sums, used after them.
+        r_n = gl.minimum(first + o_n, N - 1)
+        b_s = gl.load(p_s + r_n).to(gl.float32)
+        b_a = gl.load(p_a + gl.minimum(t_m * BM + o_m, M - 1))
+        b_bias = gl.zeros([WN], gl.float32, layout=gl.SliceLayout(1, FLOAT))
+        if p_bias is not None:
+            b_bias = gl.load(p_bias + r_n).to(gl.float32)
         acc = gl.zeros([WN, BM], gl.int32, layout=INT)
         p_word = p_words
         if PACKED:
@@ -133,26 +158,23 @@ def _consume(
             stage += 1
             if stage == STAGES:
                 stage, phase = 0, phase ^ 1
-        r_n = gl.minimum(first + o_n, N - 1)
+        scales.store(b_a)  # a value per column: through shared memory, as a thread needs many of them
+        thread_barrier()
         b_y = gl.convert_layout(acc.to(gl.float32), FLOAT)
-        b_y *= gl.load(p_s + r_n).to(gl.float32)[:, None] * gl.load(p_a + gl.minimum(t_m * BM + o_m, M - 1))[None, :]
-        for step in gl.static_range(RANK_STEPS):
-            p_u = p_up + gl.minimum(first + o_up, N - 1)[:, None] * s_un
-            o_low, o_high = step * 64 + o_r, step * 64 + 32 + o_r
-            up_low = gl.load(p_u + o_low[None, :] * s_ur, mask=(o_low < R)[None, :], other=0.0)
-            up_high = gl.load(p_u + o_high[None, :] * s_ur, mask=(o_high < R)[None, :], other=0.0)
+        b_y *= b_s[:, None] * scales.load(gl.SliceLayout(0, FLOAT))[None, :]
+        for _ in gl.static_range(RANK_STEPS):
             mbarrier.wait(full.index(stage), phase)
-            h_low = reinterpret(xs.index(2 * stage), p_up.dtype.element_ty, [BM, 32], HALF)
-            h_high = reinterpret(xs.index(2 * stage + 1), p_up.dtype.element_ty, [BM, 32], HALF)
-            b_y = warpgroup_mma(up_low, h_low.permute((1, 0)), b_y, is_async=True)
-            b_y = warpgroup_mma(up_high, h_high.permute((1, 0)), b_y, is_async=True)
+            up = _up_tile(ws.index(BOXES * stage + GROUP), up_desc.dtype, WN, UP_BY_RANK)
+            if UP_BY_RANK:
+                up = up.permute((1, 0))
+            h = reinterpret(xs.index(2 * stage), up_desc.dtype, [BM, 32], HALF)
+            b_y = warpgroup_mma(up, h.permute((1, 0)), b_y, is_async=True)
             b_y = warpgroup_mma_wait(0, deps=(b_y,))
             mbarrier.arrive(empty.index(stage))
             stage += 1
             if stage == STAGES:
                 stage, phase = 0, phase ^ 1
-        if p_bias is not None:
-            b_y += gl.load(p_bias + r_n).to(gl.float32)[:, None]
+        b_y += b_bias[:, None]
         tma.store_wait(0)  # the tile before has left ys
         thread_barrier()
         ys.store(b_y.to(ys.dtype))
@@ -164,8 +186,8 @@ def _consume(
 
 @gluon.jit
 def hopper_gemm_kernel(
-    x_desc, w_desc, h_desc, y_desc, p_a, p_words, p_s, p_up, p_bias, M, N, R, s_un, s_ur, steps,
-    PACKED: gl.constexpr, RANK_STEPS: gl.constexpr, BM: gl.constexpr, WN: gl.constexpr, GROUP_M: gl.constexpr,
+    x_desc, w_desc, h_desc, up_desc, y_desc, p_a, p_words, p_s, p_bias, M, N, steps,
+    PACKED: gl.constexpr, UP_BY_RANK: gl.constexpr, RANK_STEPS: gl.constexpr, BM: gl.constexpr, WN: gl.constexpr, GROUP_M: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
     TRANSPOSED: gl.constexpr = gl.NVMMASharedLayout(128, 16, transposed=True)
@@ -173,6 +195,7 @@ def hopper_gemm_kernel(
     xs = gl.allocate_shared_memory(gl.int8, [2 * STAGES, BM, 64], x_desc.layout)
     ws = gl.allocate_shared_memory(gl.int8, [BOXES * STAGES, WN, 64], w_desc.layout)
     ys = gl.allocate_shared_memory(y_desc.dtype, [2, WN, BM], TRANSPOSED)
+    scales = gl.allocate_shared_memory(gl.float32, [2, BM], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
@@ -181,21 +204,22 @@ def hopper_gemm_kernel(
     fence_async_shared()
     gl.warp_specialize(
         [
-            (_consume, (0, p_a, p_words, p_s, p_up, p_bias, y_desc, full, empty, xs, ws, ys.index(0), M, N, R, s_un, s_ur,
-                        steps, PACKED, RANK_STEPS, BM, WN, GROUP_M, STAGES)),
-            (_consume, (1, p_a, p_words, p_s, p_up, p_bias, y_desc, full, empty, xs, ws, ys.index(1), M, N, R, s_un, s_ur,
-                        steps, PACKED, RANK_STEPS, BM, WN, GROUP_M, STAGES)),
-            (_produce, (x_desc, w_desc, h_desc, full, empty, xs, ws, M, N, steps, PACKED, RANK_STEPS, BM, WN, GROUP_M,
-                        STAGES)),
+            (_consume, (0, p_a, p_words, p_s, p_bias, up_desc, y_desc, full, empty, xs, ws, ys.index(0), scales.index(0), M, N,
+                        steps, PACKED, UP_BY_RANK, RANK_STEPS, BM, WN, GROUP_M, STAGES)),
+            (_consume, (1, p_a, p_words, p_s, p_bias, up_desc, y_desc, full, empty, xs, ws, ys.index(1), scales.index(1), M, N,
+                        steps, PACKED, UP_BY_RANK, RANK_STEPS, BM, WN, GROUP_M, STAGES)),
+            (_produce, (x_desc, w_desc, h_desc, up_desc, full, empty, xs, ws, M, N, steps, PACKED, UP_BY_RANK, RANK_STEPS, BM,
+                        WN, GROUP_M, STAGES)),
         ],
         [4, 1],
         [232, 40],
     )  # fmt: skip
 
 
-def hopper_gemm_runs(x_MK: Tensor, y_dtype: torch.dtype, N: int) -> bool:
-    """Whether this kernel takes the product: an sm_90 device, a 16-bit result, rows of y that TMA can store."""
-    return on_hopper(x_MK, y_dtype) and N % 8 == 0
+def hopper_gemm_runs(x_MK: Tensor, y_dtype: torch.dtype, up_NR: Tensor) -> bool:
+    """Whether this kernel takes the product: an sm_90 device, a 16-bit result, rows of y and of U that TMA can move."""
+    (N, R), by_rank = up_NR.shape, up_NR.stride(1) != 1
+    return on_hopper(x_MK, y_dtype) and N % 8 == 0 and (by_rank or R % 8 == 0)
 
 
 def hopper_gemm(
@@ -204,24 +228,31 @@ def hopper_gemm(
 ) -> Tensor:  # fmt: skip
     """y [M, N] in h's dtype; x int8 [M, Kp], weight uint8 [N, Kp/2] with its words, or int8 [N, Kp] without.
 
-    h [M, R] with rows of a multiple of 16 bytes (strided views are fine), up [N, R] of any strides.
+    h [M, R] and up [N, R], or the transpose that up is a view of, with rows of a multiple of 16 bytes.
     """
     (M, KP), (N, R) = x_MK.shape, up_NR.shape
     config = config or hopper_config(M, N, KP)
     BM, WN, packed = config["BM"], config["WN"], words is not None
-    stages = (SHARED_BYTES - 4 * WN * BM) // (BM * 128 + 2 * WN * (64 if packed else 128))
+    stages = (SHARED_BYTES - 4 * WN * BM - 8 * BM) // (BM * 128 + 2 * WN * (64 if packed else 128))
     y_MN = h_MR.new_empty((M, N))
     box = gl.NVMMASharedLayout(64, 8)
     x_desc = TensorDescriptor.from_tensor(x_MK, [BM, 64], box)
     w_desc = TensorDescriptor.from_tensor(weight.view(torch.int8), [WN, 64], box)
     h_desc = TensorDescriptor.from_tensor(h_MR.view(torch.int8), [BM, 64], box) if R else x_desc
+    by_rank = up_NR.stride(1) != 1  # the transpose of a [R, N] matrix
+    if by_rank:
+        up_desc = TensorDescriptor.from_tensor(up_NR.T, [32, WN], gl.NVMMASharedLayout(128, 16))
+    elif R:
+        up_desc = TensorDescriptor.from_tensor(up_NR, [WN, 32], gl.NVMMASharedLayout(64, 16))
+    else:
+        up_desc = x_desc
     y_desc = TensorDescriptor.from_tensor(y_MN, [BM, WN], gl.NVMMASharedLayout(128, 16))
     tiles = triton.cdiv(M, BM) * triton.cdiv(N, 2 * WN)
     programs = torch.cuda.get_device_properties(x_MK.device).multi_processor_count
     with on_device(x_MK):
         hopper_gemm_kernel[(min(tiles, programs),)](
-            x_desc, w_desc, h_desc, y_desc, a_M1, words, s_N, up_NR, bias, M, N, R, *up_NR.stride(), KP // 128,
-            PACKED=packed, RANK_STEPS=triton.cdiv(R, STEP_RANKS), BM=BM, WN=WN, GROUP_M=config["GROUP_M"], STAGES=stages,
+            x_desc, w_desc, h_desc, up_desc, y_desc, a_M1, words, s_N, bias, M, N, KP // 128,
+            PACKED=packed, UP_BY_RANK=by_rank, RANK_STEPS=triton.cdiv(R, STEP_RANKS), BM=BM, WN=WN, GROUP_M=config["GROUP_M"], STAGES=stages,
             num_warps=4,
         )  # fmt: skip
     return y_MN

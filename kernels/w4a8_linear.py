@@ -87,7 +87,7 @@ def _w4a8_linear(
         y_MN = y_MN.mul_(row_scale) if bias is None else torch.addcmul(bias.float(), y_MN, row_scale)
         return y_MN.addmm_(h_MR.float(), up_NR.float().T).to(x_MK.dtype), h_MR, codes_MK, scale_M1
     codes_MK, scale_M1, h_MR = quantize_down(x_MK, smooth, hadamard, down_RK)
-    gemm = hopper_gemm if hopper_gemm_runs(codes_MK, x_MK.dtype, up_NR.shape[0]) else w4a8_gemm
+    gemm = hopper_gemm if hopper_gemm_runs(codes_MK, x_MK.dtype, up_NR) else w4a8_gemm
     return gemm(codes_MK, scale_M1, qweight, group_words, row_scale, h_MR, up_NR, bias), h_MR, codes_MK, scale_M1
 
 
@@ -120,7 +120,7 @@ def _w4a8_dgrad(
     codes_MN, t_M1, g_MR = quantize_down(dy_MN, 1 / row_scale, False, up_NR.T)
     weight_KN = transposed_int8(qweight, group_words)[:K]
     inverse_K = None if smooth is None else 1 / smooth.float()
-    if hadamard or not hopper_gemm_runs(codes_MN, dy_MN.dtype, K):
+    if hadamard or not hopper_gemm_runs(codes_MN, dy_MN.dtype, down_RK.T):
         return int8_gemm(codes_MN, t_M1, weight_KN, inverse_K, g_MR, down_RK.T, hadamard), g_MR
     inverse_K = torch.ones(K, device=dy_MN.device) if inverse_K is None else inverse_K
     return hopper_gemm(codes_MN, t_M1, weight_KN, None, inverse_K, g_MR, down_RK.T, None), g_MR
