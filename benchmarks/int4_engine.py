@@ -208,7 +208,7 @@ def forward_row(layer: Layer) -> dict[str, float]:
         "bf16": lambda: F.linear(x, joined),
         "bf16_parts": lambda: [F.linear(x, part) for part in dense],
         "w4a8": ours(own),
-        "w4a8_rotated": ours({**own, "smooth": None}, hadamard=True),  # type: ignore[dict-item]
+        "w4a8_rotated": ours({**own, "smooth": None}, hadamard=layer.K % 64 == 0),  # type: ignore[dict-item]
         "w4a8_no_branch": ours(bare),
         "w4a8_two_adapters": ours(weights[RANK + 2 * ADAPTER]),
         "w4a8_unfused": unfused,

@@ -10,6 +10,11 @@ The low-rank branch is one more step through the same stages, after the sums wer
 Programs are persistent. INT32 sums are exact, so results do not depend on the schedule.
 """
 
+import json
+import re
+from functools import cache
+from pathlib import Path
+
 import torch
 import triton
 from torch import Tensor
@@ -231,8 +236,9 @@ def hopper_gemm(
     h [M, R] and up [N, R], or the transpose that up is a view of, with rows of a multiple of 16 bytes.
     """
     (M, KP), (N, R) = x_MK.shape, up_NR.shape
-    config = config or hopper_config(M, N, KP)
-    BM, WN, packed = config["BM"], config["WN"], words is not None
+    packed = words is not None
+    config = config or hopper_config(x_MK.device, M, N, KP, packed)
+    BM, WN = config["BM"], config["WN"]
     stages = (SHARED_BYTES - 4 * WN * BM - 8 * BM) // (BM * 128 + 2 * WN * (64 if packed else 128))
     y_MN = h_MR.new_empty((M, N))
     box = gl.NVMMASharedLayout(64, 8)
@@ -258,6 +264,22 @@ def hopper_gemm(
     return y_MN
 
 
-def hopper_config(M: int, N: int, KP: int) -> dict[str, int]:
-    """Tile sizes for a shape: large tiles need enough tokens to fill the card."""
+def hopper_config(device: torch.device, M: int, N: int, KP: int, packed: bool) -> dict[str, int]:
+    """Tile sizes for a shape: those that benchmarks/tune.py found on this card for as many outputs and inputs and the
+    nearest number of tokens, up to twice as many; else large tiles where there are tokens enough to fill the card."""
+    rows = [row for row in _tuned(card_name(device)) if (row["N"], row["K"], row["packed"]) == (N, KP, packed)]
+    near = [row for row in rows if 2 * row["M"] >= M and row["M"] <= 2 * M]
+    if near:
+        return min(near, key=lambda row: abs(row["M"] - M))
     return {"BM": 256, "WN": 64, "GROUP_M": 8} if M > 1024 else {"BM": 128, "WN": 64, "GROUP_M": 8}
+
+
+def card_name(device: torch.device) -> str:
+    """File name of a card in kernels/tuned: its name in lower case with underscores."""
+    return re.sub(r"[^a-z0-9]+", "_", torch.cuda.get_device_properties(device).name.lower())
+
+
+@cache
+def _tuned(card: str) -> tuple[dict[str, int], ...]:
+    file = Path(__file__).parent / "tuned" / f"{card}.json"
+    return tuple(json.loads(file.read_text())["hopper_gemm"]) if file.is_file() else ()
