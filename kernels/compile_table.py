@@ -114,11 +114,11 @@ def _w4a4() -> list[Build]:
 
 def _w4a16() -> list[Build]:
     """Float16 on sm_75, which has no bfloat16."""
-    builds = []
+    builds: list[Build] = []
     for half, least, most in (("*bf16", 80, 999), ("*fp16", 75, 79)):
         halves = dict.fromkeys(("p_x", "p_h", "p_up", "p_bias", "p_y"), half)
         bf16 = half == "*bf16"
-        span = {"least": least, "most": most}
+        span: dict[str, Any] = {"least": least, "most": most}
         large = {"BM": 64, "BN": 64, "BR": 16}
         builds += [
             Build(w4a16_linear.w4a16_fwd_kernel, {"HAS_BIAS": True, **large}, {**halves, "p_q": "*u8"}, **span),
@@ -141,7 +141,7 @@ def _w4a16() -> list[Build]:
                     k: config[k] for k in ("BN", "BW") if k in config
                 }
                 options = {k: config[k] for k in ("maxnreg",) if k in config}
-                launch = {k: config[k] for k in ("num_warps", "num_stages") if k in config}
+                launch: dict[str, Any] = {k: config[k] for k in ("num_warps", "num_stages") if k in config}
                 types = {**halves, "p_x": "*i32", "p_q": words}
                 builds.append(Build(kernel, constants, types, options=options, quick=name == default, **launch, **span))
     return builds
