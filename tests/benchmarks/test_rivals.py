@@ -1,28 +1,18 @@
 """What the rivals that need no extra package compute, and how the others refuse."""
 
 import importlib
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-FILE = Path(__file__).parents[2] / "benchmarks/rivals.py"
 # RMS error against bf16 on Gaussian weights and activations: 3.8 % (fp8) and 1.0 % (int8) seen.
 BOUNDS = {"bf16": 0.0, "fp8": 0.06, "fp8_matmul": 0.06, "int8": 0.02}
 
 
 @pytest.fixture(scope="module")
-def rivals():
-    """Found under its own name while a dataclass is made, as `import` would have it."""
-    spec = importlib.util.spec_from_file_location("benchmark_rivals", FILE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+def rivals(benchmark_module):
+    return benchmark_module("rivals")
 
 
 def operands():
