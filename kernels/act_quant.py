@@ -17,6 +17,7 @@ from torch import Tensor
 
 from loragraft.kernels.layout import GROUP, apply_hadamard, on_device, padded, uses_triton
 from loragraft.kernels.tiles import hadamard_tile, round_half_even
+from loragraft.kernels.token_quant import quantize_down
 
 LEVELS = {8: 127, 4: 7}
 UNSIGNED_LEVELS = 15
@@ -87,29 +88,6 @@ def _load_rotated(
 
 
 @triton.jit
-def quantize_token_kernel(
-    p_x, p_smooth, p_codes, p_scale, M, K, KP, HAS_SMOOTH: tl.constexpr, HADAMARD: tl.constexpr, BM: tl.constexpr
-):
-    """8 bits: a first pass over the row finds its maximum, a second writes the codes."""
-    o_m = tl.program_id(0) * BM + tl.arange(0, BM)
-    o_g = tl.arange(0, 64)
-    b_max = tl.zeros((BM,), tl.float32)
-    b_nan = tl.zeros((BM,), tl.float32)  # a maximum drops NaN, and codes hide it: carry it into the scale
-    for k in range(0, K, 64):
-        b_x = _load_rotated(p_x, p_smooth, o_m, k + o_g, M, K, HAS_SMOOTH, HADAMARD)
-        b_max = tl.maximum(b_max, tl.max(tl.abs(b_x), axis=1))
-        b_nan += tl.sum(b_x * 0.0, axis=1)
-    b_scale = tl.math.div_rn(b_max + b_nan, tl.full((BM,), 127.0, tl.float32))
-    b_scale = tl.where(b_scale == 0, 1.0, b_scale)
-    tl.store(p_scale + o_m, b_scale, mask=o_m < M)
-    for k in range(0, KP, 64):
-        b_x = _load_rotated(p_x, p_smooth, o_m, k + o_g, M, K, HAS_SMOOTH, HADAMARD)
-        b_codes = round_half_even(tl.math.div_rn(b_x, tl.broadcast_to(b_scale[:, None], b_x.shape)))
-        p_out = p_codes + o_m.to(tl.int64)[:, None] * KP + (k + o_g)[None, :]
-        tl.store(p_out, b_codes.to(tl.int8), mask=(o_m < M)[:, None])
-
-
-@triton.jit
 def quantize_group_kernel(
     p_x, p_smooth, p_out, p_scale, M, K, KP, s_out, unsigned_from,
     HAS_SMOOTH: tl.constexpr, HADAMARD: tl.constexpr, UNSIGNED: tl.constexpr, BM: tl.constexpr,
@@ -126,7 +104,7 @@ def quantize_group_kernel(
     b_x = _load_rotated(p_x, p_smooth, o_m, o_k, M, K, HAS_SMOOTH, HADAMARD, UNSIGNED, shift)
     b_max = tl.max(tl.abs(b_x), axis=1) + tl.sum(
         b_x * 0.0, axis=1
-    )  # NaN reaches the scale, as in quantize_token_kernel
+    )  # a maximum drops NaN, and codes hide it: carry it into the scale
     b_scale = tl.math.div_rn(b_max, tl.full((BM,), high, tl.float32))
     b_bits = b_scale.to(tl.int32, bitcast=True)  # to bf16 by bits: the interpreter's own cast truncates
     b_bits = (b_bits + 0x7FFF + ((b_bits >> 16) & 1)) & -65536
@@ -153,20 +131,19 @@ def _quantize_activation(
         rotated = (smooth_and_rotate(part, smooth_K, hadamard) for part in shifted)
         parts = [quantize_reference(part, bits, unsigned=unsigned, unsigned_from=unsigned_from) for part in rotated]
         return torch.cat([codes for codes, _ in parts]), torch.cat([scale for _, scale in parts])
-    M, K = x_MK.shape
-    KP, BM = padded(K), 16
+    (M, K), KP = x_MK.shape, padded(x_MK.shape[1])
     codes_MK = x_MK.new_empty((M, KP), dtype=torch.int8)
     scale_MG = x_MK.new_empty((M, 1 if bits == 8 else KP // GROUP), dtype=torch.float32)
     if M == 0:
         return codes_MK, scale_MG
-    grid = (triton.cdiv(M, BM),) if bits == 8 else (triton.cdiv(M, BM), KP // GROUP)
-    kernel = quantize_token_kernel if bits == 8 else quantize_group_kernel
-    signs = {} if bits == 8 else {"s_out": KP, "unsigned_from": unsigned_from, "UNSIGNED": unsigned}
-    smooth_K = None if smooth_K is None else smooth_K.contiguous()
+    x_MK, smooth_K, BM = x_MK.contiguous(), None if smooth_K is None else smooth_K.contiguous(), 16
+    if bits == 8:
+        codes_MK, scale_MG, _ = quantize_down(x_MK, smooth_K, hadamard, x_MK.new_empty((0, K)))
+        return codes_MK, scale_MG
     with on_device(x_MK):
-        kernel[grid](
-            x_MK.contiguous(), smooth_K, codes_MK, scale_MG, M, K, KP,
-            HAS_SMOOTH=smooth_K is not None, HADAMARD=hadamard, BM=BM, **signs,
+        quantize_group_kernel[(triton.cdiv(M, BM), KP // GROUP)](
+            x_MK, smooth_K, codes_MK, scale_MG, M, K, KP, KP, unsigned_from,
+            HAS_SMOOTH=smooth_K is not None, HADAMARD=hadamard, UNSIGNED=unsigned, BM=BM,
         )  # fmt: skip
     return codes_MK, scale_MG
 

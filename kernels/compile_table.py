@@ -11,8 +11,20 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
-from loragraft.kernels import act_quant, matmul, w4a4_linear, w4a8_linear, w4a16_linear, w4a16_skinny
+from loragraft.kernels import (
+    act_quant,
+    gemm,
+    hopper_gemm,
+    hopper_quant,
+    row_product,
+    token_quant,
+    unpack,
+    w4a16_linear,
+    w4a16_skinny,
+)
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 120)
 PORTABLE_SHARED = 99 * 1024  # bytes a block may have on sm_86, sm_89 and sm_120
@@ -63,53 +75,97 @@ def compile_build(build: Build, capability: int) -> Any:
         if kind.startswith("*") or kind.endswith(":16"):
             attributes[(i,)] = [["tt.divisibility", 16]]
     options = {"num_warps": build.num_warps, "num_stages": build.num_stages, **build.options}
-    source = ASTSource(fn, signature, constants, attributes)
+    make = GluonASTSource if isinstance(fn, GluonJITFunction) else ASTSource
+    source = make(fn, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).metadata
 
 
 def _quantizers() -> list[Build]:
-    types = {"p_codes": "*i8", "p_scale": "*fp32"}
+    scales = {"p_scale": "*fp32"}
+    parts = {"p_ticket": "*i32", "p_arrived": "*i32", "p_max": "*fp32", "p_part": "*fp32", "p_codes": "*i8", **scales}
+    tiles = {"PRECISION": "tf32", "BM": 64, "BK": 64, "BR": 64, "BH": 16, "CODE_STAGES": 3}
+    builds = []
+    for hadamard in (False, True):
+        flags = {"HAS_SMOOTH": True, "HADAMARD": hadamard}
+        group = {**flags, "UNSIGNED": not hadamard, "BM": 16}
+        token = {"SPLITS": 4, **flags, **tiles, "BC": 64 if hadamard else 128}
+        builds += [
+            Build(act_quant.quantize_group_kernel, group, {"p_out": "*i8", **scales}, quick=hadamard),
+            Build(act_quant.quantize_group_kernel, group, {"p_scale": "None"}),
+            Build(token_quant.token_quant_kernel, token, parts, num_stages=4, quick=not hadamard),
+        ]
+    return builds
+
+
+def _products() -> list[Build]:
+    codes = {"p_x": "*i8", "p_a": "*fp32", "p_s": "*fp32"}
+    packed = {**codes, "p_q": "*i8", "p_words": "*i32", "s_ur": "i32"}
+    plain = {**codes, "p_w": "*i8", "s_un": "i32"}
+    ranks = {"RANKS": 3, "BR": 16, "GROUP_M": 8}
+    rotated = {"HADAMARD": True, "PRECISION": "tf32", "BM": 128, "BN": 64, "BK": 64, **ranks}
+    skinny = {"p_right": "*i8", "p_scale": "*fp32", "p_part": "*fp32"}
     return [
-        Build(kernel, {"HAS_SMOOTH": True, "HADAMARD": hadamard, "BM": 16}, types, quick=hadamard)
-        for kernel in (act_quant.quantize_token_kernel, act_quant.quantize_group_kernel)
-        for hadamard in (False, True)
+        Build(gemm.w4a8_gemm_kernel, {"ASM": True, "BM": 128, "BN": 128, **ranks}, packed, quick=True),
+        Build(gemm.w4a8_gemm_kernel, {"ASM": True, "BM": 16, "BN": 64, **ranks}, packed),
+        Build(gemm.int8_gemm_kernel, {**rotated, "HADAMARD": False, "BN": 128}, plain, num_stages=4, quick=True),
+        Build(gemm.int8_gemm_kernel, rotated, plain, num_stages=4),
+        Build(row_product.row_product_kernel, {"HAS_SCALE": True, "BM": 64, "BR": 16, "BC": 64}, skinny, quick=True),
     ]
 
 
-def _matmuls() -> list[Build]:
-    plain = {"p_scale": "None", "s_ak": "i32", "s_bk": "i32"}
-    codes = {"p_b": "*i8", "p_scale": "*fp32", "p_out": "*fp32", "s_am": "i32", "s_bn": "i32"}
-    kernel = matmul.matmul_kernel
+def _transients() -> list[Build]:
+    flags = {"HADAMARD": True, "HAS_SMOOTH": True, "PRECISION": "tf32", "BN": 64, "BR": 16}
+    native = {"p_q": "*u8", "p_words": "*i32", "p_scale": "*fp32", "s_ur": "i32"}
     return [
-        Build(kernel, {"HAS_SCALE": False, "BM": 16, "BN": 64, "BK": 64}, plain),
-        Build(kernel, {"HAS_SCALE": False, "BM": 64, "BN": 16, "BK": 64}, plain, least=75),
-        Build(kernel, {"HAS_SCALE": True, "BM": 16, "BN": 64, "BK": 64}, codes, quick=True),
-    ]
-
-
-def _w4a8() -> list[Build]:
-    scales = {"p_q": "*u8", "p_row_scale": "*fp32", "p_group_scale": "*u8", "p_group_zero": "*u8"}
-    tiles = {"BN": 64, "BK": 64, "BR": 16}
-    forward = {"p_x": "*i8", "p_a": "*fp32", **scales}
-    flags = {"HADAMARD": True, "HAS_SMOOTH": True}
-    dx = {"p_t": "None", **scales}
-    return [
-        Build(w4a8_linear.w4a8_fwd_kernel, {"HAS_BIAS": True, "BM": 64, **tiles}, forward, quick=True),
-        Build(w4a8_linear.w4a8_fwd_kernel, {"HAS_BIAS": True, "BM": 16, **tiles}, forward),
-        Build(w4a8_linear.w4a8_dx_kernel, {"INT8": False, "BM": 64, **flags, **tiles}, dx),
+        Build(unpack.transposed_int8_kernel, {"BN": 64}, {"p_q": "*u8", "p_words": "*i32", "p_out": "*i8"}, quick=True),
+        Build(unpack.effective_weight_kernel, {"W4A8": True, **flags}, native, quick=True),
         Build(
-            w4a8_linear.w4a8_dx_kernel, {"INT8": True, "BM": 64, **flags, **tiles}, {**dx, "p_dy": "*i8", "p_t": "*fp32"}, quick=True
+            unpack.effective_weight_kernel, {"W4A8": False, **flags, "HADAMARD": False}, {**native, "p_words": "None"}
         ),
-    ]  # fmt: skip
-
-
-def _w4a4() -> list[Build]:
-    forward = {"p_x": "*i8", "p_a": "*fp32", "p_q": "*u8"}
-    tiles = {"BM": 64, "BN": 64, "BR": 16}
-    return [
-        Build(w4a4_linear.w4a4_fwd_kernel, {"HAS_BIAS": True, **tiles}, forward, quick=True),
-        Build(w4a4_linear.w4a4_dx_kernel, {"HADAMARD": False, "HAS_SMOOTH": True, **tiles}, {"p_q": "*u8"}),
     ]
+
+
+def _descriptor(dtype: str, shape: list[int], swizzle: int) -> str:
+    """Type of a host descriptor in a signature."""
+    return f"tensordesc<{dtype}{shape},{gl.NVMMASharedLayout(swizzle, 8 if dtype == 'i8' else 16)!r}>"
+
+
+def _hopper() -> list[Build]:
+    """Gluon, sm_90 alone: they may have all of its 227 KB."""
+    only: dict[str, Any] = {"least": 90, "most": 90, "portable": False, "num_stages": 1}
+    codes, y = _descriptor("i8", [256, 64], 64), _descriptor("bf16", [256, 64], 128)
+    weight, up = _descriptor("i8", [64, 64], 64), _descriptor("bf16", [64, 32], 64)
+    product = {
+        "x_desc": codes,
+        "w_desc": weight,
+        "h_desc": codes,
+        "up_desc": up,
+        "y_desc": y,
+        "p_a": "*fp32",
+        "p_s": "*fp32",
+    }
+    tiles = {"RANK_STEPS": 2, "BM": 256, "WN": 64, "GROUP_M": 8}
+    packed = {"PACKED": True, "UP_BY_RANK": False, "STAGES": 4, **tiles}
+    plain = {"PACKED": False, "UP_BY_RANK": True, "STAGES": 3, **tiles}
+    transposed = {"up_desc": _descriptor("bf16", [32, 64], 128), "p_words": "None", "p_bias": "None"}
+    tile = _descriptor("bf16", [64, 64], 128)
+    quant = {
+        "x_desc": tile,
+        "d_desc": tile,
+        "p_counters": "*i32",
+        "p_rows": "*i32",
+        "p_part": "*fp32",
+        "p_codes": "*i8",
+        "p_scale": "*fp32",
+    }
+    shape = {"SPLITS": 8, "TILES": 6, "DOWN": True, "DOWN_BY_RANK": True, "BH": 8}
+    return [
+        Build(hopper_gemm.hopper_gemm_kernel, packed, {**product, "p_words": "*i32"}, quick=True, **only),
+        Build(hopper_gemm.hopper_gemm_kernel, plain, {**product, **transposed}, **only),
+        Build(hopper_quant.hopper_quant_kernel, {**shape, "HAS_SMOOTH": True, "HADAMARD": False}, quant, quick=True, **only),
+        Build(hopper_quant.hopper_quant_kernel, {**shape, "HAS_SMOOTH": True, "HADAMARD": True}, quant, **only),
+        Build(hopper_quant.hopper_quant_kernel, {**shape, "HAS_SMOOTH": False, "HADAMARD": True}, quant, **only),
+    ]  # fmt: skip
 
 
 def _w4a16() -> list[Build]:
@@ -147,4 +203,4 @@ def _w4a16() -> list[Build]:
     return builds
 
 
-TABLE: tuple[Build, ...] = (*_quantizers(), *_matmuls(), *_w4a8(), *_w4a4(), *_w4a16())
+TABLE: tuple[Build, ...] = (*_quantizers(), *_products(), *_transients(), *_w4a16(), *_hopper())

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from loragraft.kernels import branch, w4a16_skinny
 from loragraft.kernels.layout import GROUP, LinearCase, on_device, unpack_uint4, uses_triton
-from loragraft.kernels.matmul import matmul
 from loragraft.kernels.tiles import dot_ranks, load_nibbles
 
 CASES = (
@@ -112,7 +111,7 @@ def _w4a16_linear(
         with on_device(x_MK):
             h_MR = w4a16_skinny.skinny_down(x_MK, down_RK.contiguous())
             return w4a16_skinny.skinny_linear(x_MK, qweight, wscale, wzero, h_MR, up_NR.contiguous(), bias), h_MR
-    h_MR = matmul(x_MK, down_RK.T)
+    h_MR = x_MK @ down_RK.T
     if not uses_triton(x_MK):
         y_MN = x_MK @ dequantize_w4a16(qweight, wscale, wzero)[:, :K].to(x_MK.dtype).T + h_MR @ up_NR.T
         return (y_MN if bias is None else y_MN + bias.to(y_MN.dtype)), h_MR
@@ -161,7 +160,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, dy_MN: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     h_MR, x_MK, qweight, wscale, wzero, lora_down, lora_up, adapter_down, adapter_up = ctx.saved_tensors
     dy_MN = dy_MN.contiguous()
-    g_MR = matmul(dy_MN, branch.join(lora_up, adapter_up, 1, dy_MN.dtype))
+    g_MR = dy_MN @ branch.join(lora_up, adapter_up, 1, dy_MN.dtype)
     dx_MK, grad_down, grad_up = None, None, None
     if ctx.needs_input_grad[0]:
         down_RK = branch.join(lora_down, adapter_down, 0, dy_MN.dtype)

@@ -95,6 +95,7 @@ class SVDQuantLinear(nn.Module):
         self.register_buffer("bias", tensors.get("bias"))
         if numerics == "w4a16":
             self.smooth = None
+        self._note_smoothing()
         self.base_rank = rank
         """Rank of the branch that belongs to the base; `rank` is larger while an adapter is grafted."""
 
@@ -164,7 +165,8 @@ class SVDQuantLinear(nn.Module):
 
         Gradients reach x (straight through the rounding), `adapter_down` [r, K] and `adapter_up`; the base has none.
         """
-        smooth, down, up, bias = self.smooth, self.lora_down, self.lora_up, self.bias
+        down, up, bias = self.lora_down, self.lora_up, self.bias
+        smooth = self.smooth if self.smoothed else None
         if self.numerics == "w4a8":
             return w4a8_linear(
                 x, self.qweight, self.row_scale, self.group_words, smooth, down, up, bias,
@@ -234,6 +236,12 @@ class SVDQuantLinear(nn.Module):
             stored = {name.removeprefix(prefix): state_dict.pop(name) for name in names}
             state_dict.update({f"{prefix}{name}": tensor for name, tensor in self._in_memory(stored).items()})
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._note_smoothing()
+
+    def _note_smoothing(self) -> None:
+        """A vector of ones is left out of the arithmetic: rotated inputs then reach the tensor cores untouched."""
+        smooth = self.smooth
+        self.smoothed = smooth is not None and (smooth.is_meta or bool((smooth != 1).any()))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SVDQuantLinear":
         """`nn.Module.to` and its kin end here: keep the device of fn's result, never its dtype."""
