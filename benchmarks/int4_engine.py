@@ -6,7 +6,7 @@
 Nothing is timed if an error against float64 of the same quantized operands exceeds its bound. Then, replayed CUDA graphs, one
 of each in turn: bf16 (cuBLAS, no branch), ours (activation quantization, down- and up-projection of rank 32 + 16
 and bias included), ours without a branch, with a second adapter, unfused, in W4A4, on the portable kernels; FP8 with and
-without its activation quantization; `torch._int_mm`. Layers that read one x (q, k, v; in single blocks the feed-forward too)
+without its activation quantization; `torch._int_mm`; NF4 (bitsandbytes) and W4A4 (comfy-kitchen) where they are installed (benchmarks/rivals.py). Layers that read one x (q, k, v; in single blocks the feed-forward too)
 are one layer here; of bf16 as one matrix or as several the faster counts. Training: forward and the gradients of x and of the
 adapter, against `nn.Linear` with PEFT's LoRA. --quantizer, --calibrated and
 --accuracy are what benchmarks/quantizer.py and quantizer_accuracy.py wrote on the same machine.
@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 import triton
 from peft import LoraConfig, inject_adapter_in_model
+from rivals import RivalError, build
 from torch import Tensor, nn
 
 from loragraft.kernels.gemm import w4a8_gemm
@@ -217,7 +218,7 @@ def forward_row(layer: Layer) -> dict[str, float]:
         **rivals(x, joined),
     }
     with torch.no_grad():
-        row = compare(steps)
+        row = {**compare(steps), **peers(x, joined)}
     row["bf16"] = min(row["bf16"], row.pop("bf16_parts"))
     torch.cuda.empty_cache()
     return row
@@ -250,6 +251,19 @@ def rivals(x: Tensor, dense: Tensor) -> dict[str, Callable[[], object]]:
         "fp8": lambda: product(*fused(x)),
         "int_mm_product_only": lambda: torch._int_mm(x8.view(torch.int8), codes.view(torch.int8).T),
     }
+
+
+def peers(x: Tensor, dense: Tensor) -> dict[str, float]:
+    """Eager microseconds of other people's four-bit layers that can run here; NaN, and the reason printed, where not."""
+    row = {}
+    for name in ("nf4", "comfy_kitchen"):
+        try:
+            layer = build(name, dense)
+            row[name] = eager_us(lambda layer=layer: layer(x), repeats=5)  # type: ignore[misc]
+        except RivalError as error:
+            print(f"{name}: {error}", file=sys.stderr)
+            row[name] = float("nan")
+    return row
 
 
 def train_row(layer: Layer) -> dict[str, float]:
@@ -338,6 +352,8 @@ def summary(rows: dict[str, dict[str, float]], training: dict[str, dict[str, flo
         "branch_cost_pct": 100 * (total["w4a8"] / total["w4a8_no_branch"] - 1),
         "graft_cost_pct": 100 * (total["w4a8_two_adapters"] / total["w4a8"] - 1),
         "w4a4_vs_bf16": total["bf16"] / total["w4a4"],
+        "w4a4_vs_comfy_kitchen": total["comfy_kitchen"] / total["w4a4"],
+        "nf4_vs_bf16": total["bf16"] / total["nf4"],
     }
 
 
@@ -386,7 +402,6 @@ def main() -> int:
         "commit": arguments.commit,
         "command": f"python benchmarks/int4_engine.py --out {arguments.out.name} --commit {arguments.commit}",
         **summary(rows, training),
-        "w4a4_vs_comfy_kitchen": None,
         "w4a16_bandwidth_fraction": adaln["fraction_of_copy"],
         "max_rel_err": error,
         "same_bits_twice": same,
