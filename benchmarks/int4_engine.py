@@ -374,6 +374,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--commit", required=True, help="commit of the code that runs")
+    parser.add_argument("--shapes", choices=("all", "flux"), default="all", help="flux: without SDXL's and SANA's")
     parser.add_argument("--quantizer", type=Path, help="JSON of `benchmarks/quantizer.py stream`")
     parser.add_argument("--calibrated", type=Path, help="JSON of `benchmarks/quantizer.py calibrated`")
     parser.add_argument("--accuracy", type=Path, help="JSON of `benchmarks/quantizer_accuracy.py`")
@@ -388,7 +389,7 @@ def main() -> int:
         )
         return 1
     rows, training = {}, {}
-    for layer in (*FLUX, *OTHER):
+    for layer in FLUX if arguments.shapes == "flux" else (*FLUX, *OTHER):
         rows[layer.name] = {**forward_row(layer), "count": layer.count, "M": layer.M, "N": layer.N, "K": layer.K}
         training[layer.name] = train_row(layer)
         figures = {**rows[layer.name], **training[layer.name]}
@@ -400,7 +401,7 @@ def main() -> int:
         "versions": {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda,
                      "python": platform.python_version()},
         "commit": arguments.commit,
-        "command": f"python benchmarks/int4_engine.py --out {arguments.out.name} --commit {arguments.commit}",
+        "command": f"python benchmarks/int4_engine.py --shapes {arguments.shapes} --out {arguments.out.name}",
         **summary(rows, training),
         "w4a16_bandwidth_fraction": adaln["fraction_of_copy"],
         "max_rel_err": error,

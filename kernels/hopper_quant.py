@@ -46,8 +46,12 @@ def _prepared(
             b_x *= b_inverse[None, :]
         if HADAMARD:
             TF32: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 8])
-            b_a = gl.convert_layout(b_x, gl.DotOperandLayout(0, TF32, 1))
-            b_y = warpgroup_mma(b_a, hadamard, gl.zeros([64, 64], gl.float32, layout=TF32), use_acc=False)
+            LEFT: gl.constexpr = gl.DotOperandLayout(0, TF32, 1)
+            # TF32 keeps 10 bits of a fraction: the upper ones first, then what is left.
+            b_upper = (b_x.to(gl.int32, bitcast=True) & -8192).to(gl.float32, bitcast=True)
+            b_y = gl.zeros([64, 64], gl.float32, layout=TF32)
+            b_y = warpgroup_mma(gl.convert_layout(b_upper, LEFT), hadamard, b_y)
+            b_y = warpgroup_mma(gl.convert_layout(b_x - b_upper, LEFT), hadamard, b_y)
             return gl.convert_layout(b_y, LAYOUT)
         else:
             return b_x
@@ -56,18 +60,18 @@ def _prepared(
 @gluon.jit
 def hopper_quant_kernel(
     x_desc, d_desc, p_smooth, p_counters, p_rows, p_part, p_codes, p_scale, p_h, M, K, KP, R, s_hm,
-    SPLITS: gl.constexpr, TILES: gl.constexpr, DOWN: gl.constexpr, DOWN_BY_RANK: gl.constexpr, HAS_SMOOTH: gl.constexpr,
+    SPLITS: gl.constexpr, TILES: gl.constexpr, RING: gl.constexpr, DOWN: gl.constexpr, DOWN_BY_RANK: gl.constexpr, HAS_SMOOTH: gl.constexpr,
     HADAMARD: gl.constexpr, BH: gl.constexpr,
 ):  # fmt: skip
-    """TILES of 64 columns a program. DOWN: tiles of 64 ranks, 0 without a branch. DOWN_BY_RANK: D is [R, K], else [K, R]."""
+    """TILES of 64 columns a program, RING of them in shared memory at a time (TILES a multiple of RING). DOWN: tiles of 64 ranks, 0 without a branch. DOWN_BY_RANK: D is [R, K], else [K, R]."""
     WRITE: gl.constexpr = gl.BlockedLayout([1, 16], [8, 4], [4, 1], [1, 0])
     FLOAT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     ROWS: gl.constexpr = FLOAT if HADAMARD else gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    xs = gl.allocate_shared_memory(x_desc.dtype, [TILES, 64, 64], x_desc.layout)
+    xs = gl.allocate_shared_memory(x_desc.dtype, [RING, 64, 64], x_desc.layout)
     ds = gl.allocate_shared_memory(x_desc.dtype, [3, 64, 64], d_desc.layout)
-    x_full = gl.allocate_shared_memory(gl.int64, [TILES, 1], mbarrier.MBarrierLayout())
+    x_full = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
     d_full = gl.allocate_shared_memory(gl.int64, [3, 1], mbarrier.MBarrierLayout())
-    for tile in gl.static_range(TILES):
+    for tile in gl.static_range(RING):
         mbarrier.init(x_full.index(tile), count=1)
     for tile in gl.static_range(3):
         mbarrier.init(d_full.index(tile), count=1)
@@ -79,9 +83,8 @@ def hopper_quant_kernel(
     ticket = gl.atomic_add(p_counters, 1, sem="relaxed") if SPLITS > 1 else gl.program_id(0)
     block, split = ticket // SPLITS, ticket % SPLITS
     first = split * (TILES * 64)
-    for tile in gl.static_range(TILES):
-        mbarrier.expect(x_full.index(tile), 64 * 64 * 2)
-        tma_load(x_desc, [block * 64, first + tile * 64], x_full.index(tile), xs.index(tile))
+    for tile in gl.static_range(RING):
+        _fetch_x(x_desc, x_full, xs, tile, block, first + tile * 64)
     o_row = gl.arange(0, 64, layout=gl.SliceLayout(1, ROWS))
     o_m = block * 64 + o_row
     b_max = gl.zeros([64, 64], gl.float32, layout=ROWS)  # per element: one reduction across threads, at the end
@@ -90,7 +93,8 @@ def hopper_quant_kernel(
         for tile in gl.static_range(min(2, TILES)):
             _fetch_down(d_desc, d_full, ds, tile, first, DOWN_BY_RANK)
     for tile in range(TILES):
-        mbarrier.wait(x_full.index(tile), 0)
+        x_tile = xs.index(tile % RING)
+        mbarrier.wait(x_full.index(tile % RING), (tile // RING) & 1)
         if DOWN:
             if tile + 2 < TILES:  # the product before last, which read this buffer, has been waited for
                 _fetch_down(d_desc, d_full, ds, tile + 2, first, DOWN_BY_RANK)
@@ -98,12 +102,14 @@ def hopper_quant_kernel(
             d_tile = ds.index(tile % 3)
             if not DOWN_BY_RANK:
                 d_tile = d_tile.permute((1, 0))
-            acc = warpgroup_mma(d_tile, xs.index(tile).permute((1, 0)), acc, is_async=True)
-        b_x = _prepared(xs.index(tile), p_smooth, first + tile * 64, K, hadamard, HAS_SMOOTH, HADAMARD, ROWS)
+            acc = warpgroup_mma(d_tile, x_tile.permute((1, 0)), acc, is_async=True)
+        b_x = _prepared(x_tile, p_smooth, first + tile * 64, K, hadamard, HAS_SMOOTH, HADAMARD, ROWS)
         b_max = gl.maximum(b_max, gl.abs(b_x), propagate_nan=NAN)
         if DOWN:
             acc = warpgroup_mma_wait(0, deps=(acc,))
-            thread_barrier()
+        thread_barrier()
+        if tile + RING < TILES:
+            _fetch_x(x_desc, x_full, xs, tile % RING, block, first + (tile + RING) * 64)
     b_row = gl.max(b_max, axis=1) + gl.sum(b_max * 0.0, axis=1)  # a reduction drops NaN, and codes would hide it
     o_rank = gl.arange(0, 64, layout=gl.SliceLayout(1, FLOAT))
     o_token = block * 64 + gl.arange(0, 64, layout=gl.SliceLayout(0, FLOAT))
@@ -137,9 +143,12 @@ def hopper_quant_kernel(
     if split == 0:
         gl.store(p_scale + o_m, b_row / 127.0, mask=o_m < M)
     b_inverse = 127.0 / b_row
-    for tile in range(TILES):
+    for i in range(TILES):  # the last RING tiles are still here; the others come once more, from L2
+        tile = (TILES - RING + i) % TILES
         k = first + tile * 64
-        b_x = _prepared(xs.index(tile), p_smooth, k, K, hadamard, HAS_SMOOTH, HADAMARD, ROWS)
+        if i >= RING:
+            mbarrier.wait(x_full.index(i % RING), (TILES // RING + (i - RING) // RING) & 1)
+        b_x = _prepared(xs.index(i % RING), p_smooth, k, K, hadamard, HAS_SMOOTH, HADAMARD, ROWS)
         # Ties to even: adding 1.5 * 2^23 leaves the integer in the low byte.
         b_codes = (b_x * b_inverse[:, None] + 12582912.0).to(gl.int32, bitcast=True).to(gl.int8)
         b_codes = gl.convert_layout(b_codes, WRITE)
@@ -147,6 +156,15 @@ def hopper_quant_kernel(
         o_w = block * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, WRITE))
         p_tile = p_codes + o_w.to(gl.int64)[:, None] * KP + o_k[None, :]
         gl.store(p_tile, b_codes, mask=(o_w < M)[:, None] & (o_k < KP)[None, :])
+        if i + RING < TILES:
+            thread_barrier()
+            _fetch_x(x_desc, x_full, xs, i % RING, block, first + i * 64)
+
+
+@gluon.jit
+def _fetch_x(x_desc, x_full, xs, slot, block, k):
+    mbarrier.expect(x_full.index(slot), 64 * 64 * 2)
+    tma_load(x_desc, [block * 64, k], x_full.index(slot), xs.index(slot))
 
 
 @gluon.jit
@@ -184,16 +202,27 @@ def hopper_quant_runs(x_MK: Tensor, down_RK: Tensor) -> bool:
     return on_hopper(x_MK, x_MK.dtype) and K % 8 == 0 and R <= 64 and unit and step % 8 == 0 and fetched
 
 
+def _tiles(blocks: int, KP: int) -> tuple[int, int]:
+    """(tiles of 64 columns a program, of which in shared memory), as they measured fastest on an H100.
+
+    Many columns a program mean few partial h to write and add, few mean programs enough for a card where rows are few.
+    """
+    if blocks < 16:
+        return (4, 4) if KP <= 4096 else (6, 6)
+    return (12, 4) if KP <= 4096 else (8, 4)
+
+
 def hopper_quantize_down(
-    x_MK: Tensor, smooth_K: Tensor | None, hadamard: bool, down_RK: Tensor, tiles: int | None = None
+    x_MK: Tensor, smooth_K: Tensor | None, hadamard: bool, down_RK: Tensor, tiles: int | None = None, ring: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """`token_quant.quantize_down`, where `hopper_quant_runs`. tiles: of 64 columns a program."""
+    """`token_quant.quantize_down`, where `hopper_quant_runs`. tiles, ring: see `_tiles`, which chooses them otherwise."""
     (M, K), R, KP = x_MK.shape, down_RK.shape[0], padded(x_MK.shape[1])
     codes_MK = x_MK.new_empty((M, KP), dtype=torch.int8)
     scale_M1 = x_MK.new_empty((M, 1), dtype=torch.float32)
     h_MR = rank_rows(x_MK, R)
     blocks = triton.cdiv(M, BM)
-    tiles = tiles or (6 if blocks * triton.cdiv(KP, 384) >= 264 else 4)
+    if tiles is None or ring is None:
+        tiles, ring = _tiles(blocks, KP)
     splits = triton.cdiv(KP, tiles * TILE)
     alone = splits == 1
     # A ticket, an arrival counter per block of rows, the maximum of every row.
@@ -207,7 +236,7 @@ def hopper_quantize_down(
     with on_device(x_MK):
         hopper_quant_kernel[(blocks * splits,)](
             x_desc, d_desc, smooth_K, counters, rows_M, part_SMR, codes_MK, scale_M1, h_MR, M, K, KP, R, h_MR.stride(0),
-            SPLITS=splits, TILES=tiles, DOWN=R > 0, DOWN_BY_RANK=by_rank, HAS_SMOOTH=smooth_K is not None,
+            SPLITS=splits, TILES=tiles, RING=ring, DOWN=R > 0, DOWN_BY_RANK=by_rank, HAS_SMOOTH=smooth_K is not None,
             HADAMARD=hadamard, BH=max(8, triton.next_power_of_2(triton.cdiv(BM, splits))), num_warps=4,
         )  # fmt: skip
     return codes_MK, scale_M1, h_MR

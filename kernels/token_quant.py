@@ -123,7 +123,7 @@ def quantize_down(
             x_MK, smooth_K, down_RK, counters, None if counters is None else counters[1:], max_SM, part_SMR, codes_MK,
             scale_M1, h_MR, M, K, KP, R, h_MR.stride(0), *down_RK.stride(), split_k, SPLITS=splits,
             HAS_SMOOTH=smooth_K is not None, HADAMARD=hadamard,
-            PRECISION="ieee" if x_MK.dtype == torch.float32 else "tf32", BM=bm, BK=64,
+            PRECISION="ieee" if x_MK.dtype == torch.float32 else "tf32x3", BM=bm, BK=64,
             BR=max(16, triton.next_power_of_2(R)) if R else 1, BH=triton.next_power_of_2(triton.cdiv(bm, splits)),
             BC=64 if hadamard else 128, CODE_STAGES=3, num_warps=4,
             # Triton 3.6 fetches into a buffer that an asynchronous wgmma still reads, if registers read it too.

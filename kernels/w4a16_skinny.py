@@ -25,6 +25,9 @@ GEMV_CONFIGS: dict[str, Config] = {
     "8x128-1w": {"BN": 8, "BW": 128, "num_warps": 1, "maxnreg": 168},
     "8x128-2w": {"BN": 8, "BW": 128, "num_warps": 2},
     "16x128-4w": {"BN": 16, "BW": 128, "num_warps": 4},
+    "16x128-2w": {"BN": 16, "BW": 128, "num_warps": 2},
+    "8x64-1w": {"BN": 8, "BW": 64, "num_warps": 1},
+    "16x64-1w": {"BN": 16, "BW": 64, "num_warps": 1},
     "16x64-2w": {"BN": 16, "BW": 64, "num_warps": 2},
     "32x128-4w": {"BN": 32, "BW": 128, "num_warps": 4, "maxnreg": 168},
 }
@@ -35,7 +38,7 @@ SKINNY_CONFIGS: dict[str, Config] = {
     "64-4w-5s": {"BN": 64, "num_warps": 4, "num_stages": 5},
     "128-4w-4s": {"BN": 128, "num_warps": 4, "num_stages": 4},
 }
-GEMV_DEFAULT, SKINNY_DEFAULT = "16x128-4w", "64-4w-5s"
+GEMV_DEFAULT, SKINNY_DEFAULT = "8x128-1w", "32-2w-4s"
 
 
 @triton.jit
