@@ -14,6 +14,7 @@ adapter, against `nn.Linear` with PEFT's LoRA. --quantizer, --calibrated and
 
 import argparse
 import json
+import math
 import platform
 import statistics
 import sys
@@ -254,7 +255,7 @@ def rivals(x: Tensor, dense: Tensor) -> dict[str, Callable[[], object]]:
 
 
 def peers(x: Tensor, dense: Tensor) -> dict[str, float]:
-    """Eager microseconds of other people's four-bit layers that can run here; NaN, and the reason printed, where not."""
+    """Eager microseconds of other people's four-bit layers that can run here; where one cannot, NaN and the reason printed."""
     row = {}
     for name in ("nf4", "comfy_kitchen"):
         try:
@@ -370,6 +371,13 @@ def from_other_scripts(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _without_nan(value: Any) -> Any:
+    """JSON knows no NaN: null."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
@@ -412,7 +420,7 @@ def main() -> int:
         "w4a16": adaln,
     }  # fmt: skip
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    arguments.out.write_text(json.dumps(_without_nan(result), indent=1, allow_nan=False) + "\n")
     print(json.dumps({name: value for name, value in result.items() if not isinstance(value, dict)}, indent=1))
     return 0
 

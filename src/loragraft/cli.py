@@ -112,6 +112,7 @@ def _generate(args: argparse.Namespace) -> int:
 def _score(args: argparse.Namespace) -> int:
     import dataclasses
 
+    from loragraft.versions import installed_versions
     from loragraft.adapters.opening import open_control, open_run
     from loragraft.backbones.load import load_backbone
     from loragraft.data.cache import default_cache_root
@@ -147,23 +148,11 @@ def _score(args: argparse.Namespace) -> int:
         "profile": recipe.numerics,
         "base_id": backbone.base_id,
         "device": device_name(backbone.device),
-        "versions": _versions("loragraft", "torch", "diffusers"),
+        "versions": installed_versions("loragraft", "torch", "diffusers"),
     }
     print(write_report(plan, measured, root, backbone.spec.resolution, context))
     print(f"\nwritten to {root}: score.json, score.csv, score.md, grid.png; figures also in {run / 'score.json'}")
     return 0
-
-
-def _versions(*packages: str) -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = loragraft.__version__ if package == "loragraft" else "not installed"
-    return found
 
 
 def _quantize(args: argparse.Namespace) -> int:
