@@ -48,7 +48,7 @@ test-gpu: setup-dev
 	$(BIN)/python -m pytest -m gpu
 
 bench: setup
-	$(BIN)/python benchmarks/kernels.py --out benchmarks/results/kernels.json
+	$(BIN)/python benchmarks/int4_engine.py --out benchmarks/results/int4_engine.json
 
 wheel: setup-dev
 	$(BIN)/python -m build --wheel

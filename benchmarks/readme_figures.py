@@ -20,7 +20,12 @@ def figures() -> str:
     """Markdown."""
     job = _read("main_job")
     parts = (_main_job(job), _domains(job), _base(job["pocket"]), _precision(job["precision"]), _graft(_read("graft")))
-    return "\n".join(line for part in (*parts, _gpu(_read("pocket_gpu"))) for line in (*part, "")).rstrip() + "\n"
+    return (
+        "\n".join(
+            line for part in (*parts, _engine(_read("int4_engine"), _read("quantizer"))) for line in (*part, "")
+        ).rstrip()
+        + "\n"
+    )
 
 
 def with_figures(readme: str) -> str:
@@ -146,23 +151,31 @@ def _graft(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def _counts(layers: dict[str, int]) -> str:
-    return ", ".join(f"{count} {name}" for name, count in layers.items())
-
-
-def _gpu(result: dict[str, Any]) -> list[str]:
+def _engine(result: dict[str, Any], quantizer: dict[str, Any]) -> list[str]:
+    flux = {name: row for name, row in result["forward_us"].items() if not name.startswith(("SDXL", "SANA"))}
     rows = [
-        f"| {profile} | {_counts(figures['layers'])} | {', '.join(figures['backends'])} | {figures['gradient_cosine_min']:.4f} | "
-        f"{figures['step_ms']:.0f} |"
-        for profile, figures in result["profiles"].items()
+        f"| {name} ({row['count']} x {row['M']} x {row['N']} x {row['K']}) | {row['bf16']:.0f} | {row['w4a8']:.0f} | "
+        f"{row['bf16'] / row['w4a8']:.2f} | {row['fp8']:.0f} | {row['w4a4']:.0f} | {train['bf16_peft']:.0f} | "
+        f"{train['w4a8_int8_dgrad']:.0f} | {train['bf16_peft'] / train['w4a8_int8_dgrad']:.2f} |"
+        for name, row in flux.items()
+        for train in (result["train_us"][name],)
     ]
     return [
-        f"**On a GPU** ({result['device']}, torch {result['versions']['torch']}, Triton {result['versions']['triton']}, commit "
-        f"{result['commit']}, `pocket`'s first version): batch {result['batch']}, one training step. Correct, and not yet fast: bf16 with PEFT's "
-        f"LoRA, eager, takes {result['step_ms_bf16_peft_eager']:.0f} ms.",
+        f"**The INT4 engine** ({result['device']}, torch {result['versions']['torch']}, Triton {result['versions']['triton']}, "
+        f"commit {result['commit'][:7]}): all block linears of FLUX.1-dev at 1024 px, activation quantization, bias and a "
+        f"branch of rank 48 (32 of the base, 16 of an adapter) included. Forward {result['linears_ms_w4a8']:.1f} ms against "
+        f"{result['linears_ms_bf16']:.1f} ms of bf16 without any branch ({result['linears_speedup_w4a8']:.2f} times as fast; "
+        f"FP8 with its quantization and no branch is {1 / result['linears_vs_fp8']:.2f} times as fast as ours); forward and "
+        f"gradients {result['train_linears_speedup_w4a8']:.2f} times as fast as bf16 with PEFT's LoRA "
+        f"({result['train_linears_speedup_w4a8_bf16_dgrad']:.2f} with a bf16 gradient of x), GPU time of replayed graphs: "
+        f"launched one by one from Python, ours still takes {1 / result['train_linears_speedup_w4a8_eager']:.1f} times as long. "
+        f"W4A4 in groups of 64 runs at {result['w4a4_vs_bf16']:.2f} of bf16, {result['w4a4_vs_comfy_kitchen']:.0f} times "
+        f"comfy-kitchen's kernels on this card; NF4 at {result['nf4_vs_bf16']:.2f} of bf16. Largest error against float64 of "
+        f"the same codes {100 * result['max_rel_err']:.2f} %. A FLUX.1-dev-shaped model is quantized without data in "
+        f"{quantizer['seconds']:.0f} s to {quantizer['file_gb']:.1f} GB, {quantizer['peak_gpu_gib']:.1f} GiB of GPU memory.",
         "",
-        "| profile | layers | ran on | worst cosine of an adapter gradient to the float32 CPU reference | ms per step |",
-        "|---|---|---|---|---|",
+        "| layers (M x N x K), microseconds | bf16 | W4A8 | ratio | FP8 | W4A4 | training: bf16 + PEFT | W4A8 | ratio |",
+        "|---|---|---|---|---|---|---|---|---|",
         *rows,
     ]
 

@@ -12,11 +12,24 @@ KEYS = (
     "psnr_svdq_w4a4 psnr_svdq_w4a8 psnr_nf4 weights_mb"
 )
 
+ENGINE_KEYS = (
+    "device versions commit command linears_speedup_w4a8 linears_vs_fp8 fused_vs_unfused train_linears_speedup_w4a8 "
+    "branch_cost_pct graft_cost_pct w4a4_vs_comfy_kitchen w4a4_vs_bf16 w4a16_bandwidth_fraction max_rel_err auto_error_ratio "
+    "quantize_seconds calibrated_seconds quantize_peak_gib file_gb"
+)
+
 
 def test_the_committed_main_job_has_every_figure() -> None:
     result = json.loads((ROOT / "benchmarks" / "results" / "main_job.json").read_text(encoding="utf-8"))
     assert [key for key in KEYS.split() if key not in result] == []
     assert result["kid_adapter"]["high"] < result["kid_base"]["low"]
+
+
+def test_the_committed_engine_figures_are_complete_and_passed_their_gate() -> None:
+    result = json.loads((ROOT / "benchmarks" / "results" / "int4_engine.json").read_text(encoding="utf-8"))
+    assert [key for key in ENGINE_KEYS.split() if key not in result] == []
+    assert result["max_rel_err"] <= 5e-3
+    assert result["same_bits_twice"]
 
 
 def test_weights_stay_under_forty_megabytes(benchmark_module: Callable[[str], ModuleType]) -> None:
