@@ -48,7 +48,7 @@ test-gpu: setup-dev
 	$(BIN)/python -m pytest -m gpu
 
 bench: setup
-	$(BIN)/python benchmarks/int4_engine.py --out benchmarks/results/int4_engine.json
+	$(BIN)/python benchmarks/int4_engine.py --out benchmarks/results/int4_engine.json --commit $$(git rev-parse HEAD)
 
 wheel: setup-dev
 	$(BIN)/python -m build --wheel

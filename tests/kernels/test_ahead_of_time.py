@@ -59,5 +59,5 @@ def test_a_build_that_does_not_fit_its_kernel_is_named():
     kernel = TABLE[0].kernel
     with pytest.raises(ValueError, match="no argument"):
         compile_build(Build(kernel, {**TABLE[0].constants, "NO": 1}), 80)
-    with pytest.raises(ValueError, match="constexpr BM"):
+    with pytest.raises(ValueError, match="constexpr UNSIGNED"):
         compile_build(Build(kernel, {"HAS_SMOOTH": True, "HADAMARD": False}), 80)
