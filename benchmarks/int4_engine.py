@@ -367,7 +367,7 @@ def from_other_scripts(arguments: argparse.Namespace) -> dict[str, Any]:
         "quantize_peak_gib": read["stream"].get("peak_gpu_gib"),
         "file_gb": read["stream"].get("file_gb"),
         "calibrated_seconds": read["calibrated"].get("total_seconds"),
-        "auto_error_ratio": read["accuracy"].get("ratios", {}).get("auto_over_w4a4"),
+        "auto_error_ratio": read["accuracy"].get("ratios", {}).get("auto_over_w4a4", {}).get("worst"),
     }
 
 
