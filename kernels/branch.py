@@ -124,14 +124,11 @@ def check_modes(op: str, save_x: str, dgrad: str) -> None:
 
 
 def check_groups(op: str, qweight: Tensor, **scales: Tensor) -> None:
-    """Raises ValueError for a scale or zero that is not [Kp / g, N], g = 64 (or 128, for integer scales)."""
-    N, KP = qweight.shape[0], 2 * qweight.shape[1]
+    """Raises ValueError for a scale or zero that is not [Kp / 64, N]."""
+    wanted = (qweight.shape[1] // 32, qweight.shape[0])
     for name, scale in scales.items():
-        groups = (KP // 64, KP // 128) if scale.dtype == torch.uint8 else (KP // 64,)
-        if scale.ndim != 2 or scale.shape[0] not in groups or scale.shape[1] != N:
-            raise ValueError(
-                f"{op}: {name} has shape {tuple(scale.shape)}, must be {' or '.join(str((G, N)) for G in groups)}"
-            )
+        if tuple(scale.shape) != wanted:
+            raise ValueError(f"{op}: {name} has shape {tuple(scale.shape)}, must be {wanted}")
         if not scale.is_contiguous():
             raise ValueError(
                 f"{op}: {name} is not contiguous (strides {scale.stride()}); call .contiguous() once, when loading"
