@@ -60,10 +60,13 @@ def _prepared(
 @gluon.jit
 def hopper_quant_kernel(
     x_desc, d_desc, p_smooth, p_counters, p_rows, p_part, p_codes, p_scale, p_h, M, K, KP, R, s_hm,
-    SPLITS: gl.constexpr, TILES: gl.constexpr, RING: gl.constexpr, DOWN: gl.constexpr, DOWN_BY_RANK: gl.constexpr, HAS_SMOOTH: gl.constexpr,
-    HADAMARD: gl.constexpr, BH: gl.constexpr,
+    SPLITS: gl.constexpr, TILES: gl.constexpr, RING: gl.constexpr, DOWN: gl.constexpr, DOWN_BY_RANK: gl.constexpr,
+    HAS_SMOOTH: gl.constexpr, HADAMARD: gl.constexpr, BH: gl.constexpr,
 ):  # fmt: skip
-    """TILES of 64 columns a program, RING of them in shared memory at a time (TILES a multiple of RING). DOWN: tiles of 64 ranks, 0 without a branch. DOWN_BY_RANK: D is [R, K], else [K, R]."""
+    """TILES of 64 columns a program, RING of them in shared memory at a time (TILES a multiple of RING).
+
+    DOWN: whether there is a branch, of at most 64 ranks. DOWN_BY_RANK: D is [R, K], else [K, R]. BH: rows of h that a program adds up.
+    """
     WRITE: gl.constexpr = gl.BlockedLayout([1, 16], [8, 4], [4, 1], [1, 0])
     FLOAT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     ROWS: gl.constexpr = FLOAT if HADAMARD else gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])

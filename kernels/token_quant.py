@@ -106,12 +106,12 @@ def quantize_down(
 
     h is `rank_rows`: a view whose rows start at multiples of 16 bytes. Runs Triton only.
     """
+    if hopper_quant_runs(x_MK, down_RK):
+        return hopper_quantize_down(x_MK, smooth_K, hadamard, down_RK)
     (M, K), R, KP = x_MK.shape, down_RK.shape[0], padded(x_MK.shape[1])
     codes_MK = x_MK.new_empty((M, KP), dtype=torch.int8)
     scale_M1 = x_MK.new_empty((M, 1), dtype=torch.float32)
     h_MR = rank_rows(x_MK, R)
-    if hopper_quant_runs(x_MK, down_RK):
-        return hopper_quantize_down(x_MK, smooth_K, hadamard, down_RK)
     bm, split_k = 64, SPLIT if x_MK.is_cuda else KP  # the interpreter runs programs one by one: none may wait
     splits, blocks = triton.cdiv(KP, split_k), triton.cdiv(M, bm)
     alone = splits == 1
