@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Numerics = Literal["native", "interchange"]
+Switch = Literal["auto", "always", "never"]
 
 
 class RecipeError(ValueError):
@@ -170,6 +171,11 @@ class TrainConfig:
     """What a linear keeps of its input for dA: its low-bit codes, or the input itself (exact, more memory)."""
     dgrad: Literal["dequantized", "int8"] = "dequantized"
     """How the gradient passes back through the frozen weight: dequantized tiles, or INT8 codes of the gradient."""
+    compile: Switch = "auto"
+    """Whether the model's repeated blocks are compiled (norms, modulation and the like are fused): `auto` does it on a GPU
+    for models of more than 0.5 GB, where the half minute pays."""
+    cuda_graph: Switch = "auto"
+    """Whether a step is captured once and replayed, so that Python's time does not count: `auto` does it on one GPU."""
     checkpoint_every: int = 100
     """Steps between checkpoints that a run can resume from; 0 = only at the end."""
     validate_every: int = 100
