@@ -4,8 +4,7 @@ diffusers dispatches on a closed list of names. Ours takes the place of `flash_4
 hub: the same kernels, and no network.
 """
 
-import logging
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
@@ -13,27 +12,22 @@ from torch import Tensor, nn
 
 from loragraft.kernels.attention import BACKENDS, attention, attention_runs
 
-AttentionName = Literal["auto", "sdpa", "cudnn", "flash_attn_4"]
-_log = logging.getLogger(__name__)
 _PLACE = AttentionBackendName.FLASH_4_HUB
 
 
-def set_attention(transformer: nn.Module, name: AttentionName, device: torch.device) -> str:
-    """Makes every attention of `transformer` run `name`; returns the name of what runs.
+def set_attention(transformer: nn.Module, name: str, device: torch.device) -> str:
+    """Makes every attention of `transformer` run `name` (auto, sdpa, cudnn or flash_attn_4); returns the name of what runs.
 
     `auto` is the first of flash_attn_4, cudnn and sdpa that runs on `device`. Raises ValueError, with the reason, where the
     one asked for does not.
     """
     reasons = {backend: attention_runs(backend, device) for backend in BACKENDS}
     if name == "auto":
-        name = next((backend for backend in BACKENDS if not reasons[backend]), "sdpa")  # type: ignore[assignment]
+        name = next((backend for backend in BACKENDS if not reasons[backend]), "sdpa")
     elif name != "sdpa" and reasons[name]:
         raise ValueError(f"train.attention={name}: {reasons[name]}")
-    processors = {
-        id(processor): processor
-        for module in transformer.modules()
-        if hasattr(processor := getattr(module, "processor", None), "_attention_backend")
-    }
+    found = [getattr(module, "processor", None) for module in transformer.modules()]
+    processors: dict[int, Any] = {id(p): p for p in found if hasattr(p, "_attention_backend")}
     if not processors and name != "sdpa":
         raise ValueError(
             f"train.attention={name}: this model's attention cannot be exchanged; use train.attention=sdpa"
@@ -52,9 +46,8 @@ def _dispatched(backend: str) -> Any:
     ) -> Tensor:
         if attn_mask is not None or scale is not None:
             raise ValueError(f"{backend} attention takes no mask and no scale of its own; use train.attention=sdpa")
-        if query.dtype == torch.float32:
-            raise ValueError(f"{backend} attention takes 16-bit tensors; use train.attention=sdpa")
-        return attention(query, key, value, backend)
+        # Under autocast the norms of q and k return float32, which PyTorch's own attention casts back.
+        return attention(query.to(value.dtype), key.to(value.dtype), value, backend)
 
     return run
 
