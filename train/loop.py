@@ -27,7 +27,7 @@ from loragraft.backbones.spec import Backbone
 from loragraft.data.dataset import Batch, LatentCache, LatentDataset, batch_indices, collate
 from loragraft.recipes.schema import Recipe
 from loragraft.train.early_stop import EarlyStop
-from loragraft.train.optim import build_optimizer
+from loragraft.train.optim import build_optimizer, state_bytes
 from loragraft.train.previews import Previews
 from loragraft.train.run_folder import RunFolder
 from loragraft.train.tracking import Tracking
@@ -118,6 +118,8 @@ def train(
         "steps": folder.step,
         "train_seconds": elapsed_before + time.perf_counter() - started,
         "device": str(accelerator.device),
+        "attention": backbone.ledger.attention,
+        "optimizer_bytes": state_bytes(optimizer),
     }
     return False
 

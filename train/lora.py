@@ -59,6 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     with accelerator.main_process_first():  # it fills the caches, here and below; the others find them full
         backbone = load_backbone(recipe.base, recipe.numerics, accelerator.device, default_cache_root())
     backbone.set_training_numerics(recipe.train.save_x, recipe.train.dgrad)
+    backbone.set_attention(recipe.train.attention)
     base_before = backbone.fingerprint()
     resolution = recipe.data.resolution or backbone.spec.resolution
     with accelerator.main_process_first():
