@@ -30,7 +30,7 @@ from loragraft.adapters.checkpoint import Adapter
 from loragraft.adapters.graft import graft
 from loragraft.adapters.inject import inject_adapter
 from loragraft.backbones.architectures import FLUX, FOLDER_RANK
-from loragraft.backbones.attention import set_attention
+from loragraft.backbones.attention import Attention, set_attention
 from loragraft.backbones.flow import flow_loss, predict_velocity
 from loragraft.backbones.skeleton import meta_transformer, plan_architecture, randomize
 from loragraft.quantization.linear import SVDQuantLinear
@@ -57,27 +57,27 @@ class Variant:
     base: str = "int4"
     resolution: int = 1024
     compiled: bool = True
-    attention: str = "sdpa"
+    attention: Attention = "sdpa"
     checkpointing: bool = False
     dgrad: Literal["dequantized", "int8"] = "dequantized"
     infer: bool = False
 
 
 VARIANTS = {
-    "ours_1024": Variant(attention="auto"),
+    "ours_1024": Variant(attention="flash_attn_4"),
     "ours_1024_sdpa": Variant(),
-    "ours_1024_int8_dgrad": Variant(attention="auto", dgrad="int8"),
-    "ours_1024_ckpt": Variant(attention="auto", checkpointing=True),
-    "ours_512": Variant(resolution=512, attention="auto"),
+    "ours_1024_int8_dgrad": Variant(attention="flash_attn_4", dgrad="int8"),
+    "ours_1024_ckpt": Variant(attention="flash_attn_4", checkpointing=True),
+    "ours_512": Variant(resolution=512, attention="flash_attn_4"),
     "bf16_eager_1024": Variant("bf16", compiled=False),
     "bf16_compiled_1024": Variant("bf16"),
-    "bf16_compiled_1024_same_attention": Variant("bf16", attention="auto"),
+    "bf16_compiled_1024_same_attention": Variant("bf16", attention="flash_attn_4"),
     "bf16_eager_512": Variant("bf16", 512, compiled=False),
     "bf16_compiled_512": Variant("bf16", 512),
     "fp8_compiled_1024": Variant("fp8"),
     "nf4_eager_1024": Variant("nf4", compiled=False),
-    "ours_image": Variant(attention="auto", infer=True),
-    "bf16_image": Variant("bf16", attention="auto", infer=True),
+    "ours_image": Variant(attention="flash_attn_4", infer=True),
+    "bf16_image": Variant("bf16", attention="flash_attn_4", infer=True),
 }
 
 
@@ -189,7 +189,7 @@ def train(variant: Variant, profile: bool) -> dict[str, Any]:
     torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass fails on some drivers
-    set_attention(transformer, variant.attention, DEVICE)
+    set_attention(transformer, variant.attention)
     parameters = inject_adapter(transformer, AdapterConfig(), FLUX.quantize)
     ours = variant.base == "int4"
     if ours:
@@ -260,7 +260,7 @@ def infer(variant: Variant) -> dict[str, Any]:
     transformer = build_transformer(variant.base)
     torch.cuda.empty_cache()
     transformer_gib = torch.cuda.memory_allocated() / GIB
-    set_attention(transformer, variant.attention, DEVICE)
+    set_attention(transformer, variant.attention)
     vae = AutoencoderKL.from_config(VAE).to(DEVICE, torch.bfloat16).eval()
     tensors = batch(variant.resolution, 0)
     result: dict[str, Any] = {"transformer_gib": transformer_gib}
