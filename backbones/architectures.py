@@ -19,7 +19,7 @@ from loragraft.quantization.stream import plan_source, quantize_stream
 from loragraft.quantization.tensor_file import CheckpointError
 from loragraft.quantization.weight_source import FileSource, WeightSource
 
-NUMERICS: dict[Profile, Numerics] = {"native": "w4a8", "interchange": "w4a4"}
+NUMERICS: dict[Profile, Numerics] = {"native": "w4a8", "interchange": "w4a4", "weight-only": "w4a16"}
 FOLDER_RANK = 32
 """SVDQuant's rank for models of this size."""
 FOLDER_ROUNDS = 20
