@@ -20,9 +20,10 @@ import argparse
 import json
 import platform
 import re
+import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -119,17 +120,34 @@ def measure(adapter: Adapter, recipe: Recipe, args: argparse.Namespace) -> dict[
         backbone.set_training_numerics(save_x, dgrad)  # type: ignore[arg-type]
         found = [run(backbone, batch) for batch in batches]
         alone = [layers_alone(backbone.transformer, reference) for reference in references["dequantized"]]
+        against = {kind: compared(found, references[kind]) for kind in ("dequantized", "original")}
+        floor = compared(references["bf16"], references["dequantized"])
         result["variants"][name] = {
-            "whole_model": {kind: compared(found, passes) for kind, passes in references.items()},
+            "whole_model": against,
             "layer_alone": compared(alone, references["dequantized"]),
-            "bf16_floor": compared(references["bf16"], references["dequantized"]),
+            "against_bf16": _without_kinds(compared(found, references["bf16"])),
+            "bf16_floor": _without_kinds(floor),
         }
         print(f"{name}: {summary(result['variants'][name])}", flush=True)
-    if "w4a8" in result["variants"]:
-        dequantized = result["variants"]["w4a8"]["whole_model"]["dequantized"]
-        result["grad_cosine_adapter"] = dequantized["adapter"]["cosine"]
-        result["grad_cosine_min"] = min(row[q]["min"] for row in dequantized["kinds"].values() for q in ("A", "B"))
-    return result
+    return {**headline(result["variants"]), **result}
+
+
+def _without_kinds(entry: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in entry.items() if key != "kinds"}
+
+
+def headline(variants: Mapping[str, Any]) -> dict[str, float]:
+    """Of all W4A8 variants the least figures: of the adapter's gradient in any batch, of one layer's in the mean."""
+    native = [entry for name, entry in variants.items() if name.startswith("w4a8")]
+    if not native:
+        return {}
+    exact = [entry["whole_model"]["dequantized"] for entry in native]
+    return {
+        "grad_cosine_min": min(entry["adapter"]["min"] for entry in exact),
+        "grad_cosine_layer_min": min(entry["least"]["cosine"] for entry in exact),
+        "grad_cosine_against_bf16": min(entry["against_bf16"]["adapter"]["cosine"] for entry in native),
+        "grad_cosine_of_bf16": min(entry["bf16_floor"]["adapter"]["cosine"] for entry in native),
+    }
 
 
 def training_batches(recipe: Recipe, count: int, batch_size: int) -> Iterator[Batch]:
@@ -220,25 +238,32 @@ def layers_alone(model: nn.Module, reference: Pass) -> Pass:
 
 
 def compared(found: list[Pass], exact: list[Pass]) -> dict[str, Any]:
-    """Per kind of layer and quantity: mean cosine, mean error, and the least cosine of a layer; `adapter` as one vector."""
-    layers: dict[tuple[str, str], dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+    """Per kind of layer and quantity: mean cosine, mean error, least cosine of a layer; `adapter` as one vector; `least` of A, B."""
+    layers: dict[str, dict[str, dict[str, list[tuple[float, float]]]]] = defaultdict(
+        lambda: {quantity: defaultdict(list) for quantity in QUANTITIES}
+    )
     whole = []
     for ours, reference in zip(found, exact, strict=True):
         for path, gradients in reference.gradients.items():
             for quantity, right in gradients.items():
-                layers[kind_of(path), quantity][path].append(agreement(ours.gradients[path][quantity], right))
+                layers[kind_of(path)][quantity][path].append(agreement(ours.gradients[path][quantity], right))
         whole.append(agreement(*(_factors(side.gradients) for side in (ours, reference))))
     kinds: dict[str, Any] = defaultdict(dict)
-    for (kind, quantity), of_layer in layers.items():
-        cosines = [_mean([cosine for cosine, _ in values]) for values in of_layer.values()]
-        errors = [_mean([error for _, error in values]) for values in of_layer.values()]
-        kinds[kind][quantity] = {"cosine": _mean(cosines), "min": min(cosines), "error": _mean(errors)}
+    least = {"cosine": 2.0, "layer": "", "factor": ""}
+    for kind, quantities in layers.items():
+        for quantity, of_layer in quantities.items():
+            cosines = {path: _mean(cosine for cosine, _ in values) for path, values in of_layer.items()}
+            worst = min(cosines, key=lambda path: cosines[path])
+            errors = (_mean(error for _, error in values) for values in of_layer.values())
+            kinds[kind][quantity] = {"cosine": _mean(cosines.values()), "min": cosines[worst], "error": _mean(errors)}
+            if quantity != "x" and cosines[worst] < float(least["cosine"]):
+                least = {"cosine": cosines[worst], "layer": worst, "factor": quantity}
     adapter = {
-        "cosine": _mean([c for c, _ in whole]),
-        "min": min(c for c, _ in whole),
-        "error": _mean([e for _, e in whole]),
+        "cosine": _mean(cosine for cosine, _ in whole),
+        "min": min(cosine for cosine, _ in whole),
+        "error": _mean(error for _, error in whole),
     }
-    return {"adapter": adapter, "kinds": dict(kinds)}
+    return {"adapter": adapter, "least": least, "kinds": dict(kinds)}
 
 
 def _factors(gradients: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
@@ -248,11 +273,11 @@ def _factors(gradients: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
 def agreement(ours: Tensor, exact: Tensor) -> tuple[float, float]:
     """(cosine, |ours - exact| / |exact|)."""
     a, b = ours.double().flatten(), exact.double().flatten()
-    return float(a @ b / (a.norm() * b.norm())), float((a - b).norm() / b.norm())
+    return round(float(a @ b / (a.norm() * b.norm())), 6), round(float((a - b).norm() / b.norm()), 6)
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+def _mean(values: Iterable[float]) -> float:
+    return round(statistics.fmean(values), 6)
 
 
 def kind_of(path: str) -> str:
@@ -262,12 +287,13 @@ def kind_of(path: str) -> str:
 
 def summary(entry: Mapping[str, Any]) -> str:
     """One line."""
-    whole = entry["whole_model"]
-    least = min(row[q]["min"] for row in whole["dequantized"]["kinds"].values() for q in ("A", "B"))
+    exact, original = (entry["whole_model"][kind] for kind in ("dequantized", "original"))
+    floor, least = entry["bf16_floor"], exact["least"]
     return (
-        f"adapter gradient against dequantized {whole['dequantized']['adapter']['cosine']:.5f} (least layer {least:.4f}), "
-        f"against bf16 {whole['bf16']['adapter']['cosine']:.5f}, against original {whole['original']['adapter']['cosine']:.4f}; "
-        f"layers alone {entry['layer_alone']['adapter']['cosine']:.5f}; bf16 floor {entry['bf16_floor']['adapter']['cosine']:.5f}"
+        f"gradient of the adapter against dequantized {exact['adapter']['cosine']:.5f} (least layer {least['cosine']:.4f}, "
+        f"{least['factor']} of {least['layer']}), against bf16 {entry['against_bf16']['adapter']['cosine']:.5f}, against "
+        f"original {original['adapter']['cosine']:.4f}; layers alone {entry['layer_alone']['adapter']['cosine']:.5f}; bf16 "
+        f"itself {floor['adapter']['cosine']:.5f} (least layer {floor['least']['cosine']:.4f})"
     )
 
 

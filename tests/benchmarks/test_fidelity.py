@@ -51,6 +51,9 @@ def test_rounded_activations_are_close_and_exact_layers_are_exact(fidelity: Modu
     assert alone["adapter"]["error"] < 1e-4
     assert all(row["x"]["error"] < 1e-4 for row in alone["kinds"].values())
     backbone.set_training_numerics("quantized", "dequantized")
+    least = whole["least"]
+    assert (least["layer"] in LAYERS, least["factor"] in "AB") == (True, True)
+    assert least["cosine"] <= min(row[factor]["cosine"] for row in whole["kinds"].values() for factor in "AB")
     kept = fidelity.compared([fidelity.layers_alone(backbone.transformer, exact)], [exact])
     assert 1e-3 < kept["kinds"]["transformer_blocks.*.attn.to_q"]["A"]["error"] < 0.03
 
