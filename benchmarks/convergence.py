@@ -235,8 +235,7 @@ def plot(args: argparse.Namespace) -> None:
     right.set_title("validation loss, fixed noise", fontsize=10)
     for axes in (left, right):
         axes.set_xlabel("step")
-        axes.set_yscale("log")
-        axes.grid(which="both", alpha=0.2)
+        axes.grid(alpha=0.2)
         axes.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(args.plot)

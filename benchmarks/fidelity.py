@@ -13,7 +13,8 @@ Compared are the gradients of A and B and of every layer's input. In the whole m
 that all others have rounded already. Alone: each layer gets x and dy of the exact model. cosine = <g, r> / (|g| |r|) and
 error = |g - r| / |r|, per layer and batch, in float64; a kind's figure is the mean over its layers and the batches, `min` the
 least of its layers' means. `adapter`: all factors as one vector, what the optimizer sees. The floor is bf16 against
-dequantized: what rounding to bf16 itself adds. Everything but bf16 is in float32.
+dequantized: what rounding to bf16 itself adds. Everything but bf16 is in float32 on a CPU; with --device cuda the variants
+run their kernels, in bf16.
 """
 
 import argparse
@@ -24,7 +25,7 @@ import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,7 @@ def main() -> int:
     parser.add_argument("--batches", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--commit", default="", help="commit of the code that runs")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = torch's own choice")
     args = parser.parse_args()
@@ -87,7 +89,7 @@ def main() -> int:
     adapter, recipe = open_run(args.run)
     result = measure(adapter, recipe, args)
     about = {
-        "device": device_name(torch.device("cpu")),
+        "device": device_name(torch.device(args.device)),
         "versions": {name: version(name) for name in ("torch", "diffusers", "peft")}
         | {"python": platform.python_version()},
         "commit": args.commit,
@@ -105,21 +107,21 @@ def main() -> int:
 def measure(adapter: Adapter, recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
     """All variants against both exact models; see the module's text."""
     batches = list(training_batches(recipe, args.batches, args.batch_size))
-    original = _prepared("16bit", adapter, recipe)
+    original = _prepared("16bit", adapter, recipe, args.device, exact=True)
     references = {"original": [run(original, batch) for batch in batches]}
     result: dict[str, Any] = {"variants": {}}
     done = ""
     for name in sorted(args.variants, key=lambda name: VARIANTS[name][0]):
         profile, save_x, dgrad = VARIANTS[name]
         if profile != done:
-            exact = _prepared(profile, adapter, recipe, dequantized=True)
+            exact = _prepared(profile, adapter, recipe, args.device, exact=True)
             references["dequantized"] = [run(exact, batch) for batch in batches]
             references["bf16"] = [run(exact, batch, torch.bfloat16) for batch in batches]
             done = profile
-        backbone = _prepared(profile, adapter, recipe)
+        backbone = _prepared(profile, adapter, recipe, args.device)
         backbone.set_training_numerics(save_x, dgrad)  # type: ignore[arg-type]
         found = [run(backbone, batch) for batch in batches]
-        alone = [layers_alone(backbone.transformer, reference) for reference in references["dequantized"]]
+        alone = [layers_alone(backbone, reference) for reference in references["dequantized"]]
         against = {kind: compared(found, references[kind]) for kind in ("dequantized", "original")}
         floor = compared(references["bf16"], references["dequantized"])
         result["variants"][name] = {
@@ -169,17 +171,19 @@ def training_batches(recipe: Recipe, count: int, batch_size: int) -> Iterator[Ba
         yield latents, noise, sample_timesteps(batch_size, generator), text
 
 
-def _prepared(profile: str, adapter: Adapter, recipe: Recipe, *, dequantized: bool = False) -> Backbone:
-    """The base with the adapter injected; `dequantized` makes plain layers of its quantized ones first."""
-    backbone = load_backbone(recipe.base, profile, "cpu", default_cache_root())  # type: ignore[arg-type]
+def _prepared(profile: str, adapter: Adapter, recipe: Recipe, device: str, *, exact: bool = False) -> Backbone:
+    """The base with the adapter injected; `exact` makes plain float32 layers of its quantized ones first."""
+    backbone = load_backbone(recipe.base, profile, device, default_cache_root())  # type: ignore[arg-type]
     model = backbone.transformer
-    if dequantized:
+    if exact:
+        backbone = replace(backbone, dtype=torch.float32)
         for path, layer in quantized_layers(model).items():
             plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
             plain.weight.data = layer.dequantized_weight()
             if layer.bias is not None:
                 plain.bias.data = layer.bias.float()
             replace_module(model, path, plain)
+        nn.Module.to(model, device=backbone.device, dtype=torch.float32)
     rank = next(iter(adapter.pairs.values()))[0].shape[0]
     config = AdapterConfig(rank=rank, alpha=rank, targets=tuple(re.escape(path) for path in adapter.pairs))
     inject_adapter(model, config, ())
@@ -194,7 +198,7 @@ def carriers(model: nn.Module) -> dict[str, LoraLayer]:
 
 def run(backbone: Backbone, batch: Batch, products: torch.dtype | None = None) -> Pass:
     """Forward and backward of the flow loss on one batch; `products`: the dtype that they are taken in (autocast)."""
-    latents, noise, times, text = batch
+    latents, noise, times, text = _moved(batch, backbone)
     found, handles = Pass(), []
 
     def watch(path: str) -> tuple[Callable[..., None], Callable[..., None]]:
@@ -212,7 +216,7 @@ def run(backbone: Backbone, batch: Batch, products: torch.dtype | None = None) -
         handles += [layer.register_forward_pre_hook(before), layer.register_full_backward_hook(behind)]
     # Inputs that want a gradient: else the first layers would have none for their x.
     latents, text = latents.clone().requires_grad_(), {k: t.clone().requires_grad_() for k, t in text.items()}
-    with torch.autocast("cpu", products, enabled=products is not None):
+    with torch.autocast(backbone.device.type, products, enabled=products is not None):
         loss = flow_loss(backbone.transformer, latents, noise, times, text)
     loss.backward()  # type: ignore[no-untyped-call]
     for handle in handles:
@@ -225,14 +229,21 @@ def run(backbone: Backbone, batch: Batch, products: torch.dtype | None = None) -
     return found
 
 
-def layers_alone(model: nn.Module, reference: Pass) -> Pass:
+def _moved(batch: Batch, backbone: Backbone) -> Batch:
+    latents, noise, times, text = batch
+    latents, noise = (tensor.to(backbone.device, backbone.dtype) for tensor in (latents, noise))
+    text = {key: tensor.to(backbone.device, backbone.dtype) for key, tensor in text.items()}
+    return latents, noise, times.to(backbone.device), text
+
+
+def layers_alone(backbone: Backbone, reference: Pass) -> Pass:
     """The gradients of every layer on the exact model's own x and dy."""
     found = Pass()
-    for path, layer in carriers(model).items():
-        x = reference.x[path].clone().requires_grad_()
+    for path, layer in carriers(backbone.transformer).items():
+        x = reference.x[path].to(backbone.dtype).clone().requires_grad_()
         inputs = [layer.lora_A["default"].weight, layer.lora_B["default"].weight, x]
         y = layer(x)  # type: ignore[operator]
-        gradients = torch.autograd.grad(y, inputs, reference.dy[path])
+        gradients = torch.autograd.grad(y, inputs, reference.dy[path].to(y.dtype))
         found.gradients[path] = dict(zip(QUANTITIES, gradients, strict=True))
     return found
 

@@ -40,21 +40,21 @@ def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.T
 
 def test_rounded_activations_are_close_and_exact_layers_are_exact(fidelity: ModuleType, adapter: Adapter) -> None:
     recipe = load_recipe("marketing")
-    exact = fidelity.run(fidelity._prepared("native", adapter, recipe, dequantized=True), batch())
+    exact = fidelity.run(fidelity._prepared("native", adapter, recipe, "cpu", exact=True), batch())
     assert set(exact.gradients) == set(LAYERS)
-    backbone = fidelity._prepared("native", adapter, recipe)
+    backbone = fidelity._prepared("native", adapter, recipe, "cpu")
     backbone.set_training_numerics("raw", "dequantized")
     whole = fidelity.compared([fidelity.run(backbone, batch())], [exact])
     assert 0.99 < whole["adapter"]["cosine"] < 1 - 1e-7
     # With x kept raw nothing is rounded on the way back: on equal x and dy a layer's gradients are the exact ones.
-    alone = fidelity.compared([fidelity.layers_alone(backbone.transformer, exact)], [exact])
+    alone = fidelity.compared([fidelity.layers_alone(backbone, exact)], [exact])
     assert alone["adapter"]["error"] < 1e-4
     assert all(row["x"]["error"] < 1e-4 for row in alone["kinds"].values())
     backbone.set_training_numerics("quantized", "dequantized")
     least = whole["least"]
     assert (least["layer"] in LAYERS, least["factor"] in "AB") == (True, True)
     assert least["cosine"] <= min(row[factor]["cosine"] for row in whole["kinds"].values() for factor in "AB")
-    kept = fidelity.compared([fidelity.layers_alone(backbone.transformer, exact)], [exact])
+    kept = fidelity.compared([fidelity.layers_alone(backbone, exact)], [exact])
     assert 1e-3 < kept["kinds"]["transformer_blocks.*.attn.to_q"]["A"]["error"] < 0.03
 
 
