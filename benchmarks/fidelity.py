@@ -218,15 +218,20 @@ def run(backbone: Backbone, batch: Batch, products: torch.dtype | None = None) -
     latents, text = latents.clone().requires_grad_(), {k: t.clone().requires_grad_() for k, t in text.items()}
     with torch.autocast(backbone.device.type, products, enabled=products is not None):
         loss = flow_loss(backbone.transformer, latents, noise, times, text)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     for handle in handles:
         handle.remove()
     for path, layer in carriers(backbone.transformer).items():
-        for name, factor in (("A", layer.lora_A), ("B", layer.lora_B)):
-            parameter = factor["default"].weight
-            found.gradients[path][name] = parameter.grad.clone()
-            parameter.grad = None
+        for name, parameter in zip("AB", _parameters(layer), strict=True):
+            assert parameter.grad is not None  # every layer takes part in the loss
+            found.gradients[path][name], parameter.grad = parameter.grad, None
     return found
+
+
+def _parameters(layer: LoraLayer) -> tuple[nn.Parameter, nn.Parameter]:
+    down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    assert isinstance(down, nn.Parameter) and isinstance(up, nn.Parameter)
+    return down, up
 
 
 def _moved(batch: Batch, backbone: Backbone) -> Batch:
@@ -241,9 +246,8 @@ def layers_alone(backbone: Backbone, reference: Pass) -> Pass:
     found = Pass()
     for path, layer in carriers(backbone.transformer).items():
         x = reference.x[path].to(backbone.dtype).clone().requires_grad_()
-        inputs = [layer.lora_A["default"].weight, layer.lora_B["default"].weight, x]
         y = layer(x)  # type: ignore[operator]
-        gradients = torch.autograd.grad(y, inputs, reference.dy[path].to(y.dtype))
+        gradients = torch.autograd.grad(y, [*_parameters(layer), x], reference.dy[path].to(y.dtype))
         found.gradients[path] = dict(zip(QUANTITIES, gradients, strict=True))
     return found
 
@@ -260,14 +264,14 @@ def compared(found: list[Pass], exact: list[Pass]) -> dict[str, Any]:
                 layers[kind_of(path)][quantity][path].append(agreement(ours.gradients[path][quantity], right))
         whole.append(agreement(*(_factors(side.gradients) for side in (ours, reference))))
     kinds: dict[str, Any] = defaultdict(dict)
-    least = {"cosine": 2.0, "layer": "", "factor": ""}
+    least: dict[str, Any] = {"cosine": 2.0}
     for kind, quantities in layers.items():
         for quantity, of_layer in quantities.items():
             cosines = {path: _mean(cosine for cosine, _ in values) for path, values in of_layer.items()}
             worst = min(cosines, key=lambda path: cosines[path])
             errors = (_mean(error for _, error in values) for values in of_layer.values())
             kinds[kind][quantity] = {"cosine": _mean(cosines.values()), "min": cosines[worst], "error": _mean(errors)}
-            if quantity != "x" and cosines[worst] < float(least["cosine"]):
+            if quantity != "x" and cosines[worst] < least["cosine"]:
                 least = {"cosine": cosines[worst], "layer": worst, "factor": quantity}
     adapter = {
         "cosine": _mean(cosine for cosine, _ in whole),
