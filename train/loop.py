@@ -53,7 +53,7 @@ def train(
     """
     config = recipe.train
     optimizer, schedule = build_optimizer(parameters, recipe.optim, config.steps)
-    transformer, sharded, base_before = backbone.transformer, shards_base(accelerator), ""
+    transformer, sharded, base_before = backbone.transformer, shards_base(), ""
     if sharded:
         shard_base(transformer, parameters, accelerator.device)
         base_before = shard_digest(transformer)
