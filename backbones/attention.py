@@ -57,7 +57,8 @@ def _member(name: Backend) -> AttentionBackendName:
     ) -> Tensor:
         if attn_mask is not None or dropout_p or is_causal or scale is not None or enable_gqa or _parallel_config:
             raise ValueError(f"attention {name} is plain attention over whole sequences: set train.attention=sdpa")
-        return attention(query, key, value, name)
+        # Under autocast the norms of q and k return float32; torch's own attention casts them back as well.
+        return attention(query.to(value.dtype), key.to(value.dtype), value, name)
 
     _AttentionBackendRegistry.register(member)(run)
     return member

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Numerics = Literal["native", "interchange"]
+Switch = Literal["auto", "always", "never"]
 
 
 class RecipeError(ValueError):
@@ -170,6 +171,11 @@ class TrainConfig:
     """What a linear keeps of its input for dA: its low-bit codes, or the input itself (exact, more memory)."""
     dgrad: Literal["dequantized", "int8"] = "dequantized"
     """How the gradient passes back through the frozen weight: dequantized tiles, or INT8 codes of the gradient."""
+    compile: Switch = "auto"
+    """Whether the model's repeated blocks are compiled (norms, modulation and the like are fused): `auto` does it on a GPU
+    for models of more than 0.5 GB, where the half minute pays."""
+    cuda_graph: Switch = "auto"
+    """Whether a step is captured once and replayed, so that Python's time does not count: `auto` does it on one GPU."""
     attention: Literal["sdpa", "cudnn_forward", "flash_attn_4"] = "sdpa"
     """What computes attention: torch's SDPA (flash-2 on a GPU); cuDNN forward and flash-2 backward (16-bit GPUs from compute
     capability 8.0); FlashAttention-4 (from 9.0, needs the extra `flash-attn-4`)."""
