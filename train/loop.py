@@ -155,7 +155,7 @@ def distributed() -> list[KwargsHandler]:
     """How several processes work together: the frozen base, which is all buffers, is never broadcast again, and the others
     wait for the first while it draws, encodes and quantizes."""
     return [
-        DistributedDataParallelKwargs(broadcast_buffers=False),
+        DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),  # one copy of gradients
         InitProcessGroupKwargs(timeout=timedelta(hours=12)),
     ]
 

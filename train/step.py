@@ -113,10 +113,13 @@ def choose_step(
                 f"train.compile=always: this model's blocks are of more than {MOST_KINDS} kinds (rotated, smoothed, ...), or "
                 "it has no repeated blocks; train with train.compile=never"
             )
-    alone = accelerator.num_processes == 1
-    if config.cuda_graph == "always" and not (cuda and alone):
-        raise ValueError("train.cuda_graph=always needs one process on a CUDA GPU; leave it at auto")
-    if config.cuda_graph != "never" and cuda and alone:
+    # Memory of the host cannot be allocated while a graph is captured.
+    capturable = cuda and accelerator.num_processes == 1 and not config.offload_activations
+    if config.cuda_graph == "always" and not capturable:
+        raise ValueError(
+            "train.cuda_graph=always needs one process on a CUDA GPU and train.offload_activations=false; leave it at auto"
+        )
+    if config.cuda_graph != "never" and capturable:
         return GraphStep(loss, parameters)
     return EagerStep(loss, accelerator, model)
 

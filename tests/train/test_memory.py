@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from loragraft.kernels.layout import relative_rms
 from loragraft.recipes.load import RecipeError, load_recipe
 from loragraft.train.memory import block_paths, offloaded_inputs, set_checkpointing
 
@@ -45,6 +46,21 @@ def test_gradients_are_the_same_bits(smoothing: str, tiny_flux: Any, loss_of: An
         assert set_checkpointing(model, policy, blocks) == count
         for one, two in zip(plain, step(model, parameters, loss_of), strict=True):
             assert torch.equal(one, two), policy
+
+
+def test_compiled_blocks_checkpoint_too(tiny_flux: Any, loss_of: Any) -> None:
+    """Traced and partitioned as for Inductor, run by torch: the same loss, gradients up to the order of sums."""
+    model, parameters = tiny_flux()
+    plain = step(model, parameters, loss_of)
+    model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    seen = []
+    for policy, blocks in (("none", 0), ("block", 0), ("selective", 2)):
+        set_checkpointing(model, policy, blocks)
+        seen.append(step(model, parameters, loss_of))
+    for compiled in seen:
+        for one, two, three in zip(plain, compiled, seen[0], strict=True):
+            assert torch.equal(two, three)
+            assert relative_rms(two, one) < 1e-5
 
 
 def test_the_blocks_are_found_in_the_order_they_run(tiny_flux: Any, loss_of: Any) -> None:

@@ -21,10 +21,11 @@ from loragraft.backbones.skeleton import meta_transformer, plan_architecture, ra
 from loragraft.quantization.settings import QuantSettings
 from loragraft.recipes.load import load_recipe
 from loragraft.recipes.schema import AdapterConfig
-from loragraft.train.loop import _one_step, distributed
+from loragraft.train.loop import _one_step, distributed, micro_batch_loss
 from loragraft.train.memory import set_checkpointing
 from loragraft.train.optim import build_optimizer
 from loragraft.train.sharding import check_sharding, held_bytes, shard_base, shard_digest
+from loragraft.train.step import EagerStep
 
 CONFIG: dict[str, Any] = {
     "patch_size": 1, "in_channels": 16, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 64,
@@ -66,6 +67,7 @@ class Parts:
     """As `train.loop.Batches` divides: micro-batches one after another, in each every `world`-th sample from `rank` on."""
 
     weights = None
+    empty_text = ("prompt_embeds", "pooled_prompt_embeds")
 
     def __init__(self, accumulation: int, rank: int, world: int) -> None:
         self.accumulation, self.rank, self.world = accumulation, rank, world
@@ -94,9 +96,10 @@ def steps_of(
     if not sharded:
         transformer, optimizer = accelerator.prepare(model, optimizer)
     parts: Any = Parts(accumulation, accelerator.process_index, accelerator.num_processes)
+    step = EagerStep(micro_batch_loss(transformer, parts, recipe.train), accelerator, transformer)
     metrics = [
-        _one_step(accelerator, transformer, optimizer, schedule, parts, parameters, recipe, step, sharded)
-        for step in range(steps)
+        _one_step(accelerator, step, optimizer, schedule, parts, parameters, recipe, number, sharded)
+        for number in range(steps)
     ]
     return {"metrics": metrics, "adapter": torch.cat([p.detach().flatten() for p in parameters]).tolist()}
 
