@@ -23,6 +23,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from loragraft.quantization.linear import SVDQuantLinear
+from loragraft.recipes.schema import TrainConfig
 from loragraft.train.memory import block_paths
 
 REFUSED = {
@@ -36,7 +37,7 @@ def shards_base() -> bool:
     return bool(parse_flag_from_env("ACCELERATE_USE_FSDP"))
 
 
-def check_sharding(accelerator: Accelerator) -> None:
+def check_sharding(accelerator: Accelerator, config: TrainConfig) -> None:
     """Call it before anything is loaded. Raises ValueError for a kind of FSDP that is not done here."""
     if not shards_base():
         return
@@ -44,6 +45,8 @@ def check_sharding(accelerator: Accelerator) -> None:
         raise ValueError("FSDP 1 flattens the weights of a block into one tensor of one dtype: add --fsdp_version 2")
     if accelerator.num_processes < 2:
         raise ValueError("--use_fsdp divides the base among processes, and this is the only one: add --num_processes")
+    if config.compile == "always":
+        raise ValueError("train.compile=always: a divided base runs uncompiled; leave train.compile at auto")
     for flag, remedy in REFUSED.items():
         if parse_flag_from_env(flag):
             raise ValueError(f"{flag} is set: {remedy}")

@@ -48,6 +48,7 @@ def test_gradients_are_the_same_bits(smoothing: str, tiny_flux: Any, loss_of: An
             assert torch.equal(one, two), policy
 
 
+@pytest.mark.slow
 def test_compiled_blocks_checkpoint_too(tiny_flux: Any, loss_of: Any) -> None:
     """Traced and partitioned as for Inductor, run by torch: the same loss, gradients up to the order of sums."""
     model, parameters = tiny_flux()

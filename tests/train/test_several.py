@@ -13,7 +13,9 @@ import torch
 from accelerate import Accelerator
 
 from loragraft.backbones.flow import flow_loss
+from loragraft.recipes.schema import TrainConfig
 from loragraft.train.sharding import check_sharding, shards_base
+from loragraft.train.step import captures
 
 
 def assert_same(one: dict[str, Any], two: dict[str, Any], rel: float) -> None:
@@ -27,7 +29,7 @@ def assert_same(one: dict[str, Any], two: dict[str, Any], rel: float) -> None:
 def alone(two_ranks: ModuleType) -> dict[str, Any]:
     """One process, all four samples at once."""
     model, parameters = two_ranks.build_tiny_flux(quantized=False)
-    return two_ranks.steps_of(Accelerator(cpu=True), model, parameters, 1, sharded=False)  # type: ignore[no-any-return]
+    return two_ranks.steps_of(Accelerator(cpu=True), model, parameters, 1, wrapped=True)  # type: ignore[no-any-return]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +60,7 @@ def test_a_step_is_the_mean_over_its_samples(alone: dict[str, Any], two_ranks: M
 def test_accumulation_is_a_larger_batch(alone: dict[str, Any], two_ranks: ModuleType) -> None:
     for accumulation in (2, 4):
         model, parameters = two_ranks.build_tiny_flux(quantized=False)
-        steps = two_ranks.steps_of(Accelerator(cpu=True), model, parameters, accumulation, sharded=False)
+        steps = two_ranks.steps_of(Accelerator(cpu=True), model, parameters, accumulation, wrapped=True)
         assert_same(steps, alone, 1e-5)
 
 
@@ -67,6 +69,13 @@ def test_two_processes_with_and_without_accumulation(alone: dict[str, Any], rank
     for divided in ("2 x 1", "2 x 2"):
         assert ranks[0][divided] == ranks[1][divided]
         assert_same(ranks[0][divided], alone, 1e-5)
+
+
+@pytest.mark.slow
+def test_gradients_averaged_after_the_step_are_ddps(ranks: list[dict[str, Any]]) -> None:
+    """As CUDA graphs need it, and the divided base."""
+    for rank in ranks:
+        assert rank["averaged"] == rank["ddp"]
 
 
 @pytest.mark.slow
@@ -79,18 +88,24 @@ def test_a_divided_int4_base_trains_to_the_same_bits(ranks: list[dict[str, Any]]
 
 def test_what_is_not_done_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     two: Any = SimpleNamespace(num_processes=2)
-    check_sharding(two)
+    check_sharding(two, TrainConfig())
     assert not shards_base()
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match=r"add --fsdp_version 2"):
-        check_sharding(two)
+        check_sharding(two, TrainConfig())
     monkeypatch.setenv("FSDP_VERSION", "2")
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")  # as `accelerate launch` sets it
-    check_sharding(two)
+    check_sharding(two, TrainConfig())
     assert shards_base()
     assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"
     with pytest.raises(ValueError, match=r"this is the only one: add --num_processes"):
-        check_sharding(SimpleNamespace(num_processes=1))  # type: ignore[arg-type]
+        check_sharding(SimpleNamespace(num_processes=1), TrainConfig())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"a divided base runs uncompiled"):
+        check_sharding(two, TrainConfig(compile="always"))
+    on_gpu: Any = SimpleNamespace(device=torch.device("cuda"), num_processes=2)
+    assert not captures(TrainConfig(), on_gpu)
+    with pytest.raises(ValueError, match=r"cuda_graph=always cannot capture .*--use_fsdp.*: leave it at auto"):
+        captures(TrainConfig(cuda_graph="always"), on_gpu)
     monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "true")
     with pytest.raises(ValueError, match=r"train\.checkpointing=block instead"):
-        check_sharding(two)
+        check_sharding(two, TrainConfig())

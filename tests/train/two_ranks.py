@@ -20,7 +20,7 @@ from loragraft.backbones.flow import flow_loss
 from loragraft.backbones.skeleton import meta_transformer, plan_architecture, randomize
 from loragraft.quantization.settings import QuantSettings
 from loragraft.recipes.load import load_recipe
-from loragraft.recipes.schema import AdapterConfig
+from loragraft.recipes.schema import AdapterConfig, TrainConfig
 from loragraft.train.loop import _one_step, distributed, micro_batch_loss
 from loragraft.train.memory import set_checkpointing
 from loragraft.train.optim import build_optimizer
@@ -84,7 +84,7 @@ def steps_of(
     model: nn.Module,
     parameters: list[nn.Parameter],
     accumulation: int,
-    sharded: bool,
+    wrapped: bool,
     steps: int = 2,
 ) -> dict[str, Any]:
     """Metrics of every step and the adapter after the last, as one list."""
@@ -93,12 +93,12 @@ def steps_of(
     )
     optimizer, schedule = build_optimizer(parameters, recipe.optim, 10)
     transformer: Any = model
-    if not sharded:
+    if wrapped:
         transformer, optimizer = accelerator.prepare(model, optimizer)
     parts: Any = Parts(accumulation, accelerator.process_index, accelerator.num_processes)
     step = EagerStep(micro_batch_loss(transformer, parts, recipe.train), accelerator, transformer)
     metrics = [
-        _one_step(accelerator, step, optimizer, schedule, parts, parameters, recipe, number, sharded)
+        _one_step(accelerator, step, optimizer, schedule, parts, parameters, recipe, number, not wrapped)
         for number in range(steps)
     ]
     return {"metrics": metrics, "adapter": torch.cat([p.detach().flatten() for p in parameters]).tolist()}
@@ -111,17 +111,19 @@ def main(out: Path) -> None:
     found: dict[str, Any] = {}
     for accumulation in (1, 2):
         model, parameters = build_tiny_flux(quantized=False)
-        found[f"2 x {accumulation}"] = steps_of(accelerator, model, parameters, accumulation, sharded=False)
+        found[f"2 x {accumulation}"] = steps_of(accelerator, model, parameters, accumulation, wrapped=True)
     model, parameters = build_tiny_flux()
-    found["ddp"] = steps_of(accelerator, model, parameters, 2, sharded=False)
+    found["ddp"] = steps_of(accelerator, model, parameters, 2, wrapped=True)
     found["ddp bytes"] = held_bytes(model)
+    model, parameters = build_tiny_flux()
+    found["averaged"] = steps_of(accelerator, model, parameters, 2, wrapped=False)
     for checkpointing in ("none", "block"):
         model, parameters = build_tiny_flux()
         set_checkpointing(model, checkpointing)  # type: ignore[arg-type]
-        check_sharding(accelerator)
+        check_sharding(accelerator, TrainConfig())
         shard_base(model, parameters, accelerator.device)
         before = shard_digest(model)
-        found[f"fsdp {checkpointing}"] = steps_of(accelerator, model, parameters, 2, sharded=True)
+        found[f"fsdp {checkpointing}"] = steps_of(accelerator, model, parameters, 2, wrapped=False)
         with torch.no_grad():
             flow_loss(model, *samples(0))  # as a preview at the end of a run
         found["unchanged"] = shard_digest(model) == before
