@@ -78,6 +78,22 @@ def test_the_blocks_are_found_in_the_order_they_run(tiny_flux: Any, loss_of: Any
     assert ran == [*BLOCKS, BLOCKS[1], BLOCKS[0]]  # the first two again, last first
 
 
+def test_dropout_is_drawn_once(tiny_flux: Any, loss_of: Any) -> None:
+    """No model here has any; one that had would see the same mask again when a block is computed again."""
+    model, parameters = tiny_flux()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.3
+            module.train()
+    seen = []
+    for policy in ("none", "block"):
+        set_checkpointing(model, policy)  # type: ignore[arg-type]
+        torch.manual_seed(0)
+        seen.append(step(model, parameters, loss_of))
+    for one, two in zip(*seen, strict=True):
+        assert torch.equal(one, two)
+
+
 def test_less_is_kept(tiny_flux: Any, loss_of: Any) -> None:
     model, _ = tiny_flux()
     kept = {}
