@@ -31,7 +31,7 @@ from loragraft.train.optim import build_optimizer, state_bytes
 from loragraft.train.previews import Previews
 from loragraft.train.run_folder import RunFolder
 from loragraft.train.sharding import average_gradients, shard_base, shard_digest, shards_base
-from loragraft.train.step import EagerStep, GraphStep, Loss, choose_step, uncompiled
+from loragraft.train.step import EagerStep, GraphStep, Loss, captures, choose_step, uncompiled
 from loragraft.train.tracking import Tracking
 
 VALIDATION_SAMPLES = 64
@@ -54,11 +54,12 @@ def train(
     """
     config = recipe.train
     optimizer, schedule = build_optimizer(parameters, recipe.optim, config.steps)
-    transformer, sharded, base_before = backbone.transformer, shards_base(accelerator), ""
+    transformer, sharded, base_before = backbone.transformer, shards_base(), ""
+    averages = sharded or (accelerator.num_processes > 1 and captures(config, accelerator))
     if sharded:
         shard_base(transformer, parameters, accelerator.device)
         base_before = shard_digest(transformer)
-    else:
+    elif not averages:  # otherwise every process has drawn or restored the same adapter, and DDP has nothing to do
         transformer, optimizer = accelerator.prepare(transformer, optimizer)
     if folder.checkpoint is not None:
         _restore(folder.checkpoint, parameters, optimizer, schedule)
@@ -100,7 +101,7 @@ def train(
         while not finished():
             clock = time.perf_counter()
             metrics = _one_step(
-                accelerator, step, optimizer, schedule, batches, parameters, recipe, folder.step, sharded
+                accelerator, step, optimizer, schedule, batches, parameters, recipe, folder.step, averages
             )
             folder.step += 1
             last = folder.step == config.steps
@@ -157,7 +158,7 @@ def distributed() -> list[KwargsHandler]:
     """How several processes work together: the frozen base, which is all buffers, is never broadcast again, and the others
     wait for the first while it draws, encodes and quantizes."""
     return [
-        DistributedDataParallelKwargs(broadcast_buffers=False),
+        DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),  # one copy of gradients
         InitProcessGroupKwargs(timeout=timedelta(hours=12)),
     ]
 
@@ -239,14 +240,17 @@ def _one_step(
     parameters: list[nn.Parameter],
     recipe: Recipe,
     number: int,
-    sharded: bool = False,
+    averages: bool = False,
 ) -> dict[str, float]:
-    """Step `number`, counted from 0. The CPU waits for the GPU once, at its end."""
+    """Step `number`, counted from 0. The CPU waits for the GPU once, at its end.
+
+    averages: nothing exchanges gradients during the backward pass, so it is done here.
+    """
     count = recipe.train.accumulation
     total = torch.zeros((), device=accelerator.device)
     for micro, (latents, noise, times, text) in enumerate(batches(number)):
         total += step({"latents": latents, "noise": noise, "times": times, **text}, last=micro == count - 1)
-    if sharded:
+    if averages:
         average_gradients(parameters)
     limit = recipe.train.max_grad_norm or math.inf
     norm = accelerator.clip_grad_norm_(parameters, limit)
