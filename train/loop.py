@@ -19,21 +19,20 @@ import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, KwargsHandler
-from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from loragraft.backbones.flow import flow_loss, sample_timesteps
 from loragraft.backbones.spec import Backbone
 from loragraft.data.dataset import Batch, LatentCache, LatentDataset, batch_indices, collate
-from loragraft.recipes.schema import OptimConfig, Recipe
+from loragraft.recipes.schema import Recipe
 from loragraft.train.early_stop import EarlyStop
+from loragraft.train.optim import build_optimizer
 from loragraft.train.previews import Previews
 from loragraft.train.run_folder import RunFolder
 from loragraft.train.tracking import Tracking
 
 VALIDATION_SAMPLES = 64
-SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine", "linear": "linear"}
 
 
 def train(
@@ -266,19 +265,6 @@ def validation_loss(transformer: nn.Module, backbone: Backbone, dataset: LatentD
         )
         total += float(loss) * len(chosen)
     return total / count
-
-
-def build_optimizer(
-    parameters: Sequence[nn.Parameter], config: OptimConfig, steps: int
-) -> tuple[torch.optim.Optimizer, Any]:
-    """AdamW over the adapter and its learning-rate schedule (diffusers' `get_scheduler`)."""
-    optimizer = torch.optim.AdamW(
-        parameters, lr=config.learning_rate, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
-    )
-    schedule = get_scheduler(
-        SCHEDULES[config.schedule], optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=steps
-    )
-    return optimizer, schedule
 
 
 def seeded(seed: int, purpose: str, number: int) -> torch.Generator:
