@@ -8,7 +8,7 @@ each. Storages are followed from the op that makes them to their release, throug
 takes for itself while it runs is invisible here: `op_cost.workspace` adds it by formula.
 
 Fake tensors lie on the CPU, so that no GPU is needed. Where a CPU would take another path than a GPU, the GPU's is put in
-its place: one kernel for RMS norms (`gpu_paths`), one for all tensors of an optimizer step (`foreach`).
+its place: one kernel for RMS norms (`gpu_paths`), one kernel for the whole optimizer step (the caller's `fused=True`).
 """
 
 import weakref
@@ -48,6 +48,8 @@ class DryRun:
     """Kind (`KINDS`) -> bytes allocated at the peak."""
     static: int
     """What stays between steps: weights, adapter, optimizer."""
+    library: int
+    """What the matrix library keeps, beside `static`."""
     ops: dict[str, dict[OpCost, int]] = field(repr=False)
     """Phase (forward, backward, optimizer) -> op -> how often it runs."""
     unknown: tuple[str, ...] = ()
@@ -113,9 +115,6 @@ def _dry(model: nn.Module, expandable: bool) -> Iterator["StorageTracker"]:
 def _prime(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], tracker: "StorageTracker") -> None:
     """Optimizer states are there from the second step on: makes them by a step on gradients of zero."""
     tracker.phase, tracker.kind = "", "optimizer"
-    for group in optimizer.param_groups:
-        if group.get("foreach", 0) is None and not group.get("fused"):
-            group["foreach"] = True  # the default on a GPU
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
@@ -154,6 +153,7 @@ class StorageTracker(TorchDispatchMode):
         self.at_peak: dict[str, int] = {}
         self.ops: dict[str, Counter[OpCost]] = {}
         self.unknown: set[str] = set()
+        self.library = 0
         self._storages: dict[int, tuple[Block | None, str]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -174,6 +174,7 @@ class StorageTracker(TorchDispatchMode):
         """Allocates what the matrix library keeps for each of `count` threads."""
         for _ in range(count):
             self._take(LIBRARY_WORKSPACE, "workspace")
+            self.library += LIBRARY_WORKSPACE
 
     def is_gradient(self, parameter: Tensor) -> None:
         """A hook for `register_post_accumulate_grad_hook`."""
@@ -193,6 +194,7 @@ class StorageTracker(TorchDispatchMode):
             reserved=self.allocator.peak_reserved,
             at_peak={kind: self.at_peak.get(kind, 0) for kind in KINDS},
             static=static,
+            library=self.library,
             ops={phase: dict(counts) for phase, counts in self.ops.items()},
             unknown=tuple(sorted(self.unknown)),
         )
@@ -265,9 +267,7 @@ def _rms_norm_grad(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | Non
 _rms_norm.register_autograd(_rms_norm_grad, setup_context=_keep)
 
 
-def _as_one_op(
-    input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
-) -> Tensor:
+def _as_one_op(input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
     normed: Tensor = _rms_norm(input, weight, eps or 0.0)[0]
     return normed
 

@@ -106,7 +106,7 @@ def _w4a8(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[Part]:
 
 def _w4a8_dgrad(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[Part]:
     """dequantized: W_eff is written, then read by one product; int8: dy is quantized, the weight transposed."""
-    dy, up, down, qweight = args[:4]
+    dy, _, down, qweight = args[:4]
     (M, N), (R, K) = dy.shape, down.shape
     size = dy.dtype.itemsize
     rank = Part("gemm", 2 * M * N * R, _bytes([dy, results[1]]))
@@ -149,7 +149,9 @@ def _w4a16(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[Part]:
 
 def _w4a16_dx(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[Part]:
     dy, _, down = args[:3]
-    return [Part("gemm", 2 * dy.shape[0] * (dy.shape[1] + down.shape[0]) * down.shape[1], _bytes(args) + _bytes(results))]
+    return [
+        Part("gemm", 2 * dy.shape[0] * (dy.shape[1] + down.shape[0]) * down.shape[1], _bytes(args) + _bytes(results))
+    ]
 
 
 def _row_product(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[Part]:
