@@ -182,9 +182,7 @@ def _is_quantized(path: Path) -> bool:
     return (path / BLOCKS).is_file() or (config.is_file() and "quantization_config" in read_json(config))
 
 
-def _ready_made(
-    spec: BaseSpec, external: External, path: Path, profile: Profile | None
-) -> tuple[nn.Module, Profile]:
+def _ready_made(spec: BaseSpec, external: External, path: Path, profile: Profile | None) -> tuple[nn.Module, Profile]:
     with tqdm(desc=f"read {path.name}", unit="part", leave=False) as bar:
 
         def step(done: int, total: int, _: str) -> None:
@@ -200,7 +198,9 @@ def _ready_made(
     stated = quantization_config(model)["profile"]
     if stated not in PROFILES:
         numerics = sorted({layer.numerics for layer in quantized_layers(model).values()})
-        raise ValueError(f"{path} mixes numerics ({', '.join(numerics)}): make it one with `loragraft convert --numerics`")
+        raise ValueError(
+            f"{path} mixes numerics ({', '.join(numerics)}): make it one with `loragraft convert --numerics`"
+        )
     if stated != profile:
         print(f"{path} is ready-made in profile {stated}: it runs in that, not in {profile}", file=sys.stderr)
     return model, PROFILES[stated]

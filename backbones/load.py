@@ -30,6 +30,11 @@ def list_bases() -> list[str]:
     return sorted(f.stem.replace("_", "-") for f in here.glob("*.py") if "\nSPEC = " in f.read_text(encoding="utf-8"))
 
 
+def shipped_bases() -> list[str]:
+    """The bases whose weights travel with the package."""
+    return [name for name in list_bases() if find_spec(name).external is None]
+
+
 def find_spec(name: str) -> BaseSpec:
     """The `SPEC` of `backbones/<name>.py`. Raises ValueError naming the nearest base."""
     wanted = name.replace("_", "-")

@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol, TypedDict
 import torch
 from torch import Tensor, nn
 
-from loragraft.quantization.checkpoint import base_id
+from loragraft.quantization.checkpoint import checksum
 from loragraft.quantization.ledger import Ledger
 from loragraft.quantization.linear import SVDQuantLinear
 
@@ -153,7 +153,9 @@ class BaseSpec:
         """
         if self.guidance_kind == "classifier-free":
             if true_guidance > 1:
-                raise ValueError(f"true_guidance is for distilled bases; {self.name}'s guidance is classifier-free itself")
+                raise ValueError(
+                    f"true_guidance is for distilled bases; {self.name}'s guidance is classifier-free itself"
+                )
             return {"guidance": guidance, "embedded_guidance": 1.0}
         if negative_prompt and true_guidance <= 1:
             raise ValueError(
@@ -186,8 +188,8 @@ class Backbone:
         nn.Module.to(self.transformer, device=self.device)
 
     def fingerprint(self) -> str:
-        """Hash of the frozen tensors as they are in memory now: equal before and after training, or the base changed."""
-        return base_id(self.transformer)
+        """`checksum` of the frozen tensors as they are in memory now: equal before and after training, or the base changed."""
+        return checksum(self.transformer)
 
     def set_training_numerics(self, save_x: SaveX, dgrad: Dgrad) -> None:
         """What every INT4 layer keeps of its input for dA, and how the gradient passes through its weight."""

@@ -89,7 +89,10 @@ def train(
     with _stop_on_signal() as stop, bar:
         while not finished():
             clock = time.perf_counter()
-            metrics = _one_step(accelerator, transformer, optimizer, schedule, batches, parameters, recipe, folder.step)
+            metrics = _one_step(
+                accelerator, transformer, optimizer, schedule, batches, parameters, recipe, folder.step,
+                backbone.spec.training_guidance,
+            )  # fmt: skip
             folder.step += 1
             last = folder.step == config.steps
             if last or _due(folder.step, config.validate_every):
@@ -210,13 +213,14 @@ def _one_step(
     parameters: list[nn.Parameter],
     recipe: Recipe,
     step: int,
+    guidance: float | None,
 ) -> dict[str, float]:
     count = recipe.train.accumulation
     total = torch.zeros((), device=accelerator.device)
     for micro, (latents, noise, times, text) in enumerate(batches(step)):
         sync = contextlib.nullcontext() if micro == count - 1 else accelerator.no_sync(transformer)
         with sync:
-            loss = flow_loss(transformer, latents, noise, times, text, batches.weights) / count
+            loss = flow_loss(transformer, latents, noise, times, text, batches.weights, guidance) / count
             accelerator.backward(loss)
         total += loss.detach()
     value = float(accelerator.reduce(total, "mean"))
@@ -262,6 +266,7 @@ def validation_loss(transformer: nn.Module, backbone: Backbone, dataset: LatentD
             noise.to(backbone.device, backbone.dtype),
             times[chosen.start : chosen.stop].to(backbone.device),
             text,
+            guidance=backbone.spec.training_guidance,
         )
         total += float(loss) * len(chosen)
     return total / count

@@ -190,7 +190,8 @@ def train_run(recipe: Recipe, subject: Subject, resolution: int) -> tuple[DryRun
 
     def loss() -> Tensor:
         latents, text = subject.batch(config.batch_size, resolution)
-        return flow_loss(model, latents, torch.empty_like(latents), torch.empty(config.batch_size), text)
+        times, guidance = torch.empty(config.batch_size), subject.spec.training_guidance
+        return flow_loss(model, latents, torch.empty_like(latents), times, text, guidance=guidance)
 
     run = dry_train(
         model,
@@ -210,7 +211,7 @@ def sample_runs(recipe: Recipe, subject: Subject, edge: int) -> tuple[DryRun, Dr
 
     def call() -> Tensor:
         latents, text = subject.batch(count, edge)
-        return predict_velocity(model, latents, torch.empty(count), text)
+        return predict_velocity(model, latents, torch.empty(count), text, subject.spec.training_guidance)
 
     def decode() -> Tensor:
         latents, _ = subject.batch(1, edge)

@@ -21,7 +21,6 @@ import loragraft
 from loragraft.outcome import guarded
 
 if TYPE_CHECKING:
-    from loragraft.backbones.spec import Profile
     from loragraft.recipes.schema import Recipe
 
 PROFILES = ("native", "interchange")
@@ -73,42 +72,9 @@ def _prompts(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from loragraft.adapters.opening import open_adapters
-    from loragraft.backbones.load import load_backbone
-    from loragraft.data.cache import default_cache_root
-    from loragraft.evaluation.generate import Settings, before_after_grid, render, save_image
+    from loragraft.evaluation.generate_command import run
 
-    adapters = open_adapters(args.adapter)
-    first = adapters[0][0].metadata if adapters else {}
-    sample = first.get("recipe", {}).get("sample", {})
-    prompts = args.prompt or sample.get("prompts")
-    if not prompts:
-        raise ValueError('nothing to draw: give --prompt "..." (it can be repeated)')
-    wanted = args.profile or first.get("profile") or "native"
-    profile = None if wanted == "16bit" else _profile(wanted)
-    backbone = load_backbone(args.base or first.get("base") or "pocket", profile, _device(), default_cache_root())
-    settings = [
-        Settings(
-            prompt=prompt,
-            negative_prompt=args.negative_prompt or sample.get("negative_prompt", ""),
-            seed=(sample.get("seed", 0) if args.seed is None else args.seed) + i,
-            steps=args.steps or sample.get("steps", 20),
-            guidance=args.guidance or sample.get("guidance", backbone.spec.guidance),
-        )
-        for prompt in prompts
-        for i in range(args.per_prompt)
-    ]
-    images = render(backbone, adapters, settings, any_base=args.any_base)
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    for i, (image, setting) in enumerate(zip(images, settings, strict=True)):
-        save_image(image, out / f"{i:04d}.png", setting, backbone, adapters)
-    print(f"{len(images)} images in {out}")
-    if args.compare:
-        before = render(backbone, [], settings)
-        before_after_grid([s.prompt for s in settings], before, images).save(out / "before_after.png")
-        print(f"before and after: {out / 'before_after.png'}")
-    return 0
+    return run(args, _device())
 
 
 def _score(args: argparse.Namespace) -> int:
@@ -127,8 +93,8 @@ def _score(args: argparse.Namespace) -> int:
     adapter, recipe = open_run(run)
     controls = [open_control(Path(entry)) for entry in args.control]
     images = args.images or (max(FULL_IMAGES, recipe.eval.images) if args.full else recipe.eval.images)
-    backbone = load_backbone(recipe.base, recipe.numerics, _device(), default_cache_root())
-    resolution = recipe.data.resolution or backbone.spec.resolution
+    backbone = load_backbone(recipe.base, recipe.numerics, _device(), default_cache_root(), recipe.weights, True)
+    resolution = backbone.resolution = recipe.data.resolution or backbone.spec.resolution
     samples = open_source(recipe.data, resolution, default_cache_root())
     plan = ScorePlan(
         adapter=adapter,
@@ -144,15 +110,15 @@ def _score(args: argparse.Namespace) -> int:
     if args.render_only:
         print("\n".join(f"{name:16s} {folder}" for name, folder in folders.items()))
         return 0
-    measured = measure_score(plan, folders, root, str(backbone.device), backbone.spec.resolution, print)
+    measured = measure_score(plan, folders, root, str(backbone.device), resolution, print)
     context = {
         "base": recipe.base,
-        "profile": recipe.numerics,
+        "profile": backbone.profile,
         "base_id": backbone.base_id,
         "device": device_name(backbone.device),
         "versions": installed_versions("loragraft", "torch", "diffusers"),
     }
-    print(write_report(plan, measured, root, backbone.spec.resolution, context))
+    print(write_report(plan, measured, root, resolution, context))
     print(f"\nwritten to {root}: score.json, score.csv, score.md, grid.png; figures also in {run / 'score.json'}")
     return 0
 
@@ -224,16 +190,9 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _profile(name: str) -> "Profile":
-    from loragraft.backbones.architectures import NUMERICS
-
-    for profile in NUMERICS:
-        if profile == name:
-            return profile
-    raise ValueError(f"profile {name!r}: expected one of {', '.join(NUMERICS)}")
-
-
 def _parser() -> argparse.ArgumentParser:
+    from loragraft.evaluation.generate_command import add_options as generate_options
+
     parser = argparse.ArgumentParser(
         prog="loragraft", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -278,26 +237,7 @@ def _parser() -> argparse.ArgumentParser:
         'loragraft generate --adapter runs/marketing@0.8 --prompt "promo tile: white rocket on blue" --compare\n\n'
         "Without --prompt the recipe's sample prompts are drawn. Every PNG carries its settings.",
     )
-    generate.add_argument(
-        "--adapter",
-        action="append",
-        default=[],
-        metavar="PATH[@WEIGHT]",
-        help="a run, an adapter folder or file; can be repeated",
-    )
-    generate.add_argument("--prompt", action="append", help="can be repeated")
-    generate.add_argument("--negative-prompt", default="")
-    generate.add_argument("--base", help="default: the adapter's own, else pocket")
-    generate.add_argument("--profile", choices=(*PROFILES, "16bit"), help="default: the adapter's own, else native")
-    generate.add_argument("--any-base", action="store_true", help="graft an adapter that was trained on another base")
-    generate.add_argument("--out", default="images", help="folder for the images (default: images)")
-    generate.add_argument("--seed", type=int)
-    generate.add_argument("--per-prompt", type=int, default=1, help="images per prompt, at consecutive seeds")
-    generate.add_argument("--steps", type=int, help="Euler steps (default 20)")
-    generate.add_argument("--guidance", type=float, help="classifier-free guidance; 1 = off")
-    generate.add_argument(
-        "--compare", action="store_true", help="also write before_after.png: base beside adapter, same seeds"
-    )
+    generate_options(generate)
 
     score = verb(
         "score",

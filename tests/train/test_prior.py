@@ -96,7 +96,7 @@ def test_two_processes_share_the_batch_of_one() -> None:
 
 
 def test_weights_scale_each_sample_of_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loragraft.backbones.flow.predict_velocity", lambda model, x, t, text: torch.zeros_like(x))
+    monkeypatch.setattr("loragraft.backbones.flow.predict_velocity", lambda model, x, *_: torch.zeros_like(x))
     latents = torch.stack([torch.full((2, 4, 4), 1.0), torch.full((2, 4, 4), 3.0)])
     noise, times = torch.zeros_like(latents), torch.zeros(2)
 
