@@ -34,18 +34,17 @@ def scan_samples(
     *,
     readable: Callable[[str], str] | None = None,
     per_step: int = 1,
-    generated: bool = False,
 ) -> Scan:
     """Looks at every image and caption.
 
     readable: a caption as far as the text encoder reads it; None where no tokenizer is at hand. per_step: samples of one
-    optimizer step, over all processes. generated: drawn by a domain of ours, whose pictures are not searched for repeats.
+    optimizer step, over all processes.
     """
     sizes: Counter[tuple[int, int]] = Counter()
     corrupt, tiny = [], []
     for sample in samples:
         try:
-            size = _decoded_size(sample.image, whole=not generated)
+            size = _decoded_size(sample.image)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             corrupt.append(f"{sample.image.name} ({error})")
             continue
@@ -53,13 +52,13 @@ def scan_samples(
         if min(size) < resolution:
             tiny.append(f"{sample.image.name} ({size[0]}x{size[1]})")
     cut = [] if readable is None else [s.image.name for s in samples if readable(s.caption) != s.caption]
-    splits = Counter(sample.split for sample in samples)
+    splits: Counter[str] = Counter(sample.split for sample in samples)
     findings = [
         *_found(corrupt, "cannot be read"),
         *_found(tiny, f"have an edge below {resolution} pixels and are enlarged"),
         *_found([s.image.name for s in samples if not s.caption.strip()], "have no caption"),
         *_found(cut, "have a caption longer than the text encoder reads (data.long_captions)"),
-        *([] if generated or corrupt else _repeats(samples, cache_root)),
+        *([] if corrupt else _repeats(samples, cache_root)),
     ]
     if splits["train"] < per_step:
         findings.append(
@@ -70,14 +69,13 @@ def scan_samples(
     return Scan(dict(splits), ordered, tuple(findings))
 
 
-def _decoded_size(path: Path, *, whole: bool) -> tuple[int, int]:
-    """(width, height) as a viewer shows it. whole: decodes to the end, JPEG at an eighth of its size, which is quick."""
+def _decoded_size(path: Path) -> tuple[int, int]:
+    """(width, height) as a viewer shows it; decoded to the end, JPEG at an eighth of its size, which is quick."""
     with Image.open(path) as image:
         width, height = image.size
         turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 lie on their side
-        if whole:
-            image.draft("RGB", (max(1, width // 8), max(1, height // 8)))
-            image.load()
+        image.draft("RGB", (max(1, width // 8), max(1, height // 8)))
+        image.load()
     return (height, width) if turned else (width, height)
 
 

@@ -50,6 +50,8 @@ class DryRun:
     """What stays between steps: weights, adapter, optimizer."""
     library: int
     """What the matrix library keeps, beside `static`."""
+    saved: int
+    """Activations alive at the end of the (first) forward pass: what autograd keeps, the batch and the loss."""
     ops: dict[str, dict[OpCost, int]] = field(repr=False)
     """Phase (forward, backward, optimizer) -> op -> how often it runs."""
     unknown: tuple[str, ...] = ()
@@ -81,6 +83,7 @@ def dry_train(
         for _ in range(accumulation):
             tracker.phase, tracker.kind = "forward", "activations"
             value = loss()
+            tracker.saved = tracker.saved or tracker.live["activations"]
             tracker.phase, tracker.kind = "backward", "workspace"
             torch.autograd.backward(value)
             del value
@@ -153,7 +156,7 @@ class StorageTracker(TorchDispatchMode):
         self.at_peak: dict[str, int] = {}
         self.ops: dict[str, Counter[OpCost]] = {}
         self.unknown: set[str] = set()
-        self.library = 0
+        self.library = self.saved = 0
         self._storages: dict[int, tuple[Block | None, str]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -195,6 +198,7 @@ class StorageTracker(TorchDispatchMode):
             at_peak={kind: self.at_peak.get(kind, 0) for kind in KINDS},
             static=static,
             library=self.library,
+            saved=self.saved,
             ops={phase: dict(counts) for phase, counts in self.ops.items()},
             unknown=tuple(sorted(self.unknown)),
         )

@@ -94,7 +94,8 @@ def _rank(*factors: Tensor | None) -> int:
 
 
 def _w4a8(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[Part]:
-    """x is read once, quantized and multiplied with [D; A]; then codes times codes, the branch in the epilogue."""
+    """x is read once, quantized (unless it came with its codes) and multiplied with [D; A]; then codes times codes, the branch
+    in the epilogue."""
     x, qweight = args[:2]
     (M, K), (N, R) = x.shape, (qweight.shape[0], _rank(args[5], args[8]))
     return [
@@ -170,6 +171,7 @@ _COSTS: dict[str, Callable[[tuple[Any, ...], Sequence[Tensor]], list[Part]]] = {
     "w4a4_dgrad": _w4a4_dgrad,
     "w4a16_linear": _w4a16,
     "w4a16_dx": _w4a16_dx,
+    "quantize_activation": _elementwise,
     "row_product": _row_product,
     "dry_rms_norm": _elementwise,
     "dry_rms_norm_backward": _elementwise,

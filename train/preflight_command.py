@@ -49,7 +49,7 @@ def run(arguments: list[str]) -> int:
     machines = known_machines(cache_root)
     print("\n".join(report_lines(recipe, found, machines, time.perf_counter() - started)))
     if not args.no_data:
-        print("\n".join(scan_lines(scan_recipe(recipe, found.resolution, cache_root, args.processes))))
+        print("\n".join(data_lines(recipe, found.resolution, cache_root, args.processes)))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(to_dict(found, machines), indent=1) + "\n")
@@ -110,11 +110,17 @@ def report_lines(recipe: Recipe, found: Preflight, machines: list[Machine], took
     return [*lines, f"predicted in {took:.0f} s"]
 
 
-def scan_recipe(recipe: Recipe, resolution: int, cache_root: Path, processes: int = 1) -> Scan:
-    """The recipe's data set, looked through."""
-    samples = open_source(recipe.data, resolution, cache_root)
+def data_lines(recipe: Recipe, resolution: int, cache_root: Path, processes: int = 1) -> list[str]:
+    """The data set, looked through; a generated one is not drawn for that."""
+    config = recipe.data
+    if config.domain is not None:
+        return [
+            "",
+            f"data: {config.count} images of the domain {config.domain!r}, drawn at {resolution} px when training starts",
+        ]
+    samples = open_source(config, resolution, cache_root)
     per_step = recipe.train.batch_size * recipe.train.accumulation * processes
-    return scan_samples(samples, resolution, cache_root, per_step=per_step, generated=recipe.data.domain is not None)
+    return scan_lines(scan_samples(samples, resolution, cache_root, per_step=per_step))
 
 
 def scan_lines(scan: Scan) -> list[str]:
