@@ -78,7 +78,6 @@ def _generate(args: argparse.Namespace) -> int:
 def _score(args: argparse.Namespace) -> int:
     import dataclasses
 
-    from loragraft.versions import installed_versions
     from loragraft.adapters.opening import open_control, open_run
     from loragraft.backbones.load import load_backbone
     from loragraft.data.cache import default_cache_root
@@ -86,6 +85,7 @@ def _score(args: argparse.Namespace) -> int:
     from loragraft.evaluation.image_sets import device_name
     from loragraft.evaluation.report import write_report
     from loragraft.evaluation.score import FULL_IMAGES, ScorePlan, measure_score, render_score, score_folders
+    from loragraft.versions import installed_versions
 
     run = Path(args.run)
     adapter, recipe = open_run(run)
