@@ -34,6 +34,7 @@ from loragraft.data.sources import Sample, check_source, open_source
 from loragraft.outcome import guarded
 from loragraft.recipes.load import load_recipe
 from loragraft.train.loop import distributed, train
+from loragraft.train.memory import set_checkpointing
 from loragraft.train.metadata import adapter_metadata
 from loragraft.train.previews import Previews
 from loragraft.train.prior import prior_samples
@@ -93,6 +94,10 @@ def main(argv: list[str] | None = None) -> int:
     backbone.onto_device()
 
     parameters = inject_adapter(backbone.transformer, recipe.adapter, backbone.spec.lora_targets)
+    config = recipe.train
+    set_checkpointing(
+        backbone.transformer, config.checkpointing, config.checkpoint_blocks, offload=config.offload_activations
+    )
     print(backbone.ledger.table())
     with Tracking.start(recipe, backbone, folder, accelerator) as tracking:
         interrupted = train(accelerator, recipe, backbone, parameters, cache, previews, folder, tracking, prior)
