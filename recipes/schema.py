@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Numerics = Literal["native", "interchange"]
+Switch = Literal["auto", "always", "never"]
 
 
 class RecipeError(ValueError):
@@ -203,6 +204,11 @@ class TrainConfig:
     """What a linear keeps of its input for dA: its low-bit codes, or the input itself (exact, more memory)."""
     dgrad: Literal["dequantized", "int8"] = "dequantized"
     """How the gradient passes back through the frozen weight: dequantized tiles, or INT8 codes of the gradient."""
+    compile: Switch = "auto"
+    """Whether the model's repeated blocks are compiled (norms, modulation and the like are fused): `auto` does it on a GPU
+    for models of more than 0.5 GB, where the half minute pays."""
+    cuda_graph: Switch = "auto"
+    """Whether a step is captured once and replayed, so that Python's time does not count: `auto` does it on one GPU."""
     checkpointing: Literal["none", "block", "selective"] = "none"
     """Gradient checkpointing: `block` keeps the input of each block and computes the rest again in the backward pass (least
     memory, about a third more time); `selective` does so for the first `checkpoint_blocks` blocks only. The result is the

@@ -25,11 +25,12 @@ from tqdm import tqdm
 from loragraft.backbones.flow import flow_loss, sample_timesteps
 from loragraft.backbones.spec import Backbone
 from loragraft.data.dataset import Batch, LatentCache, LatentDataset, batch_indices, collate
-from loragraft.recipes.schema import Recipe
+from loragraft.recipes.schema import Recipe, TrainConfig
 from loragraft.train.early_stop import EarlyStop
 from loragraft.train.optim import build_optimizer
 from loragraft.train.previews import Previews
 from loragraft.train.run_folder import RunFolder
+from loragraft.train.step import EagerStep, GraphStep, Loss, choose_step, uncompiled
 from loragraft.train.tracking import Tracking
 
 VALIDATION_SAMPLES = 64
@@ -57,6 +58,8 @@ def train(
         _restore(folder.checkpoint, parameters, optimizer, schedule)
         folder.summary = dict(folder.checkpoint["summary"])
     batches = Batches(cache.split("train"), cache.empty, recipe, backbone, accelerator, prior)
+    loss = micro_batch_loss(transformer, batches, config, backbone.spec.training_guidance)
+    step = choose_step(config, accelerator, transformer, parameters, loss)
     validation = cache.split("validation")
     early = _early_stop(config.patience, validation, folder.checkpoint)
     started, elapsed_before = time.perf_counter(), float((folder.checkpoint or {}).get("elapsed_seconds", 0.0))
@@ -89,10 +92,7 @@ def train(
     with _stop_on_signal() as stop, bar:
         while not finished():
             clock = time.perf_counter()
-            metrics = _one_step(
-                accelerator, transformer, optimizer, schedule, batches, parameters, recipe, folder.step,
-                backbone.spec.training_guidance,
-            )  # fmt: skip
+            metrics = _one_step(accelerator, step, optimizer, schedule, batches, parameters, recipe, folder.step)
             folder.step += 1
             last = folder.step == config.steps
             if last or _due(folder.step, config.validate_every):
@@ -204,41 +204,51 @@ class Batches:
         return collate([self.prior[of_class[p // 2]] if p % 2 else self.dataset[own[p // 2]] for p in places])
 
 
+def micro_batch_loss(
+    transformer: nn.Module, batches: Batches, config: TrainConfig, guidance: float | None = None
+) -> Loss:
+    """The flow loss of one micro-batch as a share of the step's; its tensors are what `Batches` yields, by name."""
+
+    def loss(tensors: dict[str, Tensor]) -> Tensor:
+        latents, noise, times, *_ = tensors.values()
+        text = {key: tensors[key] for key in batches.empty_text}
+        return flow_loss(transformer, latents, noise, times, text, batches.weights, guidance) / config.accumulation
+
+    return loss
+
+
 def _one_step(
     accelerator: Accelerator,
-    transformer: nn.Module,
+    step: EagerStep | GraphStep,
     optimizer: Any,
     schedule: Any,
     batches: Batches,
     parameters: list[nn.Parameter],
     recipe: Recipe,
-    step: int,
-    guidance: float | None,
+    number: int,
 ) -> dict[str, float]:
+    """Step `number`, counted from 0. The CPU waits for the GPU once, at its end."""
     count = recipe.train.accumulation
     total = torch.zeros((), device=accelerator.device)
-    for micro, (latents, noise, times, text) in enumerate(batches(step)):
-        sync = contextlib.nullcontext() if micro == count - 1 else accelerator.no_sync(transformer)
-        with sync:
-            loss = flow_loss(transformer, latents, noise, times, text, batches.weights, guidance) / count
-            accelerator.backward(loss)
-        total += loss.detach()
-    value = float(accelerator.reduce(total, "mean"))
-    if not math.isfinite(value):
-        raise ValueError(
-            f"the loss is {value} at step {step + 1}: lower optim.learning_rate or raise optim.warmup_steps; "
-            "the last checkpoint is intact"
-        )
+    for micro, (latents, noise, times, text) in enumerate(batches(number)):
+        total += step({"latents": latents, "noise": noise, "times": times, **text}, last=micro == count - 1)
     limit = recipe.train.max_grad_norm or math.inf
-    norm = float(accelerator.clip_grad_norm_(parameters, limit))
+    norm = accelerator.clip_grad_norm_(parameters, limit)
     rate = float(schedule.get_last_lr()[0])
     optimizer.step()
     schedule.step()
-    optimizer.zero_grad(set_to_none=True)
-    return {"loss": value, "learning_rate": rate, "grad_norm": norm}
+    optimizer.zero_grad(set_to_none=step.assigns)
+    value = float(accelerator.reduce(total, "mean"))
+    if not math.isfinite(value):
+        raise ValueError(
+            f"the loss is {value} at step {number + 1}: lower optim.learning_rate or raise optim.warmup_steps; "
+            "the last checkpoint is intact"
+        )
+    return {"loss": value, "learning_rate": rate, "grad_norm": float(norm)}
 
 
 @torch.no_grad()
+@uncompiled()
 def validation_loss(transformer: nn.Module, backbone: Backbone, dataset: LatentDataset, recipe: Recipe) -> float:
     """Flow loss over the first samples of the validation split, at noise and times fixed by the seed alone.
 

@@ -64,7 +64,6 @@ def main(argv: list[str] | None = None) -> int:
             recipe.base, recipe.numerics, accelerator.device, default_cache_root(), recipe.weights, True
         )
     backbone.set_training_numerics(recipe.train.save_x, recipe.train.dgrad)
-    base_before = backbone.fingerprint()
     resolution = backbone.resolution = recipe.data.resolution or backbone.spec.resolution
     with accelerator.main_process_first():
         samples = open_source(recipe.data, resolution, default_cache_root())
@@ -92,6 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     previews = Previews.prepare(recipe.sample, backbone, cache)
     encoders.release_text()  # memory back before the first step
     backbone.onto_device()
+    base_before = backbone.fingerprint()
 
     parameters = inject_adapter(backbone.transformer, recipe.adapter, backbone.spec.lora_targets)
     config = recipe.train

@@ -13,6 +13,7 @@ from loragraft.data.dataset import LatentCache
 from loragraft.data.images import png_bytes
 from loragraft.disk import write_atomic
 from loragraft.recipes.schema import SampleConfig
+from loragraft.train.step import uncompiled
 
 DEFAULT_PROMPTS = 8
 COLUMNS = 4
@@ -51,6 +52,7 @@ class Previews:
         """`run`/samples/step_NNNNNN.png."""
         return run / "samples" / f"step_{step:06d}.png"
 
+    @uncompiled()
     def render(self, backbone: Backbone, run: Path, step: int) -> list[tuple[Image, str]]:
         """Images with their prompts; also writes `file(run, step)`."""
         seeds = [self.config.seed + i % self.config.per_prompt for i in range(len(self.prompts))]

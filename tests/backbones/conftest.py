@@ -1,5 +1,6 @@
 """A FLUX.1 pipeline small enough for a CPU: every part of a diffusers folder, with tokenizers that were never trained."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from loragraft.backbones.flux1 import flux1_scheduler
+from loragraft.backbones.load import load_backbone
+from loragraft.recipes.schema import WeightsConfig
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 
@@ -85,3 +88,20 @@ def flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def schnell_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same without a guidance embedding."""
     return write_pipeline(tmp_path_factory.mktemp("models") / "FLUX.1-tiny-schnell", kind="schnell")
+
+
+@pytest.fixture(scope="session")
+def quick_quantizer() -> Iterator[None]:
+    """One round and one candidate: what a tiny model is quantized with where its quality does not matter."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("loragraft.backbones.architectures.FOLDER_ROUNDS", 1)
+        patch.setattr("loragraft.backbones.architectures.DATA_FREE_GRID", 1)
+        yield
+
+
+@pytest.fixture(scope="session")
+def flux_cache(flux_folder: Path, tmp_path_factory: pytest.TempPathFactory, quick_quantizer: None) -> Path:
+    """A cache root in which `flux_folder` is quantized already, in profile native."""
+    root = tmp_path_factory.mktemp("cache")
+    load_backbone("flux1-dev", "native", "cpu", root, WeightsConfig(path=str(flux_folder)))
+    return root
