@@ -65,9 +65,12 @@ def dry_train(
     *,
     accumulation: int = 1,
     max_grad_norm: float = 1.0,
+    captured: bool = False,
     expandable: bool = False,
 ) -> DryRun:
     """One optimizer step of `model`, whose values may be on meta and are fake from here on.
+
+    captured: as `step.GraphStep` does it, gradients stay between steps and there is a copy of them while it captures.
 
     loss: makes a batch (of fake tensors, since it is called where all are) and returns the scalar. Trained is what requires
     a gradient. Raises ValueError if nothing does.
@@ -79,6 +82,7 @@ def dry_train(
         tracker.library_threads(2)
         chosen = optimizer(parameters)
         _prime(chosen, parameters, tracker)
+        held = _gradients(parameters, tracker) if captured else []
         handles = [p.register_post_accumulate_grad_hook(tracker.is_gradient) for p in parameters]
         for _ in range(accumulation):
             tracker.phase, tracker.kind = "forward", "activations"
@@ -87,11 +91,12 @@ def dry_train(
             tracker.phase, tracker.kind = "backward", "workspace"
             torch.autograd.backward(value)
             del value
+        held.clear()
         tracker.phase = "optimizer"
         if max_grad_norm:
             nn.utils.clip_grad_norm_(parameters, max_grad_norm, foreach=True)
         chosen.step()
-        chosen.zero_grad(set_to_none=True)
+        chosen.zero_grad(set_to_none=not captured)
         for handle in handles:
             handle.remove()
         return tracker.result()
@@ -123,6 +128,14 @@ def _prime(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter],
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     tracker.allocator.peak_allocated, tracker.allocator.peak_reserved = 0, tracker.allocator.reserved
+
+
+def _gradients(parameters: Sequence[nn.Parameter], tracker: "StorageTracker") -> list[Tensor]:
+    """Gradients that are there already, and a copy of each."""
+    tracker.kind = "gradients"
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    return [parameter.grad.clone() for parameter in parameters if parameter.grad is not None]
 
 
 def swap_tensors(model: nn.Module, tracker: "StorageTracker | None" = None) -> None:
