@@ -33,6 +33,7 @@ from loragraft.data.overlap import check_overlap
 from loragraft.data.sources import Sample, check_source, open_source
 from loragraft.outcome import guarded
 from loragraft.recipes.load import load_recipe
+from loragraft.train.forecast import Forecast
 from loragraft.train.loop import distributed, train
 from loragraft.train.memory import set_checkpointing
 from loragraft.train.metadata import adapter_metadata
@@ -48,7 +49,8 @@ __all__ = ["main"]
 def main(argv: list[str] | None = None) -> int:
     """The whole line, read from top to bottom. Returns the exit code: 0 done, 130 interrupted and resumable."""
     args = _parse(argv)
-    recipe = load_recipe(args.recipe, [*args.overrides, *(["weights.random=true"] if args.random_weights else [])])
+    overrides = [*args.overrides, *(["weights.random=true"] if args.random_weights else [])]
+    recipe = load_recipe(args.recipe, overrides)
     if reason := find_spec(recipe.base).refuses_training:
         raise ValueError(reason)
     check_source(recipe.data)
@@ -60,6 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         torch.backends.cuda.enable_cudnn_sdp(False)  # its backward fails on torch 2.11 with driver 580
 
+    forecast = Forecast.start(args.recipe, overrides, accelerator)
     with accelerator.main_process_first():  # it fills the caches, here and below; the others find them full
         # The transformer of a large base waits on the CPU: encoders have the device for themselves.
         backbone = load_backbone(
@@ -102,6 +105,7 @@ def main(argv: list[str] | None = None) -> int:
         backbone.transformer, config.checkpointing, config.checkpoint_blocks, offload=config.offload_activations
     )
     print(backbone.ledger.table())
+    print(forecast.before(), end="")
     with Tracking.start(recipe, backbone, folder, accelerator) as tracking:
         interrupted = train(accelerator, recipe, backbone, parameters, cache, previews, folder, tracking, prior)
         if interrupted:
@@ -116,6 +120,7 @@ def main(argv: list[str] | None = None) -> int:
             tracking.log_adapter(adapter_file)
             folder.finish()
             print(f"adapter: {adapter_file}")
+            print(forecast.after(), end="")
     accelerator.end_training()
     return 0
 

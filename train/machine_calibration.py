@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from diffusers import FluxTransformer2DModel
@@ -20,6 +20,7 @@ from loragraft.adapters.inject import inject_adapter
 from loragraft.backbones.architectures import FLUX
 from loragraft.backbones.flow import flow_loss
 from loragraft.backbones.skeleton import meta_transformer, plan_architecture, randomize
+from loragraft.kernels.attention import Backend, attention, check_backend
 from loragraft.quantization.linear import SVDQuantLinear
 from loragraft.quantization.settings import QuantSettings
 from loragraft.recipes.schema import AdapterConfig
@@ -70,16 +71,17 @@ def _rates(machine: Machine, device: torch.device) -> Machine:
     out = scaled_dot_product_attention(q, k, v)
     grad = torch.ones_like(out)
     backward = time_of(lambda: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True))
-    attention = 4 * HEADS * M * M * HEAD
+    flops = 4 * HEADS * M * M * HEAD
     gemm = 2 * M * D * MLP / time_of(lambda: x @ w)
     rates = {
         "gemm": gemm,
         "memory": gemm,
         "gemm32": 2 * M * D * D / time_of(lambda: x32 @ w32),
         "conv": 2 * 64 * 64 * 640 * 640 * 9 / time_of(lambda: conv2d(picture, kernel, padding=1)),
-        "attention": attention / forward,
-        "attention_backward": 2.5 * attention / backward,
+        "attention": flops / forward,
+        "attention_backward": 2.5 * flops / backward,
     }
+    rates |= _fast_attention(rates, flops, device)
     machine = replace(machine, rates=rates, bandwidth=bandwidth)
     layer = SVDQuantLinear.empty(D, MLP, "w4a8", rank=32, bias=True)
     holder = nn.ModuleList([layer])
@@ -88,6 +90,27 @@ def _rates(machine: Machine, device: torch.device) -> Machine:
         whole = time_of(lambda: layer(x))
     beside = part_seconds("memory", 0, M * D * 3, machine) + part_seconds("gemm", 2 * M * MLP * 32, 0, machine)
     return replace(machine, rates={**rates, "int8": 2 * M * D * MLP / max(whole - beside, 0.2 * whole)})
+
+
+def _fast_attention(rates: dict[str, float], flops: int, device: torch.device) -> dict[str, float]:
+    """Rates of the fastest backend that runs here; those of flash-2 where none does."""
+    found = {"fast_attention": rates["attention"], "fast_attention_backward": rates["attention_backward"]}
+    for backend in get_args(Backend):
+        try:
+            check_backend(backend, device)
+        except ValueError:
+            continue
+        q, k, v = (
+            torch.randn(1, M, HEADS, HEAD, device=device, dtype=torch.bfloat16).requires_grad_() for _ in range(3)
+        )
+        out = attention(q, k, v, backend)
+        grad = torch.ones_like(out)
+        forward = time_of(partial(attention, q, k, v, backend))
+        backward = time_of(partial(torch.autograd.grad, out, (q, k, v), grad, retain_graph=True))
+        found["fast_attention"] = max(found["fast_attention"], flops / forward)
+        if backend == "flash_attn_4":
+            found["fast_attention_backward"] = 2.5 * flops / backward
+    return found
 
 
 def flux(width_heads: int, blocks: int, *, quantized: bool = True) -> nn.Module:

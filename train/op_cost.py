@@ -16,8 +16,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-Unit = Literal["int8", "gemm", "gemm32", "attention", "attention_backward", "conv", "memory"]
-"""What bounds a piece of work: INT8 or 16-bit tensor cores, float32 products, flash attention, convolutions, memory alone."""
+Unit = Literal[
+    "int8", "gemm", "gemm32", "attention", "attention_backward", "fast_attention", "fast_attention_backward", "conv", "memory"
+]  # fmt: skip
+"""What bounds a piece of work: INT8 or 16-bit tensor cores, float32 products, attention by flash-2 or by what is faster
+(cuDNN forward, FlashAttention-4), convolutions, memory alone."""
 OURS = "loragraft::"
 
 
@@ -160,6 +163,17 @@ def _row_product(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[Part]
     return [Part("memory", 2 * left.shape[0] * left.shape[1] * right.shape[1], _bytes(args) + _bytes(results))]
 
 
+def _attention(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[Part]:
+    q, k, v = (a.transpose(1, 2).shape for a in args[:3])
+    return [Part("fast_attention", sdpa_flop_count(q, k, v), _bytes(args) + _bytes(results))]
+
+
+def _attention_backward(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[Part]:
+    shapes = [a.transpose(1, 2).shape for a in args[:4]]
+    unit: Unit = "fast_attention_backward" if args[6] == "flash_attn_4" else "attention_backward"
+    return [Part(unit, sdpa_backward_flop_count(*shapes), _bytes(args) + _bytes(results))]
+
+
 def _elementwise(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[Part]:
     return [Part("memory", 0, _bytes(args) + _bytes(results))]
 
@@ -172,6 +186,8 @@ _COSTS: dict[str, Callable[[tuple[Any, ...], Sequence[Tensor]], list[Part]]] = {
     "w4a16_linear": _w4a16,
     "w4a16_dx": _w4a16_dx,
     "quantize_activation": _elementwise,
+    "attention": _attention,
+    "attention_backward": _attention_backward,
     "row_product": _row_product,
     "dry_rms_norm": _elementwise,
     "dry_rms_norm_backward": _elementwise,
@@ -221,7 +237,15 @@ def _row_product_space(args: tuple[Any, ...], results: Sequence[Tensor]) -> list
 
 def _attention_backward_space(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[int]:
     """Flash-2 adds up dq in float32, and keeps one float per row of the softmax; rows padded to 128, heads to 32."""
-    batch, heads, rows, width = args[1].shape
+    return _dq_space(*args[1].shape)
+
+
+def _our_attention_backward_space(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[int]:
+    batch, rows, heads, width = args[1].shape
+    return _dq_space(batch, heads, rows, width)
+
+
+def _dq_space(batch: int, heads: int, rows: int, width: int) -> list[int]:
     padded = batch * heads * (-(-rows // 128) * 128)
     return [padded * (-(-width // 32) * 32) * 4, padded * 4]
 
@@ -240,6 +264,7 @@ _WORKSPACES: dict[str, Callable[[tuple[Any, ...], Sequence[Tensor]], list[int]]]
     "w4a4_linear": _w4a4_space,
     "w4a4_dgrad": _w4a4_dgrad_space,
     "row_product": _row_product_space,
+    "attention_backward": _our_attention_backward_space,
     "_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward_space,
     "convolution": _convolution_space,
     "convolution_backward": _convolution_space,

@@ -45,8 +45,8 @@ def run(arguments: list[str]) -> int:
         raise ValueError("name a recipe (`loragraft recipe` lists them), or give --calibrate alone")
     recipe = load_recipe(args.recipe, args.overrides)
     started = time.perf_counter()
-    found = preflight(recipe, cache_root)
-    machines = known_machines(cache_root)
+    found = preflight(recipe, cache_root, processes=args.processes)
+    machines = known_machines(cache_root, args.card)
     print("\n".join(report_lines(recipe, found, machines, time.perf_counter() - started)))
     if not args.no_data:
         print("\n".join(data_lines(recipe, found.resolution, cache_root, args.processes)))
@@ -70,12 +70,14 @@ def _fit(recipe: Recipe, found: Preflight, card: int, cache_root: Path) -> int:
     return 0
 
 
-def known_machines(cache_root: Path) -> list[Machine]:
-    """The GPU that is here, if any, else every known card."""
-    if torch.cuda.is_available():
-        here = machine_for(torch.cuda.get_device_name(), cache_root)
-        return [] if here is None else [here]
-    return [machine_for(card.name, cache_root) or card for card in CARDS]
+def known_machines(cache_root: Path, card: str | None = None) -> list[Machine]:
+    """The card asked for or the GPU that is here, if its rates are known; without either every known card."""
+    if card is None and torch.cuda.is_available():
+        card = torch.cuda.get_device_name()
+    if card is None:
+        return [machine_for(known.name, cache_root) or known for known in CARDS]
+    found = machine_for(card, cache_root)
+    return [] if found is None else [found]
 
 
 def report_lines(recipe: Recipe, found: Preflight, machines: list[Machine], took: float) -> list[str]:
@@ -101,12 +103,12 @@ def report_lines(recipe: Recipe, found: Preflight, machines: list[Machine], took
         lines.append(f"not modelled: time and workspace of {name}")
     lines += ["", f"{'':24s}s/step  s/image ({found.passes} passes, {found.images} at a time)"]
     for machine in machines:
-        step = run_seconds(found.train, machine)
+        step = run_seconds(found.train, machine, host=not found.captured)
         image = seconds(found.image_ops(), machine)
         mark = "" if machine.calibrated else "  not calibrated"
         lines.append(f"  {machine.name:20s} {step:8.3f} {image:8.2f}{mark}")
     if not machines:
-        lines.append(f"  {torch.cuda.get_device_name()}: run `loragraft preflight --calibrate` once for its times")
+        lines.append("  this card is not known: run `loragraft preflight --calibrate` on it once for its times")
     return [*lines, f"predicted in {took:.0f} s"]
 
 
@@ -134,6 +136,7 @@ def scan_lines(scan: Scan) -> list[str]:
 def to_dict(found: Preflight, machines: list[Machine]) -> dict[str, object]:
     """JSON-able figures."""
     return {
+        "peak": found.peak,
         "stages": {stage.name: stage.peak for stage in found.stages},
         "needed": found.needed,
         "train": {"peak": found.train.peak, "reserved": found.train.reserved, "at_peak": found.train.at_peak},
@@ -141,7 +144,7 @@ def to_dict(found: Preflight, machines: list[Machine]) -> dict[str, object]:
             {
                 "name": machine.name,
                 "calibrated": machine.calibrated,
-                "seconds_per_step": run_seconds(found.train, machine),
+                "seconds_per_step": run_seconds(found.train, machine, host=not found.captured),
                 "seconds_per_image": seconds(found.image_ops(), machine),
             }
             for machine in machines
@@ -180,5 +183,6 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--no-data", action="store_true", help="leave the data set alone")
     parser.add_argument("--processes", type=int, default=1, help="GPUs that will train together (default 1)")
+    parser.add_argument("--card", metavar="NAME", help="times for this card alone, by the name that torch reports")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     return parser.parse_intermixed_args(arguments)

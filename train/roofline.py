@@ -21,7 +21,8 @@ from loragraft.train.op_cost import OURS, OpCost, Unit
 FLOOR = 2.5e-6
 """Seconds of the shortest kernel, launch gap included."""
 USUAL: dict[Unit, float] = {
-    "int8": 0.45, "gemm": 0.6, "gemm32": 0.6, "attention": 0.33, "attention_backward": 0.28, "conv": 0.4, "memory": 1.0,
+    "int8": 0.45, "gemm": 0.6, "gemm32": 0.6, "attention": 0.33, "attention_backward": 0.28,
+    "fast_attention": 0.6, "fast_attention_backward": 0.5, "conv": 0.4, "memory": 1.0,
 }  # fmt: skip
 USUAL_BANDWIDTH, USUAL_HOST_OP, USUAL_HOST_CUSTOM = 0.75, 8e-6, 60e-6
 VERSION = 1
@@ -51,9 +52,10 @@ class Machine:
 def known(name: str, memory_gb: int, gemm: float, int8: float, fp32: float, bandwidth_gb: float) -> Machine:
     """A card by its maker's dense peaks in T(FL)OP/s and GB/s."""
     peaks: dict[Unit, float] = {
-        "int8": int8, "gemm": gemm, "gemm32": fp32, "attention": gemm, "attention_backward": gemm, "conv": gemm, "memory": gemm,
+        "int8": int8, "gemm": gemm, "gemm32": fp32, "attention": gemm, "attention_backward": gemm,
+        "fast_attention": gemm, "fast_attention_backward": gemm, "conv": gemm, "memory": gemm,
     }  # fmt: skip
-    rates = {str(unit): peak * 1e12 * USUAL[unit] for unit, peak in peaks.items()}
+    rates = {str(unit): peaks[unit] * 1e12 * share for unit, share in USUAL.items()}
     bandwidth = bandwidth_gb * 1e9 * USUAL_BANDWIDTH
     return Machine(name, memory_gb * 2**30, rates, bandwidth, USUAL_HOST_OP, USUAL_HOST_CUSTOM)
 
