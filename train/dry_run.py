@@ -52,6 +52,8 @@ class DryRun:
     """What the matrix library keeps, beside `static`."""
     saved: int
     """Activations alive at the end of the (first) forward pass: what autograd keeps, the batch and the loss."""
+    saved_by: dict[str, int]
+    """Op -> bytes of `saved` that it made, largest first."""
     ops: dict[str, dict[OpCost, int]] = field(repr=False)
     """Phase (forward, backward, optimizer) -> op -> how often it runs."""
     unknown: tuple[str, ...] = ()
@@ -87,7 +89,7 @@ def dry_train(
         for _ in range(accumulation):
             tracker.phase, tracker.kind = "forward", "activations"
             value = loss()
-            tracker.saved = tracker.saved or tracker.live["activations"]
+            tracker.note_saved()
             tracker.phase, tracker.kind = "backward", "workspace"
             torch.autograd.backward(value)
             del value
@@ -170,14 +172,15 @@ class StorageTracker(TorchDispatchMode):
         self.ops: dict[str, Counter[OpCost]] = {}
         self.unknown: set[str] = set()
         self.library = self.saved = 0
-        self._storages: dict[int, tuple[Block | None, str]] = {}
+        self.saved_by: dict[str, int] = {}
+        self._storages: dict[int, tuple[Block | None, str, str]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func is torch.ops.prim.device.default:
             return out
         results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        fresh = [result for result in results if self._follow(result)]
+        fresh = [result for result in results if self._follow(result, func._schema.name)]
         if self.phase and (fresh or func._schema.is_mutable):
             cost = cost_of(func, args, kwargs or {}, results)
             self.ops.setdefault(self.phase, Counter())[cost] += 1
@@ -196,11 +199,22 @@ class StorageTracker(TorchDispatchMode):
         """A hook for `register_post_accumulate_grad_hook`."""
         assert parameter.grad is not None
         key = parameter.grad.untyped_storage()._cdata
-        block, kind = self._storages[key]
+        block, kind, maker = self._storages[key]
         size = 0 if block is None else block.size
         self.live[kind] -= size
         self.live["gradients"] += size
-        self._storages[key] = block, "gradients"
+        self._storages[key] = block, "gradients", maker
+
+    def note_saved(self) -> None:
+        """Remembers what is alive at the end of the first forward pass."""
+        if self.saved:
+            return
+        self.saved = self.live["activations"]
+        makers: Counter[str] = Counter()
+        for block, kind, maker in self._storages.values():
+            if kind == "activations" and block is not None:
+                makers[maker] += block.size
+        self.saved_by = dict(makers.most_common())
 
     def result(self) -> DryRun:
         """The figures so far."""
@@ -212,22 +226,23 @@ class StorageTracker(TorchDispatchMode):
             static=static,
             library=self.library,
             saved=self.saved,
+            saved_by=self.saved_by,
             ops={phase: dict(counts) for phase, counts in self.ops.items()},
             unknown=tuple(sorted(self.unknown)),
         )
 
-    def _follow(self, tensor: Tensor) -> bool:
+    def _follow(self, tensor: Tensor, maker: str) -> bool:
         """Whether the tensor's storage is new; from here on it is counted until it dies."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._storages:
             return False
-        self._storages[key] = self._take(storage.nbytes(), self.kind), self.kind
+        self._storages[key] = self._take(storage.nbytes(), self.kind), self.kind, maker
         weakref.finalize(storage, self._dies, key).atexit = False
         return True
 
     def _dies(self, key: int) -> None:
-        block, kind = self._storages.pop(key)
+        block, kind, _ = self._storages.pop(key)
         if block is not None:
             self.live[kind] -= block.size
             self.allocator.release(block)

@@ -29,6 +29,10 @@ from loragraft.train.op_cost import OURS
 from loragraft.train.roofline import Machine, part_seconds, run_seconds
 
 M, D, MLP, HEADS, HEAD = 4608, 3072, 12288, 24, 128
+COPIED = 2**28
+"""Values of the vector whose copy measures the memory."""
+EDGE, TOKENS = 1024, 512
+"""Pixels and words of the block that corrects."""
 
 
 def calibrate(device: torch.device) -> Machine:
@@ -62,7 +66,7 @@ def _rates(machine: Machine, device: torch.device) -> Machine:
     def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.randn(shape, device=device, dtype=dtype)
 
-    x, w, big = normal(M, D), normal(D, MLP), normal(2**28)
+    x, w, big = normal(M, D), normal(D, MLP), normal(COPIED)
     bandwidth = 2 * big.nbytes / time_of(lambda: big.mul(2.0))
     x32, w32 = normal(M, D, dtype=torch.float32), normal(D, D, dtype=torch.float32)
     picture, kernel = normal(1, 640, 64, 64), normal(640, 640, 3, 3)
@@ -169,5 +173,5 @@ def _host(machine: Machine, device: torch.device) -> Machine:
 
 
 def _corrected(machine: Machine, device: torch.device) -> Machine:
-    measured, run = _timed_step(HEADS, 1, 1024, 512, device, quantized=True)
+    measured, run = _timed_step(HEADS, 1, EDGE, TOKENS, device, quantized=True)
     return replace(machine, correction=measured / run_seconds(run, machine, host=False))

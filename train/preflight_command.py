@@ -13,11 +13,13 @@ import argparse
 import json
 import re
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
+from loragraft.backbones.load import find_spec
 from loragraft.data.cache import default_cache_root
 from loragraft.data.scan import Scan, scan_samples
 from loragraft.data.sources import open_source
@@ -28,6 +30,8 @@ from loragraft.train.machine_calibration import calibrate
 from loragraft.train.preflight import CARDS_GIB, GIB, Preflight, preflight, what_fits
 from loragraft.train.roofline import CARDS, Machine, machine_for, run_seconds, save_machine, seconds
 
+MAKERS = 6
+"""Ops that are named as makers of what the forward pass keeps."""
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:(gib|gb|g)|(mib|mb|m))?", re.IGNORECASE)
 
 
@@ -96,6 +100,9 @@ def report_lines(recipe: Recipe, found: Preflight, machines: list[Machine], took
     ]
     lines += ["", "at the peak of a training step"]
     lines += [f"  {kind:16s} {found.train.at_peak[kind] / GIB:8.3f}" for kind in KINDS]
+    makers = list(found.train.saved_by.items())[:MAKERS]
+    kept = ", ".join(f"{name.rpartition('::')[2]} {size / GIB:.2f}" for name, size in makers)
+    lines += [f"  kept by the forward pass {found.train.saved / GIB:.2f} GiB, as made by: {kept}"]
     fits = [card for card in CARDS_GIB if found.fits(card * GIB)]
     cards = f"fits cards of {fits[0]} GiB and more" if fits else f"fits no card of up to {CARDS_GIB[-1]} GiB"
     lines += ["", f"needed {found.needed / GIB:.1f} GiB with CUDA's own: {cards}"]
@@ -122,7 +129,18 @@ def data_lines(recipe: Recipe, resolution: int, cache_root: Path, processes: int
         ]
     samples = open_source(config, resolution, cache_root)
     per_step = recipe.train.batch_size * recipe.train.accumulation * processes
-    return scan_lines(scan_samples(samples, resolution, cache_root, per_step=per_step))
+    return scan_lines(scan_samples(samples, resolution, cache_root, readable=_readable(recipe), per_step=per_step))
+
+
+def _readable(recipe: Recipe) -> Callable[[str], str] | None:
+    """How far the base's tokenizer reads, where its files are on this machine."""
+    spec, cpu = find_spec(recipe.base), torch.device("cpu")
+    if spec.load_encoders is not None:
+        return spec.load_encoders(cpu, torch.float32).readable
+    pipeline = Path(recipe.weights.encoders or recipe.weights.path or "-")
+    if spec.external is None or not (pipeline / "model_index.json").is_file():
+        return None
+    return spec.external.open_encoders(pipeline, cpu, torch.bfloat16).readable
 
 
 def scan_lines(scan: Scan) -> list[str]:
