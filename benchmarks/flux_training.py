@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import triton
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from torch import Tensor, nn
 
@@ -37,7 +38,7 @@ from loragraft.quantization.linear import SVDQuantLinear
 from loragraft.quantization.settings import QuantSettings
 from loragraft.recipes.schema import AdapterConfig
 from loragraft.train.memory import set_checkpointing
-from loragraft.train.step import GraphStep, compile_blocks
+from loragraft.train.step import compile_blocks, graph_step
 
 GIB = 2**30
 LOSS_STEPS, TIMED_FROM = 20, 5
@@ -203,7 +204,7 @@ def train(variant: Variant, profile: bool) -> dict[str, Any]:
         else:
             transformer.compile_repeated_blocks(fullgraph=True)
     loss = loss_of(transformer, autocast=not ours)
-    graph = GraphStep(loss, parameters) if ours else None
+    graph = graph_step(transformer, loss, parameters) if ours else None
     optimizer = torch.optim.AdamW(parameters, lr=RATE, fused=True)
 
     def step(tensors: dict[str, Tensor]) -> Tensor:
@@ -219,7 +220,7 @@ def train(variant: Variant, profile: bool) -> dict[str, Any]:
 
     batches = [batch(variant.resolution, number) for number in range(LOSS_STEPS)]
     losses, times = [], []
-    first = 0.0
+    first, prepared, kernels = 0.0, time.perf_counter() - start, kernel_seconds()
     for number, tensors in enumerate(batches):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
@@ -229,6 +230,10 @@ def train(variant: Variant, profile: bool) -> dict[str, Any]:
         times.append(begin.elapsed_time(end))
         if number == 0:
             first = time.perf_counter() - start
+            compiled = sum(torch._dynamo.utils.compilation_time_metrics.get("_compile.compile_inner", []))
+            parts = {"inject": prepared, "compile_blocks": compiled, "triton_kernels": sum(kernels.values())}
+            phases = {name: sum(took) for name, took in torch._dynamo.utils.compilation_time_metrics.items()}
+            parts |= {"phases": {name: took for name, took in phases.items() if took > 1}}
     result = {
         "step_ms": statistics.median(times[TIMED_FROM:]),
         "step_ms_worst": max(times[TIMED_FROM:]),
@@ -237,9 +242,21 @@ def train(variant: Variant, profile: bool) -> dict[str, Any]:
         "peak_gib": torch.cuda.max_memory_allocated() / GIB,
         "reserved_gib": torch.cuda.max_memory_reserved() / GIB,
         "first_step_seconds": first,
+        "first_step_parts": parts | {"slowest_kernels": dict(sorted(kernels.items(), key=lambda item: -item[1])[:12])},
         "parameters": sum(p.numel() for p in parameters),
     }
     return result | ({"profile": profiled(lambda: step(batches[0]))} if profile else {})
+
+
+def kernel_seconds() -> dict[str, float]:
+    """Kernel -> seconds that Triton spends on compiling it; filled from now on."""
+    seconds: dict[str, float] = {}
+
+    def listen(*, src: Any, metadata: Any, metadata_group: Any, times: Any, cache_hit: bool) -> None:
+        seconds[src.name] = seconds.get(src.name, 0.0) + times.total / 1e6
+
+    triton.knobs.compilation.listener = listen
+    return seconds
 
 
 def profiled(call: Callable[[], object]) -> dict[str, float]:
