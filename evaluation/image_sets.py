@@ -59,7 +59,7 @@ class ImageSet:
             "base_id": backbone.base_id,
             "profile": backbone.profile,
             "encoders": backbone.encoders.id,
-            "resolution": backbone.spec.resolution,
+            "resolution": backbone.resolution,
         }
         return root / hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16] / self.name
 

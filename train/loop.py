@@ -65,7 +65,8 @@ def train(
         _restore(folder.checkpoint, parameters, optimizer, schedule)
         folder.summary = dict(folder.checkpoint["summary"])
     batches = Batches(cache.split("train"), cache.empty, recipe, backbone, accelerator, prior)
-    step = choose_step(config, accelerator, transformer, parameters, micro_batch_loss(transformer, batches, config))
+    loss = micro_batch_loss(transformer, batches, config, backbone.spec.training_guidance)
+    step = choose_step(config, accelerator, transformer, parameters, loss)
     validation = cache.split("validation")
     early = _early_stop(config.patience, validation, folder.checkpoint)
     started, elapsed_before = time.perf_counter(), float((folder.checkpoint or {}).get("elapsed_seconds", 0.0))
@@ -220,13 +221,15 @@ class Batches:
         return collate([self.prior[of_class[p // 2]] if p % 2 else self.dataset[own[p // 2]] for p in places])
 
 
-def micro_batch_loss(transformer: nn.Module, batches: Batches, config: TrainConfig) -> Loss:
+def micro_batch_loss(
+    transformer: nn.Module, batches: Batches, config: TrainConfig, guidance: float | None = None
+) -> Loss:
     """The flow loss of one micro-batch as a share of the step's; its tensors are what `Batches` yields, by name."""
 
     def loss(tensors: dict[str, Tensor]) -> Tensor:
         latents, noise, times, *_ = tensors.values()
         text = {key: tensors[key] for key in batches.empty_text}
-        return flow_loss(transformer, latents, noise, times, text, batches.weights) / config.accumulation
+        return flow_loss(transformer, latents, noise, times, text, batches.weights, guidance) / config.accumulation
 
     return loss
 
@@ -296,6 +299,7 @@ def validation_loss(transformer: nn.Module, backbone: Backbone, dataset: LatentD
             noise.to(backbone.device, backbone.dtype),
             times[chosen.start : chosen.stop].to(backbone.device),
             text,
+            guidance=backbone.spec.training_guidance,
         )
         total += float(loss) * len(chosen)
     return total / count

@@ -25,7 +25,7 @@ from accelerate import Accelerator
 
 from loragraft.adapters.checkpoint import save_adapter
 from loragraft.adapters.inject import inject_adapter, remove_adapter
-from loragraft.backbones.load import load_backbone
+from loragraft.backbones.load import find_spec, load_backbone
 from loragraft.data.cache import default_cache_root
 from loragraft.data.dataset import LatentCache
 from loragraft.data.encode import check_captions, encode_dataset
@@ -33,6 +33,7 @@ from loragraft.data.overlap import check_overlap
 from loragraft.data.sources import Sample, check_source, open_source
 from loragraft.outcome import guarded
 from loragraft.recipes.load import load_recipe
+from loragraft.train.forecast import Forecast
 from loragraft.train.loop import distributed, train
 from loragraft.train.memory import set_checkpointing
 from loragraft.train.metadata import adapter_metadata
@@ -48,7 +49,10 @@ __all__ = ["main"]
 def main(argv: list[str] | None = None) -> int:
     """The whole line, read from top to bottom. Returns the exit code: 0 done, 130 interrupted and resumable."""
     args = _parse(argv)
-    recipe = load_recipe(args.recipe, args.overrides)
+    overrides = [*args.overrides, *(["weights.random=true"] if args.random_weights else [])]
+    recipe = load_recipe(args.recipe, overrides)
+    if reason := find_spec(recipe.base).refuses_training:
+        raise ValueError(reason)
     check_source(recipe.data)
     accelerator = Accelerator(cpu=args.cpu, log_with=None, kwargs_handlers=distributed())
     check_sharding(accelerator, recipe.train)
@@ -58,12 +62,14 @@ def main(argv: list[str] | None = None) -> int:
     else:
         torch.backends.cuda.enable_cudnn_sdp(False)  # its backward fails on torch 2.11 with driver 580
 
+    forecast = Forecast.start(args.recipe, overrides, accelerator)
     with accelerator.main_process_first():  # it fills the caches, here and below; the others find them full
-        backbone = load_backbone(recipe.base, recipe.numerics, accelerator.device, default_cache_root())
+        # The transformer of a large base waits on the CPU: encoders have the device for themselves.
+        backbone = load_backbone(
+            recipe.base, recipe.numerics, accelerator.device, default_cache_root(), recipe.weights, True
+        )
     backbone.set_training_numerics(recipe.train.save_x, recipe.train.dgrad)
-    backbone.set_attention(recipe.train.attention)
-    base_before = backbone.fingerprint()
-    resolution = recipe.data.resolution or backbone.spec.resolution
+    resolution = backbone.resolution = recipe.data.resolution or backbone.spec.resolution
     with accelerator.main_process_first():
         samples = open_source(recipe.data, resolution, default_cache_root())
         check_overlap(samples, recipe.data, default_cache_root())
@@ -89,6 +95,9 @@ def main(argv: list[str] | None = None) -> int:
             prior = encode(prior_samples(recipe.data.prior, backbone, default_cache_root())).split("train")
     previews = Previews.prepare(recipe.sample, backbone, cache)
     encoders.release_text()  # memory back before the first step
+    backbone.onto_device()
+    backbone.set_attention(recipe.train.attention)
+    base_before = backbone.fingerprint()
 
     parameters = inject_adapter(backbone.transformer, recipe.adapter, backbone.spec.lora_targets)
     config = recipe.train
@@ -96,6 +105,7 @@ def main(argv: list[str] | None = None) -> int:
         backbone.transformer, config.checkpointing, config.checkpoint_blocks, offload=config.offload_activations
     )
     print(backbone.ledger.table())
+    print(forecast.before(), end="")
     with Tracking.start(recipe, backbone, folder, accelerator) as tracking:
         interrupted = train(accelerator, recipe, backbone, parameters, cache, previews, folder, tracking, prior)
         if interrupted:
@@ -110,6 +120,7 @@ def main(argv: list[str] | None = None) -> int:
             tracking.log_adapter(adapter_file)
             folder.finish()
             print(f"adapter: {adapter_file}")
+            print(forecast.after(), end="")
     accelerator.end_training()
     return 0
 
@@ -124,6 +135,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", help="run folder; default runs/<recipe name>")
     parser.add_argument("--fresh", action="store_true", help="move an existing run aside and start from step 0")
     parser.add_argument("--cpu", action="store_true", help="stay on the CPU where there is a GPU")
+    parser.add_argument(
+        "--random-weights", action="store_true", help="weights.random=true: a base's true shapes without its files"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe overrides, such as train.steps=500")
     return parser.parse_args(argv)
 

@@ -161,3 +161,28 @@ def test_resolved_recipe_reads_back(tmp_path: Path) -> None:
     recipe = load_recipe("marketing", ["train.steps=9", "sample.prompts=[a, 'b: c']"])
     path = _write(tmp_path, "resolved.yaml", yaml.safe_dump(recipe_to_dict(recipe)))
     assert load_recipe(path) == recipe
+
+
+def test_weights_on_disk_are_absolute_and_public_by_name_and_hub_names_stay(tmp_path: Path) -> None:
+    (tmp_path / "models" / "dev").mkdir(parents=True)
+    (tmp_path / "mine.yaml").write_text(
+        "extends: marketing\nweights: {path: ./models/dev, encoders: nobody/FLUX.1-dev}\n"
+    )
+    recipe = load_recipe(tmp_path / "mine.yaml")
+    assert recipe.weights.path == str(tmp_path / "models" / "dev")
+    assert recipe.weights.encoders == "nobody/FLUX.1-dev"
+    assert recipe_to_dict(recipe, public=True)["weights"]["path"] == "dev"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("weights: {random: true, path: x}", "exclude each other"),
+        ("weights: {encoders: x}", "goes with the transformer that weights.path names"),
+        ("weights: {pth: x}", "did you mean weights.path"),
+    ],
+)
+def test_weights_that_contradict_each_other_are_refused(tmp_path: Path, override: str, expected: str) -> None:
+    (tmp_path / "mine.yaml").write_text(f"extends: marketing\n{override}\n")
+    with pytest.raises(RecipeError, match=expected):
+        load_recipe(tmp_path / "mine.yaml")
