@@ -4,9 +4,10 @@
     pooled_prompt_embeds = CLIP-L's pooled output of the first 77 tokens                        [B, 768]
     latents = (mean of the posterior - shift) * scale                                          [B, 16, H/8, W/8]
 
-transformers' and diffusers' own classes compute them. On a GPU nothing of this stays there: T5 (8.9 GiB) is copied layer by layer
-during its forward pass, the autoencoder comes for each call. `encode_text` loads the text encoders when it is first called, so
-a run whose captions are cached never does. Source of the conventions: diffusers' FluxPipeline.
+transformers' and diffusers' own classes compute them. On a GPU nothing of this stays there: T5 (8.9 GiB) is copied layer by
+layer during its forward pass, the autoencoder is there only while pictures are encoded or decoded. `encode_text` loads the text
+encoders when it is first called, so a run that finds all captions in its cache never does. Source of the conventions: diffusers'
+FluxPipeline.
 """
 
 import gc
@@ -42,9 +43,12 @@ class _Pictures:
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """[B, 3, H, W] in [-1, 1] -> (mean - shift) * scale, [B, C, H/8, W/8]: about unit variance."""
+        """[B, 3, H, W] in [-1, 1] -> (mean - shift) * scale, [B, C, H/8, W/8]: about unit variance.
+
+        The autoencoder stays on the device for the next picture; it leaves before captions are encoded, and with
+        `release_text`.
+        """
         mean = self.vae.encode(pixels.to(self._device, self.vae.dtype)).latent_dist.mode()
-        rest(self.vae)
         latents: Tensor = (mean - self.vae.config.shift_factor) * self.vae.config.scaling_factor
         return latents
 
@@ -109,6 +113,7 @@ class Flux1Encoders(_Pictures):
     def encode_text(self, captions: list[str]) -> dict[str, Tensor]:
         """B captions -> `prompt_embeds` [B, T, D] and `pooled_prompt_embeds` [B, P], on the CPU."""
         text = self._loaded_text()
+        rest(self.vae)
         states, pooled = [], []
         for start in range(0, len(captions), CAPTIONS_TOGETHER):
             found = text.encode_prompt(
@@ -135,8 +140,9 @@ class Flux1Encoders(_Pictures):
         return self._text
 
     def release_text(self) -> None:
-        """Frees both text encoders, and on a GPU what their activations held."""
+        """Frees both text encoders, and on a GPU what the activations of all encoders held."""
         self._text, self._released = None, True
+        rest(self.vae)
         gc.collect()  # accelerate's hooks and the modules point at each other
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
@@ -186,5 +192,6 @@ class RandomFlux1Encoders(_Pictures):
         }
 
     def release_text(self) -> None:
-        """Nothing to free."""
+        """There is none to free; the autoencoder leaves the device."""
         self._released = True
+        rest(self.vae)
