@@ -1,62 +1,64 @@
-"""Which kernels a diffusers model's attention runs: PyTorch's own, or those of `kernels/attention.py`.
+"""Which attention a diffusers transformer runs: torch's SDPA (its flash-2 where it can), or one of `kernels/attention.py`.
 
-diffusers dispatches on a closed list of names. Ours takes the place of `flash_4_hub`, whose kernel diffusers would fetch from a
-hub: the same kernels, and no network.
+diffusers' processors call `dispatch_attention_fn` with a backend of a closed list; ours join that list, for this process and
+only for the processors that are told so, instead of taking the place of one of its names.
 """
 
-import logging
 from typing import Any, Literal
 
-import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from torch import Tensor, nn
 
-from loragraft.kernels.attention import BACKENDS, attention, attention_runs
+from loragraft.kernels.attention import Backend, attention, check_backend
 
-AttentionName = Literal["auto", "sdpa", "cudnn", "flash_attn_4"]
-_log = logging.getLogger(__name__)
-_PLACE = AttentionBackendName.FLASH_4_HUB
+Attention = Literal["sdpa", "cudnn_forward", "flash_attn_4"]
 
 
-def set_attention(transformer: nn.Module, name: AttentionName, device: torch.device) -> str:
-    """Makes every attention of `transformer` run `name`; returns the name of what runs.
+def set_attention(transformer: nn.Module, name: Attention) -> int:
+    """Every attention layer of `transformer` uses `name` from here on. Returns how many there are.
 
-    `auto` is the first of flash_attn_4, cudnn and sdpa that runs on `device`. Raises ValueError, with the reason, where the
-    one asked for does not.
+    Raises ValueError where the backend cannot run (`check_backend`), or if the model has no attention that can be told.
     """
-    reasons = {backend: attention_runs(backend, device) for backend in BACKENDS}
-    if name == "auto":
-        name = next((backend for backend in BACKENDS if not reasons[backend]), "sdpa")  # type: ignore[assignment]
-    elif name != "sdpa" and reasons[name]:
-        raise ValueError(f"train.attention={name}: {reasons[name]}")
-    processors = {
-        id(processor): processor
+    processors: list[Any] = [
+        module.processor
         for module in transformer.modules()
-        if hasattr(processor := getattr(module, "processor", None), "_attention_backend")
-    }
-    if not processors and name != "sdpa":
-        raise ValueError(
-            f"train.attention={name}: this model's attention cannot be exchanged; use train.attention=sdpa"
-        )
+        if hasattr(getattr(module, "processor", None), "_attention_backend")
+    ]
     if name != "sdpa":
-        _AttentionBackendRegistry._backends[_PLACE] = _BY_NAME[name]
-        _AttentionBackendRegistry._supported_arg_names[_PLACE] = {"query", "key", "value", "attn_mask", "scale"}
-    for processor in processors.values():
-        processor._attention_backend = None if name == "sdpa" else _PLACE
-    return name
+        if not processors:
+            raise ValueError(
+                f"{type(transformer).__name__} has no attention that takes another backend: set train.attention=sdpa"
+            )
+        check_backend(name, next(transformer.parameters()).device)
+    for processor in processors:
+        processor._attention_backend = None if name == "sdpa" else _member(name)
+    return len(processors)
 
 
-def _dispatched(backend: str) -> Any:
+def _member(name: Backend) -> AttentionBackendName:
+    """The entry of diffusers' list for one of ours, made and registered at first use."""
+    label = f"loragraft_{name}"
+    for known in _AttentionBackendRegistry._backends:
+        if known.value == label:
+            return known
+    member = str.__new__(AttentionBackendName, label)
+    member._name_, member._value_ = label.upper(), label
+
     def run(
-        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, scale: float | None = None
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        _parallel_config: Any = None,
     ) -> Tensor:
-        if attn_mask is not None or scale is not None:
-            raise ValueError(f"{backend} attention takes no mask and no scale of its own; use train.attention=sdpa")
-        if query.dtype == torch.float32:
-            raise ValueError(f"{backend} attention takes 16-bit tensors; use train.attention=sdpa")
-        return attention(query, key, value, backend)
+        if attn_mask is not None or dropout_p or is_causal or scale is not None or enable_gqa or _parallel_config:
+            raise ValueError(f"attention {name} is plain attention over whole sequences: set train.attention=sdpa")
+        # Under autocast the norms of q and k return float32; torch's own attention casts them back as well.
+        return attention(query.to(value.dtype), key.to(value.dtype), value, name)
 
-    return run
-
-
-_BY_NAME = {backend: _dispatched(backend) for backend in BACKENDS}
+    _AttentionBackendRegistry.register(member)(run)
+    return member

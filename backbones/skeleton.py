@@ -19,7 +19,7 @@ from loragraft.backbones.spec import BaseSpec
 from loragraft.kernels.layout import GROUP, pack_int4, pack_words
 from loragraft.quantization.checkpoint import record_base_id
 from loragraft.quantization.convert import linear_paths, plan_layers
-from loragraft.quantization.linear import SVDQuantLinear
+from loragraft.quantization.linear import SVDQuantLinear, share_inputs
 from loragraft.quantization.names import nearest
 from loragraft.quantization.settings import QuantSettings
 
@@ -51,6 +51,7 @@ def meta_transformer(
         if path not in linears:
             raise ValueError(f"plan names {path!r}, which is no linear layer of the model; {nearest(path, linears)}")
         model.set_submodule(path, _empty_like(model.get_submodule(path), settings))
+    share_inputs(model)
     return model.requires_grad_(False).eval()
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import triton
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from torch import Tensor, nn
 
@@ -30,11 +31,13 @@ from loragraft.adapters.checkpoint import Adapter
 from loragraft.adapters.graft import graft
 from loragraft.adapters.inject import inject_adapter
 from loragraft.backbones.architectures import FLUX, FOLDER_RANK
+from loragraft.backbones.attention import Attention, set_attention
 from loragraft.backbones.flow import flow_loss, predict_velocity
 from loragraft.backbones.skeleton import meta_transformer, plan_architecture, randomize
 from loragraft.quantization.linear import SVDQuantLinear
 from loragraft.quantization.settings import QuantSettings
 from loragraft.recipes.schema import AdapterConfig
+from loragraft.train.memory import set_checkpointing
 from loragraft.train.step import GraphStep, compile_blocks
 
 GIB = 2**30
@@ -55,27 +58,27 @@ class Variant:
     base: str = "int4"
     resolution: int = 1024
     compiled: bool = True
-    attention: str = "sdpa"
+    attention: Attention = "sdpa"
     checkpointing: bool = False
     dgrad: Literal["dequantized", "int8"] = "dequantized"
     infer: bool = False
 
 
 VARIANTS = {
-    "ours_1024": Variant(attention="fastest"),
+    "ours_1024": Variant(attention="flash_attn_4"),
     "ours_1024_sdpa": Variant(),
-    "ours_1024_int8_dgrad": Variant(attention="fastest", dgrad="int8"),
-    "ours_1024_ckpt": Variant(attention="fastest", checkpointing=True),
-    "ours_512": Variant(resolution=512, attention="fastest"),
+    "ours_1024_int8_dgrad": Variant(attention="flash_attn_4", dgrad="int8"),
+    "ours_1024_ckpt": Variant(attention="flash_attn_4", checkpointing=True),
+    "ours_512": Variant(resolution=512, attention="flash_attn_4"),
     "bf16_eager_1024": Variant("bf16", compiled=False),
     "bf16_compiled_1024": Variant("bf16"),
-    "bf16_compiled_1024_same_attention": Variant("bf16", attention="fastest"),
+    "bf16_compiled_1024_same_attention": Variant("bf16", attention="flash_attn_4"),
     "bf16_eager_512": Variant("bf16", 512, compiled=False),
     "bf16_compiled_512": Variant("bf16", 512),
     "fp8_compiled_1024": Variant("fp8"),
     "nf4_eager_1024": Variant("nf4", compiled=False),
-    "ours_image": Variant(attention="fastest", infer=True),
-    "bf16_image": Variant("bf16", attention="fastest", infer=True),
+    "ours_image": Variant(attention="flash_attn_4", infer=True),
+    "bf16_image": Variant("bf16", attention="flash_attn_4", infer=True),
 }
 
 
@@ -152,13 +155,6 @@ def _rival(kind: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
     return linear
 
 
-def set_attention(transformer: nn.Module, name: str) -> None:
-    """`sdpa`: PyTorch's choice without cuDNN, whose backward pass fails on some drivers."""
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    if name != "sdpa":
-        raise ValueError(f"attention {name!r}")
-
-
 def batch(resolution: int, step: int) -> dict[str, Tensor]:
     """Latents, noise, time and text of one image; the same for every variant."""
     generator = torch.Generator().manual_seed(step)
@@ -193,6 +189,7 @@ def train(variant: Variant, profile: bool) -> dict[str, Any]:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass fails on some drivers
     set_attention(transformer, variant.attention)
     parameters = inject_adapter(transformer, AdapterConfig(), FLUX.quantize)
     ours = variant.base == "int4"
@@ -200,11 +197,7 @@ def train(variant: Variant, profile: bool) -> dict[str, Any]:
         for module in transformer.modules():
             if isinstance(module, SVDQuantLinear):
                 module.dgrad = variant.dgrad
-    if variant.checkpointing:
-        transformer.train()
-        transformer.enable_gradient_checkpointing(
-            partial(torch.utils.checkpoint.checkpoint, use_reentrant=False, preserve_rng_state=False)
-        )
+    set_checkpointing(transformer, "block" if variant.checkpointing else "none")
     if variant.compiled:
         if ours:
             compile_blocks(transformer)
@@ -227,7 +220,7 @@ def train(variant: Variant, profile: bool) -> dict[str, Any]:
 
     batches = [batch(variant.resolution, number) for number in range(LOSS_STEPS)]
     losses, times = [], []
-    first = 0.0
+    first, prepared, kernels = 0.0, time.perf_counter() - start, kernel_seconds()
     for number, tensors in enumerate(batches):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
@@ -237,6 +230,8 @@ def train(variant: Variant, profile: bool) -> dict[str, Any]:
         times.append(begin.elapsed_time(end))
         if number == 0:
             first = time.perf_counter() - start
+            compiled = sum(torch._dynamo.utils.compilation_time_metrics.get("_compile.compile_inner", []))
+            parts = {"inject": prepared, "compile_blocks": compiled, "triton_kernels": sum(kernels.values())}
     result = {
         "step_ms": statistics.median(times[TIMED_FROM:]),
         "step_ms_worst": max(times[TIMED_FROM:]),
@@ -245,9 +240,21 @@ def train(variant: Variant, profile: bool) -> dict[str, Any]:
         "peak_gib": torch.cuda.max_memory_allocated() / GIB,
         "reserved_gib": torch.cuda.max_memory_reserved() / GIB,
         "first_step_seconds": first,
+        "first_step_parts": parts | {"slowest_kernels": dict(sorted(kernels.items(), key=lambda item: -item[1])[:12])},
         "parameters": sum(p.numel() for p in parameters),
     }
     return result | ({"profile": profiled(lambda: step(batches[0]))} if profile else {})
+
+
+def kernel_seconds() -> dict[str, float]:
+    """Kernel -> seconds that Triton spends on compiling it; filled from now on."""
+    seconds: dict[str, float] = {}
+
+    def listen(*, src: Any, metadata: Any, metadata_group: Any, times: Any, cache_hit: bool) -> None:
+        seconds[src.name] = seconds.get(src.name, 0.0) + times.total / 1e6
+
+    triton.knobs.compilation.listener = listen
+    return seconds
 
 
 def profiled(call: Callable[[], object]) -> dict[str, float]:
@@ -268,7 +275,7 @@ def infer(variant: Variant) -> dict[str, Any]:
     transformer = build_transformer(variant.base)
     torch.cuda.empty_cache()
     transformer_gib = torch.cuda.memory_allocated() / GIB
-    set_attention(transformer, "sdpa")
+    set_attention(transformer, variant.attention)
     vae = AutoencoderKL.from_config(VAE).to(DEVICE, torch.bfloat16).eval()
     tensors = batch(variant.resolution, 0)
     result: dict[str, Any] = {"transformer_gib": transformer_gib}

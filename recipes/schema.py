@@ -209,6 +209,9 @@ class TrainConfig:
     for models of more than 0.5 GB, where the half minute pays."""
     cuda_graph: Switch = "auto"
     """Whether a step is captured once and replayed, so that Python's time does not count: `auto` does it on one GPU."""
+    attention: Literal["sdpa", "cudnn_forward", "flash_attn_4"] = "sdpa"
+    """What computes attention: torch's SDPA (flash-2 on a GPU); cuDNN forward and flash-2 backward (16-bit GPUs from compute
+    capability 8.0); FlashAttention-4 (from 9.0, needs the extra `flash-attn-4`)."""
     checkpointing: Literal["none", "block", "selective"] = "none"
     """Gradient checkpointing: `block` keeps the input of each block and computes the rest again in the backward pass (least
     memory, about a third more time); `selective` does so for the first `checkpoint_blocks` blocks only. The result is the

@@ -27,9 +27,10 @@ from loragraft.backbones.spec import Backbone
 from loragraft.data.dataset import Batch, LatentCache, LatentDataset, batch_indices, collate
 from loragraft.recipes.schema import Recipe, TrainConfig
 from loragraft.train.early_stop import EarlyStop
-from loragraft.train.optim import build_optimizer
+from loragraft.train.optim import build_optimizer, state_bytes
 from loragraft.train.previews import Previews
 from loragraft.train.run_folder import RunFolder
+from loragraft.train.sharding import average_gradients, shard_base, shard_digest, shards_base
 from loragraft.train.step import EagerStep, GraphStep, Loss, choose_step, uncompiled
 from loragraft.train.tracking import Tracking
 
@@ -53,7 +54,12 @@ def train(
     """
     config = recipe.train
     optimizer, schedule = build_optimizer(parameters, recipe.optim, config.steps)
-    transformer, optimizer = accelerator.prepare(backbone.transformer, optimizer)
+    transformer, sharded, base_before = backbone.transformer, shards_base(accelerator), ""
+    if sharded:
+        shard_base(transformer, parameters, accelerator.device)
+        base_before = shard_digest(transformer)
+    else:
+        transformer, optimizer = accelerator.prepare(transformer, optimizer)
     if folder.checkpoint is not None:
         _restore(folder.checkpoint, parameters, optimizer, schedule)
         folder.summary = dict(folder.checkpoint["summary"])
@@ -76,8 +82,10 @@ def train(
     def draw(lacking_only: bool = False) -> None:
         due = finished() or _due(folder.step, config.sample_every)
         there = lacking_only and previews.file(folder.path, folder.step).exists()
-        if accelerator.is_main_process and due and not there:
-            tracking.log_images(previews.render(backbone, folder.path, folder.step), step=folder.step)
+        if due and not there and (sharded or accelerator.is_main_process):  # a divided base runs on all or on none
+            images = previews.render(backbone, folder.path, folder.step, write=accelerator.is_main_process)
+            if accelerator.is_main_process:
+                tracking.log_images(images, step=folder.step)
 
     if folder.step == 0:
         folder.summary["validation_loss_start"] = validation_loss(transformer, backbone, validation, recipe)
@@ -92,7 +100,9 @@ def train(
     with _stop_on_signal() as stop, bar:
         while not finished():
             clock = time.perf_counter()
-            metrics = _one_step(accelerator, step, optimizer, schedule, batches, parameters, recipe, folder.step)
+            metrics = _one_step(
+                accelerator, step, optimizer, schedule, batches, parameters, recipe, folder.step, sharded
+            )
             folder.step += 1
             last = folder.step == config.steps
             if last or _due(folder.step, config.validate_every):
@@ -115,12 +125,16 @@ def train(
             if stop.requested and not last:
                 return True
     early.restore(parameters)
+    if sharded and shard_digest(transformer) != base_before:
+        raise RuntimeError("the frozen base changed during training: do not use what was trained")
     if early.best:
         folder.summary |= {"best_step": early.best_step, "stopped_early": early.exhausted}
     folder.summary |= {
         "steps": folder.step,
         "train_seconds": elapsed_before + time.perf_counter() - started,
         "device": str(accelerator.device),
+        "attention": backbone.ledger.attention,
+        "optimizer_bytes": state_bytes(optimizer),
     }
     return False
 
@@ -226,12 +240,15 @@ def _one_step(
     parameters: list[nn.Parameter],
     recipe: Recipe,
     number: int,
+    sharded: bool = False,
 ) -> dict[str, float]:
     """Step `number`, counted from 0. The CPU waits for the GPU once, at its end."""
     count = recipe.train.accumulation
     total = torch.zeros((), device=accelerator.device)
     for micro, (latents, noise, times, text) in enumerate(batches(number)):
         total += step({"latents": latents, "noise": noise, "times": times, **text}, last=micro == count - 1)
+    if sharded:
+        average_gradients(parameters)
     limit = recipe.train.max_grad_norm or math.inf
     norm = accelerator.clip_grad_norm_(parameters, limit)
     rate = float(schedule.get_last_lr()[0])

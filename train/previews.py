@@ -53,8 +53,8 @@ class Previews:
         return run / "samples" / f"step_{step:06d}.png"
 
     @uncompiled()
-    def render(self, backbone: Backbone, run: Path, step: int) -> list[tuple[Image, str]]:
-        """Images with their prompts; also writes `file(run, step)`."""
+    def render(self, backbone: Backbone, run: Path, step: int, *, write: bool = True) -> list[tuple[Image, str]]:
+        """Images with their prompts; also writes `file(run, step)`, unless this process only lends a hand."""
         seeds = [self.config.seed + i % self.config.per_prompt for i in range(len(self.prompts))]
         images = generate_from_text(
             build_pipeline(backbone.transformer, backbone.encoders),
@@ -65,6 +65,8 @@ class Previews:
             steps=self.config.steps,
             **backbone.spec.guided(self.config.guidance, self.config.true_guidance, self.config.negative_prompt),
         )
+        if not write:
+            return list(zip(images, self.prompts, strict=True))
         file = self.file(run, step)
         file.parent.mkdir(exist_ok=True)
         blanks = -len(images) % COLUMNS

@@ -23,23 +23,23 @@ CONFIG: dict[str, Any] = {
 }  # fmt: skip
 
 
+def build_tiny_flux(
+    dtype: torch.dtype = torch.float32, smoothing: Any = "hadamard", device: str = "cpu", quantized: bool = True
+) -> tuple[nn.Module, list[nn.Parameter]]:
+    """Two double and two single blocks of width 128, rotated or smoothed or in 16 bits, and their adapter."""
+    plan = partial(plan_architecture, FLUX, QuantSettings(rank=8, smoothing=smoothing)) if quantized else None
+    model = randomize(meta_transformer(FluxTransformer2DModel, CONFIG, plan), device, dtype)
+    parameters = inject_adapter(model, AdapterConfig(rank=4, alpha=4), FLUX.quantize)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in parameters[1::2]:  # B starts at zero
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 8)
+    return model, parameters
+
+
 @pytest.fixture
 def tiny_flux() -> Callable[..., tuple[nn.Module, list[nn.Parameter]]]:
-    """(dtype, smoothing, device) -> two double and two single blocks of width 128, rotated or smoothed, and their adapter."""
-
-    def build(
-        dtype: torch.dtype = torch.float32, smoothing: Any = "hadamard", device: str = "cpu"
-    ) -> tuple[nn.Module, list[nn.Parameter]]:
-        plan = partial(plan_architecture, FLUX, QuantSettings(rank=8, smoothing=smoothing))
-        model = randomize(meta_transformer(FluxTransformer2DModel, CONFIG, plan), device, dtype)
-        parameters = inject_adapter(model, AdapterConfig(rank=4, alpha=4), FLUX.quantize)
-        generator = torch.Generator().manual_seed(7)
-        with torch.no_grad():
-            for parameter in parameters[1::2]:  # B starts at zero
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) / 8)
-        return model, parameters
-
-    return build
+    return build_tiny_flux
 
 
 @pytest.fixture

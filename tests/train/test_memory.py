@@ -70,6 +70,27 @@ def test_less_is_kept(tiny_flux: Any, loss_of: Any) -> None:
     assert kept["block"] < 0.5 * kept["selective"] < 0.4 * kept["none"]
 
 
+def test_x_is_kept_once_and_never_wide(tiny_flux: Any, loss_of: Any) -> None:
+    """In 16 bits: no float32 copy of a layer's input, and one tensor of codes for all the layers that read it."""
+    model, _ = tiny_flux(torch.bfloat16)
+    wide, codes = [], set()
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dtype == torch.float32 and tensor.dim() > 1 and tensor.shape[-1] in (128, 512, 640):
+            wide.append(tuple(tensor.shape))
+        if tensor.dtype == torch.int8:
+            codes.add(tensor.data_ptr())
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = loss_of(model, torch.bfloat16)
+    factors = {tuple(p.shape) for p in model.parameters() if p.requires_grad}
+    assert [shape for shape in wide if shape not in factors] == []
+    double, single = 2 * 4, 2  # q k v, to_out, two of the feed-forward, for text and image; q k v proj_mlp, proj_out
+    assert len(codes) == 2 * double + 2 * single
+    assert loss.requires_grad
+
+
 def test_only_the_inputs_of_blocks_are_moved(tiny_flux: Any, loss_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, parameters = tiny_flux()
     plain, moved = step(model, parameters, loss_of), []
