@@ -215,5 +215,14 @@ def test_what_the_hub_gives_is_used(flux_folder: Path, monkeypatch: pytest.Monke
     )
     assert external.find("nobody/FLUX.1-dev", True, external.PIPELINE_FILES) == flux_folder
     assert seen["name"] == "nobody/FLUX.1-dev" and "transformer/*" in seen["allow_patterns"]  # type: ignore[operator]
+    asked: list[object] = []
+    given = WeightsConfig(path="nobody/int4", encoders=str(flux_folder), allow_download=True)
+    bare = flux_folder / "transformer"
+    monkeypatch.setattr(
+        external, "snapshot_download", lambda _, allow_patterns, **how: (asked.append(allow_patterns), bare)[1]
+    )
+    spec = find_spec("flux1-dev")
+    assert external.locate(spec, spec.external, given).transformer == bare  # type: ignore[arg-type]
+    assert "*.safetensors" not in asked[0] and "*.safetensors" in asked[1], "a pipeline's second copy would be fetched"  # type: ignore[operator]
     monkeypatch.setattr(external, "hf_hub_download", lambda name, file, **_: f"/cache/{name}/{file}")
     assert external.find("a/b/c/d.safetensors", True, ()) == Path("/cache/a/b/c/d.safetensors")
