@@ -42,6 +42,23 @@ def check_overlap(samples: Sequence[Sample], config: DataConfig, cache_root: Pat
     """
     if config.domain is not None:
         return
+    leaks, repeats = find_overlap(samples, cache_root)
+    if repeats:
+        _log.warning("%d pairs of training images are the same or almost: %s", len(repeats), _listed(repeats))
+    if leaks and config.allow_overlap:
+        _log.warning("%d held-out images are also trained on (data.allow_overlap): %s", len(leaks), _listed(leaks))
+    elif leaks:
+        raise DataError(
+            f"{len(leaks)} held-out images are also in the training split, the same or almost: {_listed(leaks)}. Validation "
+            "and score would be too good. Take one of each pair out, or give both the same `concept` in metadata.jsonl, "
+            "which puts them in one split, or accept it with data.allow_overlap=true"
+        )
+
+
+def find_overlap(
+    samples: Sequence[Sample], cache_root: Path
+) -> tuple[list[tuple[Sample, Sample]], list[tuple[Sample, Sample]]]:
+    """(pairs of a training and a held-out sample, pairs of training samples) with the same picture, or almost."""
     members: dict[str, list[Sample]] = {}
     for sample in samples:
         members.setdefault(hashlib.sha256(sample.image.read_bytes()).hexdigest(), []).append(sample)
@@ -56,16 +73,7 @@ def check_overlap(samples: Sequence[Sample], config: DataConfig, cache_root: Pat
             leaks.append((trained[0], held_out[0]))
         if len(trained) > 1:
             repeats.append((trained[0], trained[1]))
-    if repeats:
-        _log.warning("%d pairs of training images are the same or almost: %s", len(repeats), _listed(repeats))
-    if leaks and config.allow_overlap:
-        _log.warning("%d held-out images are also trained on (data.allow_overlap): %s", len(leaks), _listed(leaks))
-    elif leaks:
-        raise DataError(
-            f"{len(leaks)} held-out images are also in the training split, the same or almost: {_listed(leaks)}. Validation "
-            "and score would be too good. Take one of each pair out, or give both the same `concept` in metadata.jsonl, "
-            "which puts them in one split, or accept it with data.allow_overlap=true"
-        )
+    return leaks, repeats
 
 
 def perceptual_hash(thumbnail: npt.NDArray[np.float32]) -> np.uint64:

@@ -31,6 +31,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     if arguments[:1] == ["train"]:  # hands its options to train/lora.py, which documents them itself
         return guarded(lambda: _train(arguments[1:]))
+    if arguments[:1] == ["preflight"]:
+        return guarded(lambda: _preflight(arguments[1:]))
     args = _parser().parse_args(arguments)
     verb: Callable[[argparse.Namespace], int] = args.verb
     return guarded(lambda: verb(args))
@@ -133,28 +135,10 @@ def _convert(args: argparse.Namespace) -> int:
     return run_convert(args)
 
 
-def _preflight(args: argparse.Namespace) -> int:
-    from loragraft.adapters.inject import inject_adapter
-    from loragraft.backbones.load import load_backbone
-    from loragraft.data.cache import default_cache_root
-    from loragraft.data.overlap import check_overlap
-    from loragraft.data.sources import open_source
+def _preflight(arguments: list[str]) -> int:
+    from loragraft.train.preflight_command import run
 
-    recipe = _recipe_from(args)
-    backbone = load_backbone(recipe.base, recipe.numerics, "cpu", default_cache_root(), recipe.weights)
-    samples = open_source(recipe.data, recipe.data.resolution or backbone.spec.resolution, default_cache_root())
-    check_overlap(samples, recipe.data, default_cache_root())
-    parameters = inject_adapter(backbone.transformer, recipe.adapter, backbone.spec.lora_targets)
-    adapter = sum(p.numel() for p in parameters)
-    frozen = sum(t.nbytes for t in (*backbone.transformer.buffers(), *backbone.transformer.parameters())) - 4 * adapter
-    counts = {split: sum(s.split == split for s in samples) for split in ("train", "validation", "test")}
-    print(backbone.ledger.table())
-    print(f"samples      {counts}")
-    print(f"base         {frozen / 2**20:9.1f} MiB frozen on a CPU")
-    print(f"adapter      {4 * adapter / 2**20:9.1f} MiB ({adapter} parameters), and as much again for its gradient")
-    print(f"AdamW        {8 * adapter / 2**20:9.1f} MiB")
-    print("activations and time: not predicted by this version")
-    return 0
+    return run(arguments)
 
 
 def _publish(args: argparse.Namespace) -> int:
@@ -342,11 +326,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--signed", action="store_true", help="replace unsigned activations, which Lite does not know")
     convert.add_argument("--layout", choices=("row-major", "tile-packed"), default="row-major", help="for ComfyUI")
 
-    preflight = verb(
-        "preflight", _preflight, "what a run will take, before it starts: layers, samples, memory of the weights"
-    )
-    preflight.add_argument("name", metavar="recipe")
-    preflight.add_argument("overrides", nargs="*", metavar="key=value")
+    verb("preflight", _recipe, "memory and time of a run before it starts, what it fits and what would make it fit")
 
     publish = verb("publish", _publish, "copy a finished adapter with its card to a folder")
     publish.add_argument("run", help="the run folder that training wrote")
