@@ -22,7 +22,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNot
 from torch import nn
 from tqdm import tqdm
 
-from loragraft.backbones.architectures import FOLDER_RANK, folder_settings, open_model, quantize_files
+from loragraft.backbones.architectures import FOLDER_RANK, NUMERICS, folder_settings, open_model, quantize_files
 from loragraft.backbones.skeleton import meta_transformer, plan_architecture, randomize
 from loragraft.backbones.spec import BaseSpec, External, Profile, Weights
 from loragraft.quantization.checkpoint import (
@@ -47,7 +47,7 @@ PIPELINE_FILES = (INDEX, "scheduler/*", "text_encoder*/*", "tokenizer*/*", "vae/
 """Of a repository: the published ones also hold the same weights in one more file, at their root."""
 TRANSFORMER_FILES = ("*.json", "*.safetensors")
 """Of a repository that is no pipeline."""
-PROFILES: dict[str, Profile] = {"native": "native", "interchange": "interchange"}
+PROFILES: dict[str, Profile] = {profile: profile for profile in NUMERICS}
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -48,13 +49,13 @@ def find_spec(name: str) -> BaseSpec:
 
 def load_backbone(
     name: str,
-    profile: Profile | None,
+    profile: Profile | Literal["16bit"] | None,
     device: torch.device | str,
     cache_root: Path,
     weights: Weights | None = None,
     wait: bool = False,
 ) -> Backbone:
-    """The frozen base `name` in `profile` (None: 16-bit), with its encoders, on `device`.
+    """The frozen base `name` in `profile` (None or "16bit": not quantized), with its encoders, on `device`.
 
     weights: for a base that does not travel with the package. Ready-made INT4 weights keep their own profile, which
     `Backbone.profile` then says. A profile that is not ready-made is quantized once into `cache_root`/bases and reused.
@@ -62,6 +63,7 @@ def load_backbone(
     Raises ValueError for an unknown base and for weights that are not there, `CheckpointError` for a damaged checkpoint.
     """
     spec = find_spec(name)
+    profile = None if profile == "16bit" else profile
     device = torch.device(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if spec.external is None and not (weights and (weights.path or weights.random)):
@@ -163,7 +165,9 @@ def quantize_base(
     """Quantizes the 16-bit transformer of `spec` and writes an INT4 checkpoint to `folder`.
 
     Calibrated and automatic smoothing and GPTQ denoise the spec's calibration prompts once and watch the inputs of every linear.
+    `weight-only` has no smoothing: nothing is rounded that it would help.
     """
+    smoothing = "none" if profile == "weight-only" else smoothing
     device = torch.device(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     transformer = load_16bit(spec).eval().requires_grad_(False)

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from loragraft.backbones.spec import Profile
     from loragraft.recipes.schema import WeightsConfig
 
-PROFILES = ("native", "interchange", "16bit")
+PROFILES = ("native", "interchange", "weight-only", "16bit")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-Numerics = Literal["native", "interchange"]
+Numerics = Literal["native", "interchange", "weight-only", "16bit"]
 Switch = Literal["auto", "always", "never"]
 
 
@@ -381,8 +381,8 @@ class Recipe:
     weights: WeightsConfig = WeightsConfig()
     """Where its weights are, unless they travel with the package."""
     numerics: Numerics = "native"
-    """`native` = W4A8, lowest error; `interchange` = W4A4 g64, what SVDQuant files elsewhere mean.
-    Train on the one that you will ship."""
+    """`native` = W4A8, lowest error; `interchange` = W4A4 g64, what SVDQuant files elsewhere mean. Train on the one that
+    you will ship. To compare with: `weight-only` = W4A16, whose activations are not rounded, and `16bit`, ordinary LoRA."""
     data: DataConfig
     adapter: AdapterConfig = AdapterConfig()
     train: TrainConfig = TrainConfig()
