@@ -10,9 +10,11 @@ encoders when it is first called, so a run that finds all captions in its cache 
 FluxPipeline.
 """
 
+import contextlib
 import gc
 import hashlib
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -115,12 +117,13 @@ class Flux1Encoders(_Pictures):
         text = self._loaded_text()
         rest(self.vae)
         states, pooled = [], []
-        for start in range(0, len(captions), CAPTIONS_TOGETHER):
-            found = text.encode_prompt(
-                captions[start : start + CAPTIONS_TOGETHER], device=self._device, max_sequence_length=self.tokens
-            )
-            states.append(found[0].cpu())
-            pooled.append(found[1].cpu())
+        with _without_warnings():
+            for start in range(0, len(captions), CAPTIONS_TOGETHER):
+                found = text.encode_prompt(
+                    captions[start : start + CAPTIONS_TOGETHER], device=self._device, max_sequence_length=self.tokens
+                )
+                states.append(found[0].cpu())
+                pooled.append(found[1].cpu())
         return {"prompt_embeds": torch.cat(states), "pooled_prompt_embeds": torch.cat(pooled)}
 
     def _loaded_text(self) -> FluxPipeline:
@@ -146,6 +149,21 @@ class Flux1Encoders(_Pictures):
         gc.collect()  # accelerate's hooks and the modules point at each other
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """diffusers and transformers warn of every caption that is longer than CLIP's 77 tokens, which is as it should be; one that
+    is longer than T5 reads is `readable`'s matter."""
+    loggers = [logging.getLogger(name) for name in ("diffusers.pipelines.flux", "transformers.tokenization_utils_base")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 class RandomFlux1Encoders(_Pictures):

@@ -38,6 +38,11 @@ def test_text_is_what_the_pipeline_makes_of_it(encoders: Flux1Encoders, flux_fol
     assert not torch.equal(found["prompt_embeds"][0], found["prompt_embeds"][1])
 
 
+def test_clips_77_tokens_are_nobodys_warning(encoders: Flux1Encoders, caplog: pytest.LogCaptureFixture) -> None:
+    encoders.encode_text(["abc " * 40])
+    assert "longer than" not in caplog.text and "truncated" not in caplog.text
+
+
 def test_a_caption_is_read_as_far_as_t5s_tokens_reach(encoders: Flux1Encoders) -> None:
     fits, over = "abc " * 21, "abc " * 22  # one token a letter, 63 beside the end mark
     assert encoders.readable(fits) == fits
