@@ -1,7 +1,8 @@
 """YAML and `key=value` overrides -> `Recipe`; and a recipe's dictionary and hash.
 
 Layers, later ones win:  parent of `extends` (recursively)  <  the file  <  overrides.  Each layer is checked by itself
-before it is merged, so that an error names the file, the dotted key and the nearest right one.
+before it is merged, so that an error names the file, the dotted key and the nearest right one. Where a layer names a base that
+has defaults of its own, `_on-<base>.yaml`, they come right below that layer: what was tuned for another base gives way.
 """
 
 import dataclasses
@@ -59,8 +60,10 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     """
     path = _locate(str(name_or_path), relative_to=Path.cwd())
     merged, origins = _load_layer(path, chain=())
-    for override in overrides:
-        layer = _parse_override(override)
+    layers = {override: _parse_override(override) for override in overrides}
+    for layer in layers.values():
+        _merge_base_defaults(merged, layer, origins)
+    for override, layer in layers.items():
         _merge(merged, layer, origins, f"override {override!r}")
     merged.setdefault("name", path.stem)
     try:
@@ -127,8 +130,16 @@ def _load_layer(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], di
         merged, origins = _load_layer(parent_path, (*chain, path))
         merged.pop("name", None)  # a child that gives no name is called after its own file
     _resolve_paths(layer, path.parent)
+    _merge_base_defaults(merged, layer, origins)
     _merge(merged, layer, origins, str(path))
     return merged, origins
+
+
+def _merge_base_defaults(target: dict[str, Any], layer: Mapping[str, Any], origins: dict[str, str]) -> None:
+    """Lay the defaults of the base that `layer` names, if it names one that has any, over `target`."""
+    file = _SHIPPED / f"_on-{str(layer.get('base')).replace('_', '-')}.yaml"
+    if file.is_file():
+        _merge(target, _parse(file.read_text(encoding="utf-8"), str(file)), origins, str(file))
 
 
 def _parse(text: str, origin: str) -> dict[str, Any]:

@@ -376,7 +376,8 @@ class Recipe:
     name: str
     """Name of the run's family; the recipe file's name unless the file says otherwise."""
     base: str = "pocket"
-    """Base model: a module of `backbones/`."""
+    """Base model: a module of `backbones/`. Naming one that has defaults of its own (`recipes/_on-<base>.yaml`) sets them,
+    below what stands beside the name."""
     weights: WeightsConfig = WeightsConfig()
     """Where its weights are, unless they travel with the package."""
     numerics: Numerics = "native"

@@ -145,11 +145,13 @@ def open_subject(recipe: Recipe, cache_root: Path) -> Subject:
 
         assert isinstance(vae, nn.Module)
         return Subject(spec, build, vae, text, tuple(part for part in modules if part is not vae))
-    external, profile = spec.external, recipe.numerics
+    external = spec.external
     with init_empty_weights():
         encoders = external.random_encoders(0, torch.device("cpu"), DTYPE)
-    main = folder_settings(profile, calibrated=False, rank=FOLDER_RANK)
-    plan = partial(plan_architecture, spec, main)
+    plan = None
+    if recipe.numerics != "16bit":
+        main = folder_settings(recipe.numerics, calibrated=False, rank=FOLDER_RANK)
+        plan = partial(plan_architecture, spec, main)
     build = partial(meta_transformer, spec.transformer_class, external.config, plan)
     return Subject(spec, build, encoders.pipeline_parts["vae"], encoders.encode_text(["a"]), ())
 
