@@ -259,16 +259,16 @@ def _block(cls: type, values: Mapping[str, Any]) -> Any:
 
 
 def _with_trigger(recipe: Recipe) -> Recipe:
-    """`{trigger}` replaced in the constant caption and the sample prompts. Raises RecipeError without a trigger."""
-    texts = (recipe.data.caption, *recipe.sample.prompts)
+    """`{trigger}` replaced in constant caption, template and sample prompts. Raises RecipeError without a trigger."""
+    texts = (recipe.data.caption, recipe.data.caption_template, *recipe.sample.prompts)
     if not any("{trigger}" in text for text in texts):
         return recipe
     if not recipe.data.trigger:
         raise RecipeError("a text says {trigger}, but data.trigger is empty: give the words", "data.trigger")
-    caption, *prompts = (text.replace("{trigger}", recipe.data.trigger) for text in texts)
+    caption, template, *prompts = (text.replace("{trigger}", recipe.data.trigger) for text in texts)
     return dataclasses.replace(
         recipe,
-        data=dataclasses.replace(recipe.data, caption=caption),
+        data=dataclasses.replace(recipe.data, caption=caption, caption_template=template),
         sample=dataclasses.replace(recipe.sample, prompts=tuple(prompts)),
     )
 

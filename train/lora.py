@@ -26,6 +26,7 @@ from accelerate import Accelerator
 from loragraft.adapters.checkpoint import save_adapter
 from loragraft.adapters.inject import inject_adapter, remove_adapter
 from loragraft.backbones.load import load_backbone
+from loragraft.data.buckets import BucketReport, Sizes, warn_enlarged
 from loragraft.data.cache import default_cache_root
 from loragraft.data.dataset import LatentCache
 from loragraft.data.encode import check_captions, encode_dataset
@@ -59,7 +60,8 @@ def main(argv: list[str] | None = None) -> int:
         backbone = load_backbone(recipe.base, recipe.numerics, accelerator.device, default_cache_root())
     backbone.set_training_numerics(recipe.train.save_x, recipe.train.dgrad)
     base_before = backbone.fingerprint()
-    resolution = recipe.data.resolution or backbone.spec.resolution
+    resolution = max(recipe.data.edges(backbone.spec.resolution))
+    sizes = Sizes.asked(recipe.data, backbone.spec.resolution)
     with accelerator.main_process_first():
         samples = open_source(recipe.data, resolution, default_cache_root())
         check_overlap(samples, recipe.data, default_cache_root())
@@ -75,14 +77,21 @@ def main(argv: list[str] | None = None) -> int:
     def encode(samples: list[Sample]) -> LatentCache:
         check_captions(samples, encoders.readable, cut=recipe.data.long_captions == "cut")
         return encode_dataset(
-            samples, encoders.encode_images, encoders.encode_text, encoders.id, resolution, default_cache_root()
-        )
+            samples, encoders.encode_images, encoders.encode_text, encoders.id, resolution, default_cache_root(),
+            progress=accelerator.is_main_process, sizes=sizes,
+        )  # fmt: skip
 
-    with accelerator.main_process_first():
-        cache = encode(samples)
-        prior = None
-        if recipe.data.prior.images:
-            prior = encode(prior_samples(recipe.data.prior, backbone, default_cache_root())).split("train")
+    cache = encode(samples)  # all processes at once, each a part
+    prior = None
+    if recipe.data.prior.images:
+        with accelerator.main_process_first():
+            class_images = prior_samples(recipe.data.prior, backbone, default_cache_root())
+        prior = encode(class_images).split("train")
+    if sizes is not None and accelerator.is_main_process:
+        shown = cache.split("train")
+        warn_enlarged(shown.samples, shown.shapes)
+        plan = (recipe.train.batch_size, recipe.train.accumulation, accelerator.num_processes)
+        print(BucketReport.of(shown.shapes, *plan).table())
     previews = Previews.prepare(recipe.sample, backbone, cache)
     encoders.release_text()  # memory back before the first step
 

@@ -126,7 +126,7 @@ def _score(args: argparse.Namespace) -> int:
     controls = [open_control(Path(entry)) for entry in args.control]
     images = args.images or (max(FULL_IMAGES, recipe.eval.images) if args.full else recipe.eval.images)
     backbone = load_backbone(recipe.base, recipe.numerics, _device(), default_cache_root())
-    resolution = recipe.data.resolution or backbone.spec.resolution
+    resolution = max(recipe.data.edges(backbone.spec.resolution))
     samples = open_source(recipe.data, resolution, default_cache_root())
     plan = ScorePlan(
         adapter=adapter,
@@ -176,7 +176,7 @@ def _preflight(args: argparse.Namespace) -> int:
 
     recipe = _recipe_from(args)
     backbone = load_backbone(recipe.base, recipe.numerics, "cpu", default_cache_root())
-    samples = open_source(recipe.data, recipe.data.resolution or backbone.spec.resolution, default_cache_root())
+    samples = open_source(recipe.data, max(recipe.data.edges(backbone.spec.resolution)), default_cache_root())
     check_overlap(samples, recipe.data, default_cache_root())
     parameters = inject_adapter(backbone.transformer, recipe.adapter, backbone.spec.lora_targets)
     adapter = sum(p.numel() for p in parameters)

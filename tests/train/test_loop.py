@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from loragraft.recipes.load import load_recipe
-from loragraft.train.loop import Batches, build_optimizer, seeded
+from loragraft.train.batches import Batches, seeded
+from loragraft.train.loop import build_optimizer
 
 
 class Dataset:
@@ -18,7 +19,9 @@ class Dataset:
     def __len__(self) -> int:
         return 10
 
-    def batch(self, indices: list[int]) -> Any:
+    shapes = ((4, 4),) * 10
+
+    def batch(self, indices: list[int], epochs: list[int]) -> Any:
         return {
             "latents": torch.stack([torch.full((2, 4, 4), float(i)) for i in indices]),
             "prompt_embeds": torch.stack([torch.full((3, 5), float(i)) for i in indices]),
