@@ -81,7 +81,8 @@ def image_size(sample: Sample) -> tuple[int, int]:
     try:
         with Image.open(sample.image) as opened:
             width, height = opened.size
-            turned = opened.getexif().get(_EXIF_ORIENTATION, 1) >= 5  # the orientations of ImageOps.exif_transpose
+            lacks = opened.format == "PNG" and "exif" not in opened.info  # getexif would decode all of it to make sure
+            turned = not lacks and opened.getexif().get(_EXIF_ORIENTATION, 1) >= 5  # as in ImageOps.exif_transpose
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{sample.image} is not a readable image ({error}); repair it, or take it out") from error
     return (height, width) if turned else (width, height)
@@ -135,11 +136,11 @@ class BucketReport:
 
 def warn_enlarged(samples: Sequence[Sample], shapes: Sequence[Shape]) -> None:
     """A warning with the number of images that are smaller than their bucket, and the first of them."""
-    small = [
-        sample
-        for sample, shape in zip(samples, shapes, strict=True)
-        if is_enlarged((lambda size: (size[1], size[0]))(sample.size or image_size(sample)), shape)
-    ]
+    small = []
+    for sample, shape in zip(samples, shapes, strict=True):
+        width, height = sample.size or image_size(sample)
+        if is_enlarged((height, width), shape):
+            small.append(sample)
     if small:
         _log.warning(
             "%d of %d images are smaller than they are trained at and are enlarged, %s for one; lower data.resolution",

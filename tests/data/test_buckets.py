@@ -15,6 +15,7 @@ from loragraft.data.buckets import (
     nearest_bucket,
     warn_enlarged,
 )
+from loragraft.data.images import load_pixels
 from loragraft.data.sample import Sample
 from loragraft.recipes.schema import DataConfig
 
@@ -53,8 +54,10 @@ def test_nearest_aspect_ratio(image: tuple[int, int], bucket: tuple[int, int]) -
     assert nearest_bucket(*image, 1024) == bucket
 
 
-def _sample(folder: Path, width: int, height: int, split: str = "train", orientation: int = 1) -> Sample:
-    path = folder / f"{width}x{height}-{split}-{orientation}.jpg"
+def _sample(
+    folder: Path, width: int, height: int, split: str = "train", orientation: int = 1, suffix: str = ".jpg"
+) -> Sample:
+    path = folder / f"{width}x{height}-{split}-{orientation}{suffix}"
     image = Image.new("RGB", (width, height), "red")
     exif = image.getexif()
     exif[0x0112] = orientation
@@ -62,10 +65,21 @@ def _sample(folder: Path, width: int, height: int, split: str = "train", orienta
     return Sample(path, "a", split, "c", "CC0-1.0")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_size_is_that_of_the_picture_upright(tmp_path: Path, orientation: int) -> None:
+def test_size_is_that_of_the_picture_upright(tmp_path: Path, orientation: int, suffix: str) -> None:
+    sample = _sample(tmp_path, 40, 20, orientation=orientation, suffix=suffix)
     expected = (20, 40) if orientation >= 5 else (40, 20)
-    assert image_size(_sample(tmp_path, 40, 20, orientation=orientation)) == expected
+    assert image_size(sample) == expected
+    assert load_pixels(sample.image, (16, 32)).shape == (3, 16, 32)
+
+
+def test_a_png_is_not_decoded_for_its_size(tmp_path: Path) -> None:
+    sample = _sample(tmp_path, 400, 200, suffix=".png")
+    Image.effect_noise((400, 200), 50).save(sample.image)
+    content = sample.image.read_bytes()
+    sample.image.write_bytes(content[: len(content) // 2])
+    assert image_size(sample) == (400, 200)
 
 
 def test_several_resolutions_take_what_needs_no_enlarging(tmp_path: Path) -> None:
