@@ -71,7 +71,7 @@ class DataConfig:
     """What to do with captions longer than the base's text encoder reads (`pocket`: 32 word pieces, about 20 words):
     refuse them, naming the words that would be lost, or cut them, with a warning."""
     caption_template: str = ""
-    """What every caption is put into, such as `{trigger}, {caption}` or `a photo of {caption}`; empty = the caption alone.
+    """What every caption is put into, such as `"{trigger}, {caption}"` or `a photo of {caption}`; empty = the caption alone.
     `{trigger}` stands for the trigger, which otherwise comes before the whole."""
     shuffle_tags: bool = False
     """Whether training captions are split at commas and shown in other orders, so that no tag is learned by its place.

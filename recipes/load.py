@@ -150,7 +150,8 @@ def _parse_override(override: str) -> dict[str, Any]:
     try:
         value = yaml.load(text, Loader=_Loader) if text.strip() else ""
     except yaml.YAMLError as error:
-        raise RecipeError(f"override {override!r}: the value is not valid YAML: {error}") from error
+        hint = " (a text that begins with a brace or a bracket stands in quotes)" if text.lstrip()[:1] in "{[" else ""
+        raise RecipeError(f"override {override!r}: the value is not valid YAML{hint}: {error}") from error
     layer: Any = value
     for part in reversed(parts):
         layer = {part: layer}
