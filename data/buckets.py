@@ -40,9 +40,9 @@ class Sizes:
 
     @classmethod
     def asked(cls, config: DataConfig, native: int) -> "Sizes | None":
-        """What a recipe asks for on a base of `native` pixels; None for plain squares of less than LARGE pixels."""
+        """What a recipe asks for on a base of `native` pixels; None for files that become plain squares under LARGE pixels."""
         edges = tuple(sorted(config.edges(native)))
-        plain = len(edges) == 1 and edges[0] < LARGE and not config.buckets
+        plain = len(edges) == 1 and edges[0] < LARGE and not config.buckets and not config.streaming
         return None if plain else cls(edges, config.buckets)
 
     def of(self, sample: Sample) -> list[Shape]:

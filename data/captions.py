@@ -7,6 +7,7 @@ with `shuffle_tags` it has max(m, `caption_variants`), number v being caption v 
 their loss stays comparable.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -20,6 +21,32 @@ def dressed(caption: str, config: DataConfig) -> str:
     if caption and config.caption_template:
         caption = config.caption_template.replace("{caption}", caption)
     return with_trigger(caption, config.trigger)
+
+
+def as_shown(samples: Sequence[Sample], config: DataConfig) -> list[Sample]:
+    """Every sample with what is said of it: template and trigger, `short_captions` of the training samples with their short
+    caption, and variants."""
+    dressed_samples = [
+        replace(
+            sample,
+            caption=dressed(sample.caption, config),
+            short=dressed(sample.short, config),
+            captions=tuple(dressed(caption, config) for caption in sample.captions),
+        )
+        for sample in samples
+    ]
+    return [
+        with_variants(replace(s, caption=s.short, captions=()) if _says_less(s, config) else s, config)
+        for s in dressed_samples
+    ]
+
+
+def _says_less(sample: Sample, config: DataConfig) -> bool:
+    """Whether sha256(seed, file name, caption) gives a training sample its short caption. Held-out ones keep the long one."""
+    if not config.short_captions or sample.split != "train" or not sample.short:
+        return False
+    digest = hashlib.sha256(f"{config.seed}/{sample.image.name}/{sample.caption}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") < config.short_captions * 2**64
 
 
 def with_trigger(text: str, trigger: str) -> str:

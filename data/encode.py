@@ -69,6 +69,16 @@ def encode_dataset(
     return job.apart(samples, sizes or Sizes((resolution,), buckets=False))
 
 
+def not_encoded(samples: Sequence[Sample], encoder_id: str, cache_root: Path, sizes: Sizes) -> list[Sample]:
+    """The samples whose latent or a caption of which the cache lacks. No image is opened where digest and size are known."""
+    images, texts = (ShardStore(cache_root, encoder_id, "latents"), ShardStore(cache_root, encoder_id, "texts"))
+    entries = [entry for sample in samples for entry in _entries(sample, sizes, encoder_id)]
+    latents = images.verify([entry.key for entry in entries])
+    said = texts.verify([key for entry in entries for key in entry.texts])
+    lacking = [e.sample for e in entries if e.key not in latents or not said.issuperset(e.texts)]
+    return list(dict.fromkeys(lacking))
+
+
 @dataclass(frozen=True, slots=True)
 class _Job:
     """The arguments of `encode_dataset` that both layouts share."""
@@ -101,7 +111,7 @@ class _Job:
         images = ShardStore(self.cache_root, self.encoder_id, "latents")
         texts = ShardStore(self.cache_root, self.encoder_id, "texts")
         empty_key, claim = text_key("", self.encoder_id), min(CLAIM, self.shard_samples)
-        entries = [entry for sample in samples for entry in self._entries(sample, sizes)]
+        entries = [entry for sample in samples for entry in _entries(sample, sizes, self.encoder_id)]
         buckets = [[entries[i] for i in chunk] for chunk in pure_chunks([e.shape for e in entries], len(entries))]
         for wait in (False, True):  # who finds a bucket taken goes on with the next, and waits at the end
             for bucket in buckets:
@@ -120,17 +130,18 @@ class _Job:
         _fill(texts, said, encode_said, self.batch_size, claim, "encoding captions", self.progress)
         return LatentCache(images, texts, entries, empty_key)
 
-    def _entries(self, sample: Sample, sizes: Sizes) -> list[Entry]:
-        digest = sample.digest or hashlib.sha256(sample.image.read_bytes()).digest()
-        texts = tuple(text_key(text, self.encoder_id) for text in sample.said)
-        return [Entry(sample, shape, latent_key(digest, shape, self.encoder_id), texts) for shape in sizes.of(sample)]
-
     def _pictures(self, batch: Sequence[Sample], shape: Shape) -> dict[str, Tensor]:
         pixels = torch.stack([load_pixels(sample.image, shape) for sample in batch])
         return _checked({"latents": self.encode_images(pixels)}, batch)
 
     def _empty(self, store: ShardStore, key: str) -> None:
         _fill(store, {key: ""}, lambda empty: self.encode_text(list(empty)), 1, 1, "encoding", progress=False)
+
+
+def _entries(sample: Sample, sizes: Sizes, encoder_id: str) -> list[Entry]:
+    digest = sample.digest or hashlib.sha256(sample.image.read_bytes()).digest()
+    texts = tuple(text_key(text, encoder_id) for text in sample.said)
+    return [Entry(sample, shape, latent_key(digest, shape, encoder_id), texts) for shape in sizes.of(sample)]
 
 
 def _fill(

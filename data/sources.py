@@ -6,7 +6,6 @@ any model is loaded, and each error names the files at fault.
 
 import csv
 import difflib
-import hashlib
 import json
 import re
 from collections.abc import Iterable
@@ -16,7 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from loragraft.data.captions import caption_lines, dressed, with_variants
+from loragraft.data.captions import as_shown, caption_lines
 from loragraft.data.domains import build_domain
 from loragraft.data.errors import DataError
 from loragraft.data.images import SUFFIXES
@@ -39,12 +38,16 @@ _CAMERA_NAME = re.compile(r"(img|dsc|dscn|dscf|pxl|image|photo|picture|screensho
 def open_source(config: DataConfig, resolution: int, cache_root: Path) -> list[Sample]:
     """The samples of a recipe's data, in a fixed order; a domain is drawn first where the cache lacks it.
 
-    resolution: edge in pixels at which a domain is drawn, that is `config.resolution or` the base's own.
-    Raises DataError.
+    resolution: edge in pixels at which a domain is drawn, the largest of `config.edges`. Of a stream, it is what an earlier
+    run has read, the training images without their files. Raises DataError.
     """
     check_source(config)
     if config.domain is not None:
         folder = build_domain(config, resolution, cache_root)
+    elif config.streaming:
+        from loragraft.data.stream import stored_stream
+
+        return stored_stream(config, cache_root)
     elif config.dataset is not None:
         from loragraft.data.hub import build_dataset  # `datasets` takes a second to import
 
@@ -53,16 +56,8 @@ def open_source(config: DataConfig, resolution: int, cache_root: Path) -> list[S
     else:
         folder = Path(config.folder or "")
     samples = _read_folder(folder, config)
-    samples = [
-        replace(
-            s,
-            caption=dressed(s.caption, config),
-            short=dressed(s.short, config),
-            captions=tuple(dressed(caption, config) for caption in s.captions),
-        )
-        for s in samples
-    ]
-    return [with_variants(s, config) for s in _limit(_shortened(samples, config, folder), config.limit)]
+    _check_short(samples, config, folder)
+    return as_shown(_limit(samples, config.limit), config)
 
 
 def check_source(config: DataConfig) -> None:
@@ -93,24 +88,12 @@ def check_source(config: DataConfig) -> None:
         raise DataError(f"data.folder {folder} does not exist{remedy}")
 
 
-def _shortened(samples: list[Sample], config: DataConfig, folder: Path) -> list[Sample]:
-    """`short_captions` of the training samples show their short caption: those whose sha256(seed, file name, caption)
-    says so. Held-out samples keep the long one."""
-    if not config.short_captions:
-        return samples
-    if not any(sample.short for sample in samples if sample.split == "train"):
+def _check_short(samples: list[Sample], config: DataConfig, folder: Path) -> None:
+    if config.short_captions and not any(sample.short for sample in samples if sample.split == "train"):
         raise DataError(
             f"data.short_captions is {config.short_captions:g}, but no training image of {folder} has a short caption; "
             "add a column `short` to its metadata, or set data.short_captions=0"
         )
-
-    def chosen(sample: Sample) -> bool:
-        digest = hashlib.sha256(f"{config.seed}/{sample.image.name}/{sample.caption}".encode()).digest()
-        return int.from_bytes(digest[:8], "big") < config.short_captions * 2**64
-
-    return [
-        replace(s, caption=s.short, captions=()) if s.split == "train" and s.short and chosen(s) else s for s in samples
-    ]
 
 
 def _read_folder(folder: Path, config: DataConfig) -> list[Sample]:

@@ -16,6 +16,7 @@ traceback of its own to 2 and 130; `accelerate launch --quiet` does not (and mak
 """
 
 import argparse
+import functools
 import os
 import sys
 from pathlib import Path
@@ -29,7 +30,7 @@ from loragraft.backbones.load import load_backbone
 from loragraft.data.buckets import BucketReport, Sizes, warn_enlarged
 from loragraft.data.cache import default_cache_root
 from loragraft.data.dataset import LatentCache
-from loragraft.data.encode import check_captions, encode_dataset
+from loragraft.data.encode import check_captions, encode_dataset, not_encoded
 from loragraft.data.overlap import check_overlap
 from loragraft.data.sources import Sample, check_source, open_source
 from loragraft.outcome import guarded
@@ -63,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     resolution = max(recipe.data.edges(backbone.spec.resolution))
     sizes = Sizes.asked(recipe.data, backbone.spec.resolution)
     with accelerator.main_process_first():
-        samples = open_source(recipe.data, resolution, default_cache_root())
+        samples = [] if recipe.data.streaming else open_source(recipe.data, resolution, default_cache_root())
         check_overlap(samples, recipe.data, default_cache_root())
         first = accelerator.is_main_process
         path = Path(args.out or f"runs/{recipe.name}")
@@ -78,9 +79,15 @@ def main(argv: list[str] | None = None) -> int:
         check_captions(samples, encoders.readable, cut=recipe.data.long_captions == "cut")
         return encode_dataset(
             samples, encoders.encode_images, encoders.encode_text, encoders.id, resolution, default_cache_root(),
-            progress=accelerator.is_main_process, sizes=sizes,
+            progress=accelerator.is_main_process and not recipe.data.streaming, sizes=sizes,
         )  # fmt: skip
 
+    if recipe.data.streaming and sizes is not None:
+        from loragraft.data.stream import read_stream  # `datasets` takes a second to import
+
+        lacking = functools.partial(not_encoded, encoder_id=encoders.id, cache_root=default_cache_root(), sizes=sizes)
+        samples = read_stream(recipe.data, default_cache_root(), encode, lacking)
+        check_overlap(samples, recipe.data, default_cache_root())
     cache = encode(samples)  # all processes at once, each a part
     prior = None
     if recipe.data.prior.images:

@@ -132,7 +132,7 @@ def _score(args: argparse.Namespace) -> int:
         adapter=adapter,
         config=dataclasses.replace(recipe.eval, images=images),
         held_out=tuple(s for s in samples if s.split == recipe.eval.split),
-        train=tuple(s for s in samples if s.split == "train"),
+        train=() if recipe.data.streaming else tuple(s for s in samples if s.split == "train"),  # their images are gone
         controls=tuple(controls),
         references=args.references,
         full=args.full,

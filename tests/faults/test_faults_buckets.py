@@ -9,6 +9,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import datasets
 import pytest
 import torch
 from PIL import Image, ImageDraw
@@ -91,3 +92,16 @@ def test_a_corrupt_picture_in_a_bucket_names_the_file_and_mended_it_trains(mixed
     assert not (mixed.run / "metrics.jsonl").exists()
     (mixed.photos / "4.png").write_bytes(content)
     assert mixed.train(*MIXED)[0] == 0
+
+
+def test_a_stream_trains_and_leaves_its_held_out_images_only(mixed: "User") -> None:
+    pictures = sorted(mixed.photos.glob("*.png"))
+    rows = {"image": [{"bytes": p.read_bytes(), "path": None} for p in pictures], "text": [p.stem for p in pictures]}
+    rows["split"] = ["train"] * 7 + ["test", "validation"]
+    datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()).to_parquet(mixed.root / "rows.parquet")
+    source = ("data.folder=null", "data.dataset=./rows.parquet", "data.streaming=true", "data.limit=9", "train.steps=1")
+    code, error = mixed.train(*source)
+    assert code == 0, error
+    kept = sorted(p.name for p in (mixed.root / "cache" / "streams").glob("*/*/*.png"))
+    assert kept == ["000007.png", "000008.png"]
+    assert len(_losses(mixed.run)) == 1
