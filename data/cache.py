@@ -16,6 +16,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -97,12 +98,10 @@ class ShardStore:
     def verify(self, keys: Sequence[str]) -> set[str]:
         """The keys of `keys` that are here and whole. A shard whose bytes differ from its manifest is dropped, with a
         warning, and its samples count as absent."""
-        for shard in {self._rows[key].shard for key in keys if key in self._rows} - self._verified:
-            try:
-                with shard.open("rb") as handle:
-                    found = hashlib.file_digest(handle, "sha256").hexdigest()
-            except FileNotFoundError:
-                found = "no such file"
+        shards = sorted({self._rows[key].shard for key in keys if key in self._rows} - self._verified)
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing lets other threads run; gigabytes of it
+            digests = list(pool.map(_digest, shards))
+        for shard, found in zip(shards, digests, strict=True):
             if found == self._hashes[shard]:
                 self._verified.add(shard)
             else:
@@ -156,3 +155,11 @@ class ShardStore:
         self._hashes.pop(shard, None)
         shard.with_suffix(".json").unlink(missing_ok=True)
         shard.unlink(missing_ok=True)
+
+
+def _digest(shard: Path) -> str:
+    try:
+        with shard.open("rb") as handle:
+            return hashlib.file_digest(handle, "sha256").hexdigest()
+    except FileNotFoundError:
+        return "no such file"

@@ -66,12 +66,12 @@ class Batches:
         """This process's part of micro-batch `number`, in host memory: pinned, and of the compute dtype, for a GPU."""
         generator = seeded(self.config.seed, "step", number)
         batch = self._samples(number)
-        latents = batch["latents"].float()
+        latents = batch["latents"]
         times = sample_timesteps(self.total, generator)[self.mine]
         noise = torch.randn(self.total, *latents.shape[1:], generator=generator)[self.mine]
         dropped = (torch.rand(self.total, generator=generator) < self.config.text_dropout)[self.mine]
         text = {
-            key: torch.where(dropped.view(-1, *[1] * empty.dim()), empty.float(), batch[key].float())  # type: ignore[literal-required]
+            key: torch.where(dropped.view(-1, *[1] * empty.dim()), empty, batch[key])  # type: ignore[literal-required]
             for key, empty in self.empty_text.items()
         }
         if self.device.type != "cuda":
