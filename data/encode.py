@@ -8,10 +8,11 @@ once each a part of it (`claims.py`). Two layouts:
   the two encoders need not be in memory together and shared captions and several resolutions cost nothing twice.
 """
 
-import functools
 import hashlib
 import logging
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, TypeVar
@@ -56,14 +57,15 @@ def encode_dataset(
     progress: bool = True,
     shard_samples: int = SHARD_SAMPLES,
     sizes: Sizes | None = None,
+    readers: int = 0,
 ) -> LatentCache:
     """Every sample encoded, from the cache where it is there and whole: at `resolution`, or at `sizes` and then apart.
 
-    encoder_id names the weights of both encoders: another id never meets this one's entries. Returns when all is there,
+    readers: threads that decode the next images while a GPU encodes; 0 = none. encoder_id names the weights of both encoders: another id never meets this one's entries. Returns when all is there,
     whichever process encoded it. Raises ValueError for an image that cannot be read, or where an encoder returns NaN or
     infinity.
     """
-    job = _Job(encode_images, encode_text, encoder_id, cache_root, batch_size, progress, shard_samples)
+    job = _Job(encode_images, encode_text, encoder_id, cache_root, batch_size, progress, shard_samples, readers)
     if sizes is None and not any(sample.captions for sample in samples):
         return job.together(samples, resolution)
     return job.apart(samples, sizes or Sizes((resolution,), buckets=False))
@@ -90,6 +92,7 @@ class _Job:
     batch_size: int
     progress: bool
     shard_samples: int
+    readers: int
 
     def together(self, samples: Sequence[Sample], resolution: int) -> LatentCache:
         """Image and caption as one entry."""
@@ -98,11 +101,21 @@ class _Job:
         empty_key = sample_key(_NO_IMAGE, "", resolution, self.encoder_id)
 
         def encode(batch: Sequence[Sample]) -> dict[str, Tensor]:
-            return self._pictures(batch, shape) | _checked(self.encode_text([s.caption for s in batch]), batch)
+            return pictures(batch) | _checked(self.encode_text([s.caption for s in batch]), batch)
 
         self._empty(store, empty_key)
         todo = dict(zip(keys, samples, strict=True))
-        _fill(store, todo, encode, self.batch_size, self.shard_samples, "encoding", self.progress)
+        with Pictures(self.encode_images, shape, self.readers) as pictures:
+            _fill(
+                store,
+                todo,
+                encode,
+                self.batch_size,
+                self.shard_samples,
+                "encoding",
+                self.progress,
+                ahead=pictures.ahead,
+            )
         entries = [Entry(sample, shape, key) for sample, key in zip(samples, keys, strict=True)]
         return LatentCache(store, None, entries, empty_key)
 
@@ -118,9 +131,9 @@ class _Job:
                 shape = bucket[0].shape
                 at_once = max(1, min(self.batch_size, PIXELS_AT_ONCE // (shape[0] * shape[1])))
                 todo = {entry.key: entry.sample for entry in bucket}
-                encode = functools.partial(self._pictures, shape=shape)
                 what = f"encoding {shape[1]} x {shape[0]}"
-                _fill(images, todo, encode, at_once, claim, what, self.progress, wait=wait)
+                with Pictures(self.encode_images, shape, self.readers) as pictures:
+                    _fill(images, todo, pictures, at_once, claim, what, self.progress, pictures.ahead, wait)
         said = {key: (text, e.sample) for e in entries for key, text in zip(e.texts, e.sample.said, strict=True)}
 
         def encode_said(batch: Sequence[tuple[str, Sample]]) -> dict[str, Tensor]:
@@ -130,12 +143,39 @@ class _Job:
         _fill(texts, said, encode_said, self.batch_size, claim, "encoding captions", self.progress)
         return LatentCache(images, texts, entries, empty_key)
 
-    def _pictures(self, batch: Sequence[Sample], shape: Shape) -> dict[str, Tensor]:
-        pixels = torch.stack([load_pixels(sample.image, shape) for sample in batch])
-        return _checked({"latents": self.encode_images(pixels)}, batch)
-
     def _empty(self, store: ShardStore, key: str) -> None:
         _fill(store, {key: ""}, lambda empty: self.encode_text(list(empty)), 1, 1, "encoding", progress=False)
+
+
+class Pictures:
+    """Samples -> latents of one size. Of the samples that it is told of, `readers` threads decode the next few."""
+
+    def __init__(self, encode_images: EncodeImages, shape: Shape, readers: int) -> None:
+        self._encode, self._shape, self._readers = encode_images, shape, readers
+        self._pool = ThreadPoolExecutor(readers, thread_name_prefix="pictures") if readers else None
+        self._told: deque[Sample] = deque()
+        self._decoding: deque[Future[Tensor]] = deque()
+
+    def ahead(self, samples: Sequence[Sample]) -> None:
+        """These will be asked for, in this order."""
+        self._told.extend(samples)
+
+    def __call__(self, batch: Sequence[Sample]) -> dict[str, Tensor]:
+        return _checked({"latents": self._encode(torch.stack([self._pixels(sample) for sample in batch]))}, batch)
+
+    def _pixels(self, sample: Sample) -> Tensor:
+        if self._pool is None:
+            return load_pixels(sample.image, self._shape)
+        while self._told and len(self._decoding) < 2 * self._readers:
+            self._decoding.append(self._pool.submit(load_pixels, self._told.popleft().image, self._shape))
+        return self._decoding.popleft().result()
+
+    def __enter__(self) -> "Pictures":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
 
 
 def _entries(sample: Sample, sizes: Sizes, encoder_id: str) -> list[Entry]:
@@ -152,9 +192,13 @@ def _fill(
     shard_samples: int,
     what: str,
     progress: bool,
+    ahead: Callable[[Sequence[T]], None] = lambda items: None,
     wait: bool = True,
 ) -> None:
-    """Encodes what of `wanted` the store lacks and nobody else encodes; with `wait`, returns once all of it is there."""
+    """Encodes what of `wanted` the store lacks and nobody else encodes; with `wait`, returns once all of it is there.
+
+    ahead: told of everything that will be encoded next, in order.
+    """
     lacking = len(wanted) - len(store.verify(list(wanted)))
     bar = tqdm(total=len(wanted), initial=len(wanted) - lacking, desc=what, disable=not progress or not lacking)
     with bar:
@@ -168,6 +212,7 @@ def _fill(
                 claim = Claim(store.folder, free[:shard_samples]) if free else None
             if claim is not None:
                 try:
+                    ahead([wanted[key] for key in claim.keys])
                     _encode_claim(store, claim.keys, wanted, encode, batch_size, bar)
                 finally:
                     claim.release()

@@ -1,5 +1,6 @@
 """Step number -> what the transformer sees in that step, on every process its part; and reading ahead of a GPU."""
 
+import functools
 import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -48,8 +49,8 @@ class Batches:
         if prior is not None:
             weights = [recipe.data.prior.weight if place % 2 else 1.0 for place in range(self.total)]
             self.weights = torch.tensor(weights[self.mine], device=self.device)
-        last = recipe.train.steps * recipe.train.accumulation
-        self.ahead = ReadAhead(self.read, recipe.data.prefetch if self.device.type == "cuda" else 0, last)
+        depth = recipe.data.prefetch if self.device.type == "cuda" else 0
+        self.ahead = ReadAhead(self.read, depth, recipe.train.steps * recipe.train.accumulation, self.device)
 
     def __call__(self, step: int) -> Iterator[MicroBatch]:
         """Yields each of `accumulation` micro-batches, on the device."""
@@ -110,10 +111,17 @@ class ReadAhead:
     An error of `read` is raised where its number is asked for. Another number than the next one starts afresh.
     """
 
-    def __init__(self, read: Callable[[int], MicroBatch], depth: int, end: int) -> None:
-        """depth 0: no thread."""
+    def __init__(
+        self, read: Callable[[int], MicroBatch], depth: int, end: int, device: torch.device | None = None
+    ) -> None:
+        """depth 0: no thread. device: the GPU whose context pins the thread's memory."""
         self._read, self._depth, self._end = read, depth, end
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches") if depth else None
+        choose = None
+        if device is not None and device.type == "cuda":
+            # A new thread starts on GPU 0, where pinning would make a context of half a gigabyte for every process.
+            index = torch.cuda.current_device() if device.index is None else device.index
+            choose = functools.partial(torch.cuda.set_device, index)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches", initializer=choose) if depth else None
         self._waiting: deque[tuple[int, Future[MicroBatch]]] = deque()
 
     def __call__(self, number: int) -> MicroBatch:

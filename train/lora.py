@@ -80,6 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         return encode_dataset(
             samples, encoders.encode_images, encoders.encode_text, encoders.id, resolution, default_cache_root(),
             progress=accelerator.is_main_process and not recipe.data.streaming, sizes=sizes,
+            readers=4 if accelerator.device.type == "cuda" else 0,
         )  # fmt: skip
 
     if recipe.data.streaming and sizes is not None:
