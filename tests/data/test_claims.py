@@ -45,7 +45,7 @@ def test_a_claim_is_seen_until_it_is_released(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_process_holds_nothing(tmp_path: Path, holder: "subprocess.Popen[str]", number: int) -> None:
-    assert [keys for keys in claimed(tmp_path).values()] == [{"a", "b"}]
+    assert list(claimed(tmp_path).values()) == [{"a", "b"}]
     holder.send_signal(number)
     holder.wait(timeout=10)
     assert claimed(tmp_path) == {}
