@@ -69,7 +69,9 @@ class SVDQuantLoraLinear(nn.Module, LoraLayer):
             return base(x)
         factors = [_factors(self, name) for name in active]
         downs: list[Tensor] = [down for down, _ in factors]
-        ups = [up * self.scaling[name] for name, (_, up) in zip(active, factors, strict=True)]
+        # alpha = r, the default: B itself then waits for the backward pass, not a float32 copy of every layer's
+        scaled = zip((self.scaling[name] for name in active), factors, strict=True)
+        ups = [up if scale == 1 else up * scale for scale, (_, up) in scaled]
         if len(active) == 1:
             return base(x, downs[0], ups[0])
         return base(x, torch.cat(downs), torch.cat(ups, dim=1))

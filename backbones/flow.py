@@ -24,7 +24,7 @@ def predict_velocity(transformer: nn.Module, latents: Tensor, times: Tensor, tex
     """
     b, c, h, w = latents.shape
     prompt_embeds = text["prompt_embeds"]
-    image_ids = FluxPipeline._prepare_latent_image_ids(b, h // 2, w // 2, latents.device, latents.dtype)
+    image_ids = latent_image_ids(h // 2, w // 2, latents.device, latents.dtype)
     text_ids = torch.zeros(prompt_embeds.shape[1], 3, device=latents.device, dtype=latents.dtype)
     (packed,) = transformer(
         hidden_states=FluxPipeline._pack_latents(latents, b, c, h, w),
@@ -38,6 +38,13 @@ def predict_velocity(transformer: nn.Module, latents: Tensor, times: Tensor, tex
     # [B, h/2 w/2, 4C] -> [B, C, h, w], the inverse of _pack_latents.
     unpacked = packed.view(b, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5)
     return unpacked.reshape(b, c, h, w)
+
+
+def latent_image_ids(rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Position (0, row, column) of every token, [rows columns, 3]; diffusers' own function makes them on the CPU, which a
+    CUDA graph cannot capture."""
+    axes = [torch.arange(size, device=device) for size in (1, rows, columns)]
+    return torch.cartesian_prod(*axes).to(dtype)
 
 
 def flow_loss(

@@ -4,13 +4,14 @@ Shape legend: B batch, C latent channels, h w latent height and width, H W pixel
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from loragraft.backbones.attention import Attention, set_attention
 from loragraft.quantization.checkpoint import base_id
 from loragraft.quantization.ledger import Ledger
 from loragraft.quantization.linear import SVDQuantLinear
@@ -101,6 +102,11 @@ class Backbone:
     def fingerprint(self) -> str:
         """Hash of the frozen tensors as they are in memory now: equal before and after training, or the base changed."""
         return base_id(self.transformer)
+
+    def set_attention(self, name: Attention) -> None:
+        """What computes attention, in the model and in the ledger. Raises ValueError as `attention.set_attention` does."""
+        set_attention(self.transformer, name)
+        self.ledger = replace(self.ledger, attention=name)
 
     def set_training_numerics(self, save_x: SaveX, dgrad: Dgrad) -> None:
         """What every INT4 layer keeps of its input for dA, and how the gradient passes through its weight."""

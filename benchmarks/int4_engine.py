@@ -5,8 +5,9 @@
 
 Nothing is timed if an error against float64 of the same quantized operands exceeds its bound. Then, replayed CUDA graphs, one
 of each in turn: bf16 (cuBLAS, no branch), ours (activation quantization, down- and up-projection of rank 32 + 16
-and bias included), ours without a branch, with a second adapter, unfused, in W4A4, on the portable kernels; FP8 with and
-without its activation quantization; `torch._int_mm`; NF4 (bitsandbytes) and W4A4 (comfy-kitchen) where they are installed (benchmarks/rivals.py). Layers that read one x (q, k, v; in single blocks the feed-forward too)
+and bias included), ours without a branch, with a second adapter, unfused, in W4A4, on the portable kernels; from
+benchmarks/rivals.py FP8 with and without its activation quantization, `torch._int_mm`, NF4 (bitsandbytes) and W4A4
+(comfy-kitchen), the last two where they are installed. Layers that read one x (q, k, v; in single blocks the feed-forward too)
 are one layer here; of bf16 as one matrix or as several the faster counts. Training: forward and the gradients of x and of the
 adapter, against `nn.Linear` with PEFT's LoRA. --quantizer, --calibrated and
 --accuracy are what benchmarks/quantizer.py and quantizer_accuracy.py wrote on the same machine.
@@ -20,6 +21,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ import torch
 import torch.nn.functional as F
 import triton
 from peft import LoraConfig, inject_adapter_in_model
-from rivals import RivalError, build
+from rivals import RivalError, build, int_mm
 from torch import Tensor, nn
 
 from loragraft.kernels.gemm import w4a8_gemm
@@ -216,7 +218,7 @@ def forward_row(layer: Layer) -> dict[str, float]:
         "w4a8_unfused": unfused,
         "w4a8_portable": portable,
         "w4a4": interchange(layer, x, own),
-        **rivals(x, joined),
+        **library(x, joined),
     }
     with torch.no_grad():
         row = {**compare(steps), **peers(x, joined)}
@@ -232,26 +234,15 @@ def interchange(layer: Layer, x: Tensor, own: dict[str, Tensor]) -> Callable[[],
     return lambda: w4a4_linear(x, own["qweight"], wscale, *branch, hadamard=False)
 
 
-def rivals(x: Tensor, dense: Tensor) -> dict[str, Callable[[], object]]:
-    """FP8 with a scale per row, activation quantization compiled or left out; INT8 of the library without any scales."""
-    fp8 = torch.float8_e4m3fn
-
-    def to_fp8(values: Tensor) -> tuple[Tensor, Tensor]:
-        scale = values.abs().amax(1, keepdim=True).float() / 448
-        return (values.float() / scale).to(fp8), scale
-
-    codes, scale = to_fp8(dense)
-    x8, a8 = to_fp8(x)
-    fused = torch.compile(to_fp8)
-
-    def product(left: Tensor, left_scale: Tensor) -> Tensor:
-        return torch._scaled_mm(left, codes.T, left_scale, scale.T, out_dtype=BF16, use_fast_accum=True)
-
-    return {
-        "fp8_product_only": lambda: product(x8, a8),
-        "fp8": lambda: product(*fused(x)),
-        "int_mm_product_only": lambda: torch._int_mm(x8.view(torch.int8), codes.view(torch.int8).T),
+def library(x: Tensor, dense: Tensor) -> dict[str, Callable[[], object]]:
+    """What torch itself has (rivals.py): FP8 with a scale per row, with and without quantizing x; INT8 without any scales."""
+    torch._dynamo.reset()  # else the ninth shape of a run would meet the limit on recompilations, and run uncompiled
+    layers = {
+        "fp8_product_only": build("fp8_matmul", dense),
+        "fp8": build("fp8_compiled", dense),
+        "int_mm_product_only": int_mm(dense),
     }
+    return {name: partial(layer, x) for name, layer in layers.items()}
 
 
 def peers(x: Tensor, dense: Tensor) -> dict[str, float]:

@@ -134,6 +134,14 @@ def int8_compiled(weight: Tensor) -> Linear:
     return torch.compile(_int8(weight, _rowwise), dynamic=False)
 
 
+def int_mm(weight: Tensor) -> Linear:
+    """`torch._int_mm` alone: INT32 sums [M, N] that nobody scales back, x quantized when first seen. No rival, a lower bound."""
+    _multiple(weight, 8, 8, "_int_mm")
+    codes_NK, _ = _rowwise(weight, 127, torch.int8)
+    quantize = _once()
+    return lambda x: torch._int_mm(quantize(x, 127, torch.int8)[0], codes_NK.T)
+
+
 def nf4(weight: Tensor) -> Linear:
     """bitsandbytes: NF4 in blocks of 64, as `Linear4bit` calls it for inference (without double quantization)."""
     package = _package("bitsandbytes")

@@ -114,7 +114,7 @@ def _products() -> list[Build]:
 
 
 def _transients() -> list[Build]:
-    flags = {"HADAMARD": True, "HAS_SMOOTH": True, "PRECISION": "tf32", "BN": 64, "BR": 16}
+    flags = {"HADAMARD": True, "HAS_SMOOTH": True, "BN": 128, "BR": 64}
     native = {"p_q": "*u8", "p_words": "*i32", "p_scale": "*fp32", "s_ur": "i32"}
     return [
         Build(unpack.transposed_int8_kernel, {"BN": 64}, {"p_q": "*u8", "p_words": "*i32", "p_out": "*i8"}, quick=True),

@@ -17,20 +17,26 @@ from loragraft.kernels.tiles import hadamard_tile, load_nibbles
 
 
 @triton.jit
-def _load_tile_int8(p_q, p_words, o_n, tile, half, N, KP):
-    """I [BN, 64] int32 of columns 128 tile + 64 half ..: nibble `half` of each byte, scale and offset from the word."""
+def _load_tile(p_q, p_words, o_n, tile, N, KP):
+    """Bytes [BN, 64] of columns 128 tile .., low nibbles the first 64 of them, and the words [BN] of their scales and zeros."""
     p_tile = p_q + o_n.to(tl.int64)[:, None] * (KP // 2) + tile * 64 + tl.arange(0, 64)[None, :]
     b_byte = tl.load(p_tile, mask=(o_n < N)[:, None], other=0).to(tl.int32)
-    b_word = tl.load(p_words + tile * N + o_n, mask=o_n < N, other=0x80008000 - 0x100000000) >> (16 * half)
-    b_scale, b_offset = b_word & 255, (b_word >> 8) & 255
+    return b_byte, tl.load(p_words + tile * N + o_n, mask=o_n < N, other=0x80008000 - 0x100000000)
+
+
+@triton.jit
+def _half_int8(b_byte, b_word, half: tl.constexpr):
+    """I [BN, 64] int32 of one half of a tile."""
+    b_scale, b_offset = (b_word >> (16 * half)) & 255, (b_word >> (16 * half + 8)) & 255
     return ((b_byte >> (4 * half)) & 15) * b_scale[:, None] + b_offset[:, None] - 128
 
 
 @triton.jit
 def transposed_int8_kernel(p_q, p_words, p_out, N, NP, KP, BN: tl.constexpr):
     o_n = tl.program_id(0) * BN + tl.arange(0, BN)
+    b_byte, b_word = _load_tile(p_q, p_words, o_n, tl.program_id(1), N, KP)
     for half in tl.static_range(2):
-        b_w = _load_tile_int8(p_q, p_words, o_n, tl.program_id(1), half, N, KP)
+        b_w = _half_int8(b_byte, b_word, half)
         o_k = tl.program_id(1) * 128 + half * 64 + tl.arange(0, 64)
         p_tile = p_out + o_k.to(tl.int64)[:, None] * NP + o_n[None, :]
         tl.store(p_tile, tl.trans(b_w).to(tl.int8), mask=(o_n < NP)[None, :])
@@ -39,33 +45,37 @@ def transposed_int8_kernel(p_q, p_words, p_out, N, NP, KP, BN: tl.constexpr):
 @triton.jit
 def effective_weight_kernel(
     p_q, p_words, p_scale, p_smooth, p_up, p_down, p_out, N, K, KP, R, s_un, s_ur, s_dr, s_out,
-    W4A8: tl.constexpr, HADAMARD: tl.constexpr, HAS_SMOOTH: tl.constexpr, PRECISION: tl.constexpr,
-    BN: tl.constexpr, BR: tl.constexpr,
+    W4A8: tl.constexpr, HADAMARD: tl.constexpr, HAS_SMOOTH: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """Rows of BN, one group of 64 columns. p_scale: row scales [N] of W4A8, group scales [Kp/64, N] of W4A4."""
-    o_n, group = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1)
-    o_k = group * 64 + tl.arange(0, 64)
+    """Rows of BN, one tile of 128 columns. p_scale: row scales [N] of W4A8, group scales [Kp/64, N] of W4A4."""
+    o_n, tile = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1)
     if W4A8:
-        b_codes = _load_tile_int8(p_q, p_words, o_n, group // 2, group % 2, N, KP)
-        b_scale = tl.load(p_scale + o_n, mask=o_n < N, other=0.0)
-    else:
-        b_codes = (load_nibbles(p_q, o_n, group * 64, N, KP, 64) ^ 8) - 8
-        b_scale = tl.load(p_scale + group * N + o_n, mask=o_n < N, other=0.0).to(tl.float32)
-    b_w = b_codes.to(tl.float32) * b_scale[:, None]
+        b_byte, b_word = _load_tile(p_q, p_words, o_n, tile, N, KP)
     if HADAMARD:
-        b_w = tl.dot(b_w, hadamard_tile(), input_precision=PRECISION)
-    if HAS_SMOOTH:
-        b_w *= (1.0 / tl.load(p_smooth + o_k, mask=o_k < K, other=1.0).to(tl.float32))[None, :]
-    o_r = tl.arange(0, BR)
-    for r in range(0, R, BR):
-        m_r = r + o_r < R
-        p_u = p_up + o_n[:, None] * s_un + (r + o_r)[None, :] * s_ur
-        b_up = tl.load(p_u, mask=(o_n < N)[:, None] & m_r[None, :], other=0.0)
-        p_d = p_down + (r + o_r)[:, None] * s_dr + o_k[None, :]
-        b_down = tl.load(p_d, mask=m_r[:, None] & (o_k < K)[None, :], other=0.0)
-        b_w = tl.dot(b_up, b_down, b_w, input_precision="ieee")
-    p_tile = p_out + o_n.to(tl.int64)[:, None] * s_out + o_k[None, :]
-    tl.store(p_tile, b_w.to(p_out.dtype.element_ty), mask=(o_n < N)[:, None] & (o_k < K)[None, :])
+        b_hadamard = hadamard_tile().to(tl.float16)
+    for half in tl.static_range(2):
+        group = 2 * tile + half
+        o_k = group * 64 + tl.arange(0, 64)
+        if W4A8:
+            b_codes = _half_int8(b_byte, b_word, half)
+            b_scale = tl.load(p_scale + o_n, mask=o_n < N, other=0.0)
+        else:
+            b_codes = (load_nibbles(p_q, o_n, group * 64, N, KP, 64) ^ 8) - 8
+            b_scale = tl.load(p_scale + group * N + o_n, mask=o_n < N, other=0.0).to(tl.float32)
+        # Codes and +-1/8 are exact in float16, their sums in float32: the rotation rounds nothing.
+        b_w = tl.dot(b_codes.to(tl.float16), b_hadamard) if HADAMARD else b_codes.to(tl.float32)
+        b_w *= b_scale[:, None]
+        if HAS_SMOOTH:
+            b_w *= (1.0 / tl.load(p_smooth + o_k, mask=o_k < K, other=1.0).to(tl.float32))[None, :]
+        for r in range(0, R, BR):
+            o_r = r + tl.arange(0, BR)
+            p_u = p_up + o_n[:, None] * s_un + o_r[None, :] * s_ur
+            b_up = tl.load(p_u, mask=(o_n < N)[:, None] & (o_r < R)[None, :], other=0.0)
+            p_d = p_down + o_r[:, None] * s_dr + o_k[None, :]
+            b_down = tl.load(p_d, mask=(o_r < R)[:, None] & (o_k < K)[None, :], other=0.0)
+            b_w = tl.dot(b_up, b_down, b_w, input_precision="ieee")
+        p_tile = p_out + o_n.to(tl.int64)[:, None] * s_out + o_k[None, :]
+        tl.store(p_tile, b_w.to(p_out.dtype.element_ty), mask=(o_n < N)[:, None] & (o_k < K)[None, :])
 
 
 def transposed_int8(qweight: Tensor, words: Tensor) -> Tensor:
@@ -86,10 +96,10 @@ def effective_weight(
     KP = 2 * qweight.shape[1]
     out = up_NR.new_empty((N, K))
     with on_device(qweight):
-        effective_weight_kernel[(triton.cdiv(N, 64), triton.cdiv(K, 64))](
+        effective_weight_kernel[(triton.cdiv(N, 128), KP // 128)](
             qweight, words, scale, smooth, up_NR, down_RK, out, N, K, KP, R, *up_NR.stride(), down_RK.stride(0),
-            out.stride(0), W4A8=words is not None, HADAMARD=hadamard, HAS_SMOOTH=smooth is not None,
-            PRECISION="ieee" if out.dtype == torch.float32 else "tf32", BN=64, BR=16,
+            out.stride(0), W4A8=words is not None, HADAMARD=hadamard, HAS_SMOOTH=smooth is not None, BN=128,
+            BR=_rank_block(R), num_warps=8,
         )  # fmt: skip
     return out
 
@@ -101,8 +111,13 @@ def joined_weight(qweight: Tensor, wscale: Tensor, up_NR: Tensor) -> Tensor:
     out[:, KP:] = 0
     out[:, KP : KP + R] = up_NR
     with on_device(qweight):
-        effective_weight_kernel[(triton.cdiv(N, 64), KP // 64)](
+        effective_weight_kernel[(triton.cdiv(N, 128), KP // 128)](
             qweight, None, wscale, None, up_NR, up_NR, out, N, KP, KP, 0, *up_NR.stride(), 0, out.stride(0),
-            W4A8=False, HADAMARD=False, HAS_SMOOTH=False, PRECISION="ieee", BN=64, BR=16,
+            W4A8=False, HADAMARD=False, HAS_SMOOTH=False, BN=128, BR=16, num_warps=8,
         )  # fmt: skip
     return out
+
+
+def _rank_block(rank: int) -> int:
+    """Columns of U that one product takes: all of them up to 64."""
+    return min(64, max(16, triton.next_power_of_2(rank)))

@@ -25,6 +25,7 @@ from loragraft.kernels.act_quant import (
 from loragraft.kernels.gemm import int8_gemm, w4a8_gemm
 from loragraft.kernels.hopper_gemm import hopper_gemm, hopper_gemm_runs
 from loragraft.kernels.layout import LinearCase, padded, rank_rows, unpack_tiles, uses_triton, word_bytes
+from loragraft.kernels.shared_codes import shared_codes
 from loragraft.kernels.token_quant import quantize_down
 from loragraft.kernels.unpack import effective_weight, transposed_int8
 
@@ -75,28 +76,43 @@ def w4a8_reference(
 def _w4a8_linear(
     x_MK: Tensor, qweight: Tensor, row_scale: Tensor, group_words: Tensor, smooth: Tensor | None,
     lora_down: Tensor, lora_up: Tensor, bias: Tensor | None, adapter_down: Tensor | None, adapter_up: Tensor | None,
-    hadamard: bool, save_x: str, dgrad: str,
+    hadamard: bool, save_x: str, dgrad: str, shared: Tensor | None = None, shared_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(y, h, codes, scale): the last three are what the backward pass keeps."""
+    """(y, h, codes, scale): the last three are what the backward pass keeps; codes and scale are empty where x came with
+    its own, `shared`, which are then kept."""
     down_RK = branch.join(lora_down, adapter_down, 0, x_MK.dtype)
     up_NR = branch.join(lora_up, adapter_up, 1, x_MK.dtype)
-    if not uses_triton(x_MK):
-        codes_MK, scale_M1 = quantize_activation(x_MK, smooth, hadamard, bits=8)
+    if shared is not None and shared_scale is not None:
+        codes_MK, scale_M1, own = shared, shared_scale, _empty_codes(x_MK, 0)
         h_MR = rank_rows(x_MK, down_RK.shape[0]).copy_(x_MK @ down_RK.T)
+    elif not uses_triton(x_MK):
+        codes_MK, scale_M1 = own = quantize_activation(x_MK, smooth, hadamard, bits=8)
+        h_MR = rank_rows(x_MK, down_RK.shape[0]).copy_(x_MK @ down_RK.T)
+    else:
+        codes_MK, scale_M1, h_MR = quantize_down(x_MK, smooth, hadamard, down_RK)
+        own = codes_MK, scale_M1
+    if not uses_triton(x_MK):
         y_MN = torch._int_mm(codes_MK, weight_int8(qweight, group_words).T).float().mul_(scale_M1)
         y_MN = y_MN.mul_(row_scale) if bias is None else torch.addcmul(bias.float(), y_MN, row_scale)
-        return y_MN.addmm_(h_MR.float(), up_NR.float().T).to(x_MK.dtype), h_MR, codes_MK, scale_M1
-    codes_MK, scale_M1, h_MR = quantize_down(x_MK, smooth, hadamard, down_RK)
+        return y_MN.addmm_(h_MR.float(), up_NR.float().T).to(x_MK.dtype), h_MR, *own
     gemm = hopper_gemm if hopper_gemm_runs(codes_MK, x_MK.dtype, up_NR) else w4a8_gemm
-    return gemm(codes_MK, scale_M1, qweight, group_words, row_scale, h_MR, up_NR, bias), h_MR, codes_MK, scale_M1
+    return gemm(codes_MK, scale_M1, qweight, group_words, row_scale, h_MR, up_NR, bias), h_MR, *own
+
+
+def _empty_codes(x_MK: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    return x_MK.new_empty((rows, padded(x_MK.shape[1])), dtype=torch.int8), x_MK.new_empty(
+        (rows, 1), dtype=torch.float32
+    )
 
 
 @_w4a8_linear.register_fake
-def _(x_MK, qweight, row_scale, group_words, smooth, lora_down, lora_up, bias, adapter_down, adapter_up, hadamard, save_x, dgrad):  # fmt: skip
-    (M, K), rank = x_MK.shape, lora_down.shape[0] + (0 if adapter_down is None else adapter_down.shape[0])
-    codes_MK = x_MK.new_empty((M, padded(K)), dtype=torch.int8)
-    scale_M1 = x_MK.new_empty((M, 1), dtype=torch.float32)
-    return x_MK.new_empty((M, qweight.shape[0])), rank_rows(x_MK, rank), codes_MK, scale_M1
+def _(
+    x_MK, qweight, row_scale, group_words, smooth, lora_down, lora_up, bias, adapter_down, adapter_up,
+    hadamard, save_x, dgrad, shared=None, shared_scale=None,
+):  # fmt: skip
+    M, rank = x_MK.shape[0], lora_down.shape[0] + (0 if adapter_down is None else adapter_down.shape[0])
+    own = _empty_codes(x_MK, M if shared is None else 0)
+    return x_MK.new_empty((M, qweight.shape[0])), rank_rows(x_MK, rank), *own
 
 
 @torch.library.custom_op("loragraft::w4a8_dgrad", mutates_args=())
@@ -132,8 +148,9 @@ def _(dy_MN, up_NR, down_RK, qweight, row_scale, group_words, smooth, hadamard, 
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x_MK, *weights, _bias, adapter_down, adapter_up, ctx.hadamard, save_x, ctx.dgrad = inputs
-    _, h_MR, codes_MK, scale_M1 = output
+    x_MK, *weights, _bias, adapter_down, adapter_up, ctx.hadamard, save_x, ctx.dgrad, shared, shared_scale = inputs
+    _, h_MR, *own = output
+    codes_MK, scale_M1 = own if shared is None else (shared, shared_scale)
     ctx.trains = any(ctx.needs_input_grad[8:10])
     kept = (h_MR, *branch.kept_x(x_MK, codes_MK, scale_M1, save_x)) if ctx.trains else (None,) * 4
     ctx.save_for_backward(*kept, *weights, adapter_down, adapter_up)
@@ -153,7 +170,7 @@ def _backward(ctx: Any, dy_MN: Tensor, *_: Tensor | None) -> tuple[Tensor | None
         grad_down, grad_up = branch.adapter_gradients(
             dy_MN, g_MR, h_MR, x_MK, codes_MK, scale_M1, smooth, ctx.hadamard, adapter_down, adapter_up
         )
-    return dx_MK, *(None,) * 7, grad_down, grad_up, None, None, None
+    return dx_MK, *(None,) * 7, grad_down, grad_up, *(None,) * 5
 
 
 _w4a8_linear.register_autograd(_backward, setup_context=_setup_context)
@@ -163,7 +180,7 @@ def w4a8_linear(
     x: Tensor, qweight: Tensor, row_scale: Tensor, group_words: Tensor, smooth: Tensor | None,
     lora_down: Tensor, lora_up: Tensor, bias: Tensor | None, *, hadamard: bool,
     adapter_down: Tensor | None = None, adapter_up: Tensor | None = None,
-    save_x: branch.SaveX = "quantized", dgrad: branch.Dgrad = "dequantized",
+    save_x: branch.SaveX = "quantized", dgrad: branch.Dgrad = "dequantized", shares_input: bool = False,
 ) -> Tensor:  # fmt: skip
     """x [..., K] -> y [..., N] in x's dtype; gradients for x, adapter_down and adapter_up only.
 
@@ -171,6 +188,7 @@ def w4a8_linear(
     lora_down [R, K], lora_up [N, R], bias [N], adapter_down [r, K], adapter_up [N, r] (already times alpha / r).
     save_x: what dA reads, the INT8 codes ("quantized") or x itself ("raw"); neither is kept if no adapter is trained.
     dgrad: dy W with W dequantized to x's dtype, or in INT32 with dy s_n quantized per token ("int8").
+    shares_input: other layers read this x too; without smoothing it is quantized once for all of them (`shared_codes`).
     Raises ValueError for a shape or mode that does not fit.
     """
     adapter_down, adapter_up = branch.trainable_rank(adapter_down), branch.trainable_rank(adapter_up)
@@ -182,8 +200,9 @@ def w4a8_linear(
             f"w4a8_linear: group_words is {group_words.dtype} {tuple(group_words.shape)}, must be int32 {tiles}, "
             f"and row_scale {tuple(row_scale.shape)} must be [{qweight.shape[0]}]"
         )
+    shared = shared_codes(x, hadamard) if shares_input and smooth is None else (None, None)
     y_MN, *_ = _w4a8_linear(
         x.reshape(-1, x.shape[-1]).contiguous(), qweight, row_scale, group_words, smooth, lora_down, lora_up, bias,
-        adapter_down, adapter_up, hadamard, save_x, dgrad,
+        adapter_down, adapter_up, hadamard, save_x, dgrad, *shared,
     )  # fmt: skip
     return y_MN.view(*x.shape[:-1], -1)

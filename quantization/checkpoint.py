@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from loragraft.disk import replacing_folder
 from loragraft.kernels.act_quant import GELU_SHIFT
-from loragraft.quantization.linear import SVDQuantLinear, buffer_layout, fits_dtype
+from loragraft.quantization.linear import SVDQuantLinear, buffer_layout, fits_dtype, share_inputs
 from loragraft.quantization.names import named_module, nearest, replace_module
 from loragraft.quantization.settings import Numerics
 from loragraft.quantization.tensor_file import CheckpointError, read_tensors, write_tensors
@@ -154,6 +154,7 @@ def load_quantized(folder: Path | str, model_class: type[Any], *, device: torch.
     _check_state(model, tensors, folder)
     model.load_state_dict(tensors, strict=True, assign=True)
     record_base_id(model, base_id(tensors))
+    share_inputs(model)
     return model.requires_grad_(False).eval()
 
 

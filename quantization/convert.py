@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import nn
 
 from loragraft.quantization.calibrate import ActivationStats, collect
-from loragraft.quantization.linear import SVDQuantLinear
+from loragraft.quantization.linear import SVDQuantLinear, share_inputs
 from loragraft.quantization.names import match_paths, named_module, nearest, replace_module
 from loragraft.quantization.settings import LayerReport, QuantSettings
 
@@ -93,6 +93,7 @@ def quantize_model(
         reports.append(report)
         if progress is not None:
             progress(done, len(plan), path)
+    share_inputs(model)
     return reports
 
 

@@ -27,7 +27,7 @@ from loragraft.quantization.checkpoint import (
 )
 from loragraft.quantization.dialects.assembly import Progress, assemble
 from loragraft.quantization.dialects.nunchaku_lite import open_lite
-from loragraft.quantization.linear import SVDQuantLinear
+from loragraft.quantization.linear import SVDQuantLinear, share_inputs
 from loragraft.quantization.names import named_module, replace_module
 from loragraft.quantization.tensor_file import CheckpointError
 
@@ -114,6 +114,7 @@ class LoragraftQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffusers
             if absent:
                 raise CheckpointError(f"checkpoint: tensor '{path}.{absent[0]}' is missing")
             replace_module(model, path, layer.finish())
+        share_inputs(model)
         if len(self._stored_ids) == 1:  # of a folder with several files it is the id of what was made of them
             record_base_id(model, self._stored_ids[0])
         return model.requires_grad_(False)

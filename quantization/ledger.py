@@ -34,21 +34,25 @@ class LedgerRow:
 
 @dataclass(frozen=True)
 class Ledger:
-    """All linear layers of one model, in module order."""
+    """All linear layers of one model, in module order, and its attention."""
 
     rows: tuple[LedgerRow, ...]
+    attention: str = "sdpa"
+    """What computes attention (`backbones/attention.py`)."""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able: counts and bytes per numerics, then every row."""
+        """JSON-able: counts and bytes per numerics, the attention, then every row."""
         counts = Counter(row.numerics for row in self.rows)
         sizes = {name: sum(row.nbytes for row in self.rows if row.numerics == name) for name in counts}
-        return {"layers": dict(counts), "nbytes": sizes, "rows": [asdict(row) for row in self.rows]}
+        rows = [asdict(row) for row in self.rows]
+        return {"layers": dict(counts), "nbytes": sizes, "attention": self.attention, "rows": rows}
 
     def summary(self) -> str:
-        """One line: `w4a8 66, w4a16 12, bf16 9; triton`."""
+        """One line: `w4a8 66, w4a16 12, bf16 9; triton`; then the attention unless it is torch's."""
         counts = Counter(row.numerics for row in self.rows)
         backends = sorted({row.backend for row in self.rows if row.backend != "torch"}) or ["torch"]
-        return ", ".join(f"{name} {count}" for name, count in counts.items()) + "; " + ", ".join(backends)
+        line = ", ".join(f"{name} {count}" for name, count in counts.items()) + "; " + ", ".join(backends)
+        return line if self.attention == "sdpa" else f"{line}; attention {self.attention}"
 
     def table(self) -> str:
         """All rows as aligned text."""

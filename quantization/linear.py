@@ -39,6 +39,8 @@ from loragraft.quantization.calibrate import ActivationStats
 from loragraft.quantization.settings import LayerReport, Numerics, QuantSettings
 from loragraft.quantization.svdquant import quantize_linear
 
+SHARING = frozenset({"to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "proj_mlp"})
+
 
 class SVDQuantLinear(nn.Module):
     """Drop-in for `nn.Linear`: x [..., K] -> y [..., N] in x's dtype, for one adapter or none.
@@ -87,6 +89,8 @@ class SVDQuantLinear(nn.Module):
         self.output_error = output_error
         self.save_x: Literal["quantized", "raw"] = "quantized"
         self.dgrad: Literal["dequantized", "int8"] = "dequantized"
+        self.shares_input = False
+        """Whether other layers read the same x (`share_inputs`)."""
         rank = tensors["lora_down"].shape[0] if "lora_down" in tensors else 0
         expected = buffer_layout(in_features, out_features, numerics, group_size, rank)
         _check_tensors(tensors, expected)
@@ -171,7 +175,7 @@ class SVDQuantLinear(nn.Module):
             return w4a8_linear(
                 x, self.qweight, self.row_scale, self.group_words, smooth, down, up, bias,
                 hadamard=self.hadamard, adapter_down=adapter_down, adapter_up=adapter_up,
-                save_x=self.save_x, dgrad=self.dgrad,
+                save_x=self.save_x, dgrad=self.dgrad, shares_input=self.shares_input,
             )  # fmt: skip
         if self.numerics == "w4a4":
             return w4a4_linear(
@@ -259,6 +263,16 @@ class SVDQuantLinear(nn.Module):
             f"{self.in_features}, {self.out_features}, {self.numerics}, group_size={self.group_size}, rank={self.rank}, "
             f"bias={self.bias is not None}{rotated}"
         )
+
+
+def share_inputs(model: nn.Module) -> None:
+    """Marks the layers that by their names read the tensor that a sibling reads: q, k and v, and FLUX's proj_mlp.
+
+    A wrong guess costs nothing but the fusion of quantizing and down-projection: what is shared is found by identity.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, SVDQuantLinear):
+            module.shares_input = path.rpartition(".")[2] in SHARING
 
 
 def buffer_layout(

@@ -99,7 +99,9 @@ def split_layer(
     """
     settings, weight = layer.settings, layer.weight_NK
     smooth = smoothing_vector(layer.absmax_K, layer.weight_absmax_K, transform.alpha, transform.beta)
-    target = rotate(weight * smooth.float(), transform.hadamard)
+    # Of a wide layer every matrix [N, K] that need not live takes 200 MB of a GPU: a vector of ones multiplies nothing.
+    plain = transform.alpha == transform.beta == 0
+    target = rotate(weight if plain else weight * smooth.float(), transform.hadamard)
     inputs = quantized_inputs(layer, smooth, transform.hadamard)
     subsampled = settings.search == "subsampled"
     metric = None
@@ -107,24 +109,25 @@ def split_layer(
         metric = InputMetric(rotate(layer.fitted_SK / smooth.float(), transform.hadamard))
     subspace = Subspace(settings.branch_rank, settings.seed, cold_iterations, metric)
     best: Split | None = None
-    residual = target
     for iteration in range(1, rounds + 1):
+        residual = target if best is None else target - best.rounded.dense_NK
         if subsampled:
             up, right = subspace.factors(residual)
         else:
             up, right = low_rank(residual, settings.branch_rank, settings.seed)
+        del residual
         down = (rotate(right, transform.hadamard) / smooth.float()).to(torch.bfloat16)
         up = up.to(torch.bfloat16)
-        rounded = round_weight(target - transformed_branch(down, up, smooth, transform.hadamard), settings)
+        rounded = round_weight(_without_branch(target, down, up, smooth, transform.hadamard), settings)
         output = inputs @ rounded.dense_NK.T + (layer.rows_SK @ down.float().T) @ up.float().T
         error = relative_rms(output, layer.target_SN)
         if best is not None and error >= best.error:
             break
         gain = 1.0 if best is None else 1 - error / best.error
         best = Split(transform, smooth, down, up, rounded, error, iteration, weighted)
+        del rounded
         if subsampled and gain < LEAST_GAIN:
             break
-        residual = target - rounded.dense_NK
     assert best is not None  # rounds >= 1
     return best
 
@@ -139,6 +142,14 @@ def transformed_branch(down_RK: Tensor, up_NR: Tensor, smooth_K: Tensor, hadamar
     return up_NR.float() @ rotate(down_RK.float() * smooth_K.float(), hadamard)
 
 
+def _without_branch(target_NK: Tensor, down_RK: Tensor, up_NR: Tensor, smooth_K: Tensor, hadamard: bool) -> Tensor:
+    """W' - U D diag(s) H: what is left to the codes; W' itself without a branch. Not to be written to."""
+    if not len(down_RK):
+        return target_NK
+    branch_NK = transformed_branch(down_RK, up_NR, smooth_K, hadamard)
+    return torch.sub(target_NK, branch_NK, out=branch_NK)
+
+
 def round_weight(residual_NK: Tensor, settings: QuantSettings) -> RoundedWeight:
     """Codes of the residual in the settings' code system; large ones a part of the rows at a time (rows are independent)."""
     rounding = {"w4a8": round_progressive, "w4a4": round_symmetric, "w4a16": round_affine}[settings.numerics]
@@ -147,14 +158,19 @@ def round_weight(residual_NK: Tensor, settings: QuantSettings) -> RoundedWeight:
     if residual_NK.numel() <= ROUNDING_CHUNK:
         return rounding(residual_NK, settings.group_size)
     rows = max(1, ROUNDING_CHUNK // residual_NK.shape[1])
-    parts = [rounding(part, settings.group_size) for part in residual_NK.split(rows)]
-    scales = {
-        # [N] per row, [G, N] per group: the out features are the last dimension of both.
-        name: torch.cat([part.scales[name] for part in parts], dim=-1)
-        for name in parts[0].scales
-    }
-    codes, dense = torch.cat([p.codes_NK for p in parts]), torch.cat([p.dense_NK for p in parts])
-    return RoundedWeight(codes, dense, scales)
+    dense = torch.empty_like(residual_NK, dtype=torch.float32)
+    codes: Tensor | None = None
+    scales: dict[str, list[Tensor]] = {}
+    for start in range(0, residual_NK.shape[0], rows):
+        part = rounding(residual_NK[start : start + rows], settings.group_size)
+        if codes is None:
+            codes = part.codes_NK.new_empty((residual_NK.shape[0], part.codes_NK.shape[1]))
+        codes[start : start + rows], dense[start : start + rows] = part.codes_NK, part.dense_NK
+        for name, values in part.scales.items():
+            scales.setdefault(name, []).append(values)
+    assert codes is not None  # it has more elements than a chunk
+    # [N] per row, [G, N] per group: the out features are the last dimension of both.
+    return RoundedWeight(codes, dense, {name: torch.cat(parts, dim=-1) for name, parts in scales.items()})
 
 
 def quantized_inputs(layer: Layer, smooth_K: Tensor, hadamard: bool) -> Tensor:

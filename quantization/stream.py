@@ -166,6 +166,7 @@ def _run(
 ) -> None:
     """Reads, computes and writes the pieces, each in a thread of its own. The first error of any of them is raised."""
     writes: deque[Future[None]] = deque()
+    shape: tuple[int, ...] = ()
     layers = sum(piece.settings is not None for piece in pieces)
     with (
         ThreadPoolExecutor(1, "reader") as reader,
@@ -178,6 +179,11 @@ def _run(
                 result: dict[str, Any] = {}
             else:
                 bar.set_postfix_str(piece.name, refresh=False)
+                if device.type == "cuda" and shape != source.tensors[piece.tensors[0]].shape:
+                    # Memory cached for one shape is cut up for the next: at FLUX.1's size 3.3 GiB are reserved
+                    # where at most 1.2 are in use.
+                    torch.cuda.empty_cache()
+                    shape = source.tensors[piece.tensors[0]].shape
                 outputs, result = _quantize(piece, piece.settings, inputs, found, device)
                 bar.update()
             while len(writes) >= AHEAD or (writes and writes[0].done()):
@@ -225,11 +231,12 @@ def _quantize(
     device: torch.device,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors under their full names, the report as JSON)."""
-    weight = inputs[f"{piece.name}.weight"].to(device, non_blocking=True)
     bias = inputs.get(f"{piece.name}.bias")
     if bias is not None and bias.dtype in (torch.float32, torch.float64):
         bias = bias.to(torch.bfloat16)
-    tensors, report = quantize_linear(weight, bias, stats, settings, path=piece.name)
+    stored = inputs[f"{piece.name}.weight"]
+    # The copy has no name here: it leaves the device as soon as `quantize_linear` has widened it.
+    tensors, report = quantize_linear(stored.to(device, non_blocking=True), bias, stats, settings, path=piece.name)
     return {f"{piece.name}.{name}": tensor for name, tensor in tensors.items()}, asdict(report)
 
 

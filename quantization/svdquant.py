@@ -64,6 +64,7 @@ def quantize_linear(
     Raises ValueError naming `path` for non-finite weights, wrong shapes, missing statistics.
     """
     weight = weight_NK.detach().float()
+    del weight_NK  # a caller that keeps none has the 16-bit copy gone from here on
     _check(weight, stats, settings, path)
     mode = settings.smoothing_mode
     fitted, stats = _held_out(stats, settings)

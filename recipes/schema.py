@@ -14,6 +14,7 @@ from loragraft.recipes.ranges import RecipeError as RecipeError
 from loragraft.recipes.ranges import check_range as _check_range
 
 Numerics = Literal["native", "interchange"]
+Switch = Literal["auto", "always", "never"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +56,22 @@ class TrainConfig:
     """What a linear keeps of its input for dA: its low-bit codes, or the input itself (exact, more memory)."""
     dgrad: Literal["dequantized", "int8"] = "dequantized"
     """How the gradient passes back through the frozen weight: dequantized tiles, or INT8 codes of the gradient."""
+    compile: Switch = "auto"
+    """Whether the model's repeated blocks are compiled (norms, modulation and the like are fused): `auto` does it on a GPU
+    for models of more than 0.5 GB, where the half minute pays."""
+    cuda_graph: Switch = "auto"
+    """Whether a step is captured once and replayed, so that Python's time does not count: `auto` does it on one GPU."""
+    attention: Literal["sdpa", "cudnn_forward", "flash_attn_4"] = "sdpa"
+    """What computes attention: torch's SDPA (flash-2 on a GPU); cuDNN forward and flash-2 backward (16-bit GPUs from compute
+    capability 8.0); FlashAttention-4 (from 9.0, needs the extra `flash-attn-4`)."""
+    checkpointing: Literal["none", "block", "selective"] = "none"
+    """Gradient checkpointing: `block` keeps the input of each block and computes the rest again in the backward pass (least
+    memory, about a third more time); `selective` does so for the first `checkpoint_blocks` blocks only. The result is the
+    same."""
+    checkpoint_blocks: int = 0
+    """Blocks that `checkpointing: selective` applies to, counted from the first; at least 1 with it, 0 otherwise."""
+    offload_activations: bool = False
+    """Whether the inputs of checkpointed blocks wait in host memory; on a GPU only."""
     checkpoint_every: int = 100
     """Steps between checkpoints that a run can resume from; 0 = only at the end."""
     validate_every: int = 100
@@ -76,6 +93,19 @@ class TrainConfig:
         _check_range("train.max_grad_norm", self.max_grad_norm, 0)
         _check_range("train.seed", self.seed, 0)
         _check_range("train.text_dropout", self.text_dropout, 0, 1)
+        _check_range("train.checkpoint_blocks", self.checkpoint_blocks, 0)
+        if (self.checkpointing == "selective") != (self.checkpoint_blocks > 0):
+            raise RecipeError(
+                f"train.checkpoint_blocks is {self.checkpoint_blocks} with train.checkpointing={self.checkpointing}: it says "
+                "how many blocks `selective` applies to, and nothing else reads it",
+                "train.checkpoint_blocks",
+            )
+        if self.offload_activations and self.checkpointing == "none":
+            raise RecipeError(
+                "train.offload_activations moves the inputs of checkpointed blocks, and train.checkpointing is none: set it to "
+                "block or selective",
+                "train.offload_activations",
+            )
         _check_range("train.checkpoint_every", self.checkpoint_every, 0)
         _check_range("train.validate_every", self.validate_every, 0)
         _check_range("train.patience", self.patience, 0)
@@ -93,8 +123,9 @@ class TrainConfig:
 class OptimConfig:
     """AdamW (Loshchilov and Hutter, 2019) and its learning-rate schedule."""
 
-    name: Literal["adamw"] = "adamw"
-    """The optimizer."""
+    name: Literal["adamw", "adamw8bit"] = "adamw"
+    """`adamw` keeps its two moments in float32, `adamw8bit` in 8 bits (a quarter of the memory, many launches; needs the
+    extra `adamw8bit`)."""
     learning_rate: float = 1e-3
     """Peak learning rate; greater than 0, at most 1."""
     betas: tuple[float, float] = (0.9, 0.99)

@@ -18,23 +18,24 @@ import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, KwargsHandler
-from diffusers.optimization import get_scheduler
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from loragraft.backbones.flow import flow_loss
 from loragraft.backbones.spec import Backbone
 from loragraft.data.dataset import LatentCache, LatentDataset
 from loragraft.data.order import pure_chunks
-from loragraft.recipes.schema import OptimConfig, Recipe
+from loragraft.recipes.schema import Recipe, TrainConfig
 from loragraft.train.batches import Batches, seeded
 from loragraft.train.early_stop import EarlyStop
+from loragraft.train.optim import build_optimizer, state_bytes
 from loragraft.train.previews import Previews
 from loragraft.train.run_folder import RunFolder
+from loragraft.train.sharding import average_gradients, shard_base, shard_digest, shards_base
+from loragraft.train.step import EagerStep, GraphStep, Loss, choose_step, uncompiled
 from loragraft.train.tracking import Tracking
 
 VALIDATION_SAMPLES = 64
-SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine", "linear": "linear"}
 
 
 def train(
@@ -54,11 +55,17 @@ def train(
     """
     config = recipe.train
     optimizer, schedule = build_optimizer(parameters, recipe.optim, config.steps)
-    transformer, optimizer = accelerator.prepare(backbone.transformer, optimizer)
+    transformer, sharded, base_before = backbone.transformer, shards_base(accelerator), ""
+    if sharded:
+        shard_base(transformer, parameters, accelerator.device)
+        base_before = shard_digest(transformer)
+    else:
+        transformer, optimizer = accelerator.prepare(transformer, optimizer)
     if folder.checkpoint is not None:
         _restore(folder.checkpoint, parameters, optimizer, schedule)
         folder.summary = dict(folder.checkpoint["summary"])
     batches = Batches(cache.split("train"), cache.empty, recipe, backbone, accelerator, prior)
+    step = choose_step(config, accelerator, transformer, parameters, micro_batch_loss(transformer, batches, config))
     validation = cache.split("validation")
     early = _early_stop(config.patience, validation, folder.checkpoint)
     started, elapsed_before = time.perf_counter(), float((folder.checkpoint or {}).get("elapsed_seconds", 0.0))
@@ -75,8 +82,10 @@ def train(
     def draw(lacking_only: bool = False) -> None:
         due = finished() or _due(folder.step, config.sample_every)
         there = lacking_only and previews.file(folder.path, folder.step).exists()
-        if accelerator.is_main_process and due and not there:
-            tracking.log_images(previews.render(backbone, folder.path, folder.step), step=folder.step)
+        if due and not there and (sharded or accelerator.is_main_process):  # a divided base runs on all or on none
+            images = previews.render(backbone, folder.path, folder.step, write=accelerator.is_main_process)
+            if accelerator.is_main_process:
+                tracking.log_images(images, step=folder.step)
 
     if folder.step == 0:
         folder.summary["validation_loss_start"] = validation_loss(transformer, backbone, validation, recipe)
@@ -91,7 +100,9 @@ def train(
     with _stop_on_signal() as stop, bar, batches:
         while not finished():
             clock = time.perf_counter()
-            metrics = _one_step(accelerator, transformer, optimizer, schedule, batches, parameters, recipe, folder.step)
+            metrics = _one_step(
+                accelerator, step, optimizer, schedule, batches, parameters, recipe, folder.step, sharded
+            )
             folder.step += 1
             last = folder.step == config.steps
             if last or _due(folder.step, config.validate_every):
@@ -114,12 +125,16 @@ def train(
             if stop.requested and not last:
                 return True
     early.restore(parameters)
+    if sharded and shard_digest(transformer) != base_before:
+        raise RuntimeError("the frozen base changed during training: do not use what was trained")
     if early.best:
         folder.summary |= {"best_step": early.best_step, "stopped_early": early.exhausted}
     folder.summary |= {
         "steps": folder.step,
         "train_seconds": elapsed_before + time.perf_counter() - started,
         "device": str(accelerator.device),
+        "attention": backbone.ledger.attention,
+        "optimizer_bytes": state_bytes(optimizer),
     }
     return False
 
@@ -146,40 +161,52 @@ def distributed() -> list[KwargsHandler]:
     ]
 
 
+def micro_batch_loss(transformer: nn.Module, batches: Batches, config: TrainConfig) -> Loss:
+    """The flow loss of one micro-batch as a share of the step's; its tensors are what `Batches` yields, by name."""
+
+    def loss(tensors: dict[str, Tensor]) -> Tensor:
+        latents, noise, times, *_ = tensors.values()
+        text = {key: tensors[key] for key in batches.empty_text}
+        return flow_loss(transformer, latents, noise, times, text, batches.weights) / config.accumulation
+
+    return loss
+
+
 def _one_step(
     accelerator: Accelerator,
-    transformer: nn.Module,
+    step: EagerStep | GraphStep,
     optimizer: Any,
     schedule: Any,
     batches: Batches,
     parameters: list[nn.Parameter],
     recipe: Recipe,
-    step: int,
+    number: int,
+    sharded: bool = False,
 ) -> dict[str, float]:
+    """Step `number`, counted from 0. The CPU waits for the GPU once, at its end."""
     count = recipe.train.accumulation
     total = torch.zeros((), device=accelerator.device)
-    for micro, (latents, noise, times, text) in enumerate(batches(step)):
-        sync = contextlib.nullcontext() if micro == count - 1 else accelerator.no_sync(transformer)
-        with sync:
-            loss = flow_loss(transformer, latents, noise, times, text, batches.weights) / count
-            accelerator.backward(loss)
-        total += loss.detach()
-    value = float(accelerator.reduce(total, "mean"))
-    if not math.isfinite(value):
-        raise ValueError(
-            f"the loss is {value} at step {step + 1}: lower optim.learning_rate or raise optim.warmup_steps; "
-            "the last checkpoint is intact"
-        )
+    for micro, (latents, noise, times, text) in enumerate(batches(number)):
+        total += step({"latents": latents, "noise": noise, "times": times, **text}, last=micro == count - 1)
+    if sharded:
+        average_gradients(parameters)
     limit = recipe.train.max_grad_norm or math.inf
-    norm = float(accelerator.clip_grad_norm_(parameters, limit))
+    norm = accelerator.clip_grad_norm_(parameters, limit)
     rate = float(schedule.get_last_lr()[0])
     optimizer.step()
     schedule.step()
-    optimizer.zero_grad(set_to_none=True)
-    return {"loss": value, "learning_rate": rate, "grad_norm": norm}
+    optimizer.zero_grad(set_to_none=step.assigns)
+    value = float(accelerator.reduce(total, "mean"))
+    if not math.isfinite(value):
+        raise ValueError(
+            f"the loss is {value} at step {number + 1}: lower optim.learning_rate or raise optim.warmup_steps; "
+            "the last checkpoint is intact"
+        )
+    return {"loss": value, "learning_rate": rate, "grad_norm": float(norm)}
 
 
 @torch.no_grad()
+@uncompiled()
 def validation_loss(transformer: nn.Module, backbone: Backbone, dataset: LatentDataset, recipe: Recipe) -> float:
     """Flow loss over the first samples of the validation split, at noise and times fixed by the seed alone.
 
@@ -211,17 +238,6 @@ def validation_loss(transformer: nn.Module, backbone: Backbone, dataset: LatentD
     return total / count
 
 
-def build_optimizer(
-    parameters: Sequence[nn.Parameter], config: OptimConfig, steps: int
-) -> tuple[torch.optim.Optimizer, Any]:
-    """AdamW over the adapter and its learning-rate schedule (diffusers' `get_scheduler`)."""
-    optimizer = torch.optim.AdamW(
-        parameters, lr=config.learning_rate, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
-    )
-    schedule = get_scheduler(
-        SCHEDULES[config.schedule], optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=steps
-    )
-    return optimizer, schedule
 
 
 def memory_in_use(device: torch.device) -> str:

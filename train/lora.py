@@ -36,10 +36,12 @@ from loragraft.data.sources import Sample, check_source, open_source
 from loragraft.outcome import guarded
 from loragraft.recipes.load import load_recipe
 from loragraft.train.loop import distributed, train
+from loragraft.train.memory import set_checkpointing
 from loragraft.train.metadata import adapter_metadata
 from loragraft.train.previews import Previews
 from loragraft.train.prior import prior_samples
 from loragraft.train.run_folder import RunFolder
+from loragraft.train.sharding import shards_base
 from loragraft.train.tracking import Tracking
 
 __all__ = ["main"]
@@ -51,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     recipe = load_recipe(args.recipe, args.overrides)
     check_source(recipe.data)
     accelerator = Accelerator(cpu=args.cpu, log_with=None, kwargs_handlers=distributed())
+    shards_base(accelerator)  # refuses early what it would refuse later
     if accelerator.device.type == "cpu":
         # accelerate launch sets OMP_NUM_THREADS=1, which is right for many ranks and wrong for one.
         torch.set_num_threads(recipe.train.threads or max(1, (os.cpu_count() or 1) // accelerator.num_processes))
@@ -60,6 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     with accelerator.main_process_first():  # it fills the caches, here and below; the others find them full
         backbone = load_backbone(recipe.base, recipe.numerics, accelerator.device, default_cache_root())
     backbone.set_training_numerics(recipe.train.save_x, recipe.train.dgrad)
+    backbone.set_attention(recipe.train.attention)
     base_before = backbone.fingerprint()
     resolution = max(recipe.data.edges(backbone.spec.resolution))
     sizes = Sizes.asked(recipe.data, backbone.spec.resolution)
@@ -104,6 +108,10 @@ def main(argv: list[str] | None = None) -> int:
     encoders.release_text()  # memory back before the first step
 
     parameters = inject_adapter(backbone.transformer, recipe.adapter, backbone.spec.lora_targets)
+    config = recipe.train
+    set_checkpointing(
+        backbone.transformer, config.checkpointing, config.checkpoint_blocks, offload=config.offload_activations
+    )
     print(backbone.ledger.table())
     with Tracking.start(recipe, backbone, folder, accelerator) as tracking:
         interrupted = train(accelerator, recipe, backbone, parameters, cache, previews, folder, tracking, prior)
@@ -114,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
             metadata = adapter_metadata(recipe, backbone, cache, folder)
             adapter_file = save_adapter(backbone.transformer, folder.adapter_folder, metadata)
             remove_adapter(backbone.transformer)
-            if backbone.fingerprint() != base_before:
+            if not shards_base(accelerator) and backbone.fingerprint() != base_before:  # parts are compared by `train`
                 raise RuntimeError(f"the frozen base changed during training: do not use {adapter_file}")
             tracking.log_adapter(adapter_file)
             folder.finish()

@@ -13,6 +13,7 @@ from loragraft.data.dataset import LatentCache
 from loragraft.data.images import png_bytes
 from loragraft.disk import write_atomic
 from loragraft.recipes.schema import SampleConfig
+from loragraft.train.step import uncompiled
 
 DEFAULT_PROMPTS = 8
 COLUMNS = 4
@@ -50,8 +51,9 @@ class Previews:
         """`run`/samples/step_NNNNNN.png."""
         return run / "samples" / f"step_{step:06d}.png"
 
-    def render(self, backbone: Backbone, run: Path, step: int) -> list[tuple[Image, str]]:
-        """Images with their prompts; also writes `file(run, step)`."""
+    @uncompiled()
+    def render(self, backbone: Backbone, run: Path, step: int, *, write: bool = True) -> list[tuple[Image, str]]:
+        """Images with their prompts; also writes `file(run, step)`, unless this process only lends a hand."""
         seeds = [self.config.seed + i % self.config.per_prompt for i in range(len(self.prompts))]
         images = generate_from_text(
             build_pipeline(backbone.transformer, backbone.encoders),
@@ -62,6 +64,8 @@ class Previews:
             steps=self.config.steps,
             guidance=self.config.guidance,
         )
+        if not write:
+            return list(zip(images, self.prompts, strict=True))
         file = self.file(run, step)
         file.parent.mkdir(exist_ok=True)
         blanks = -len(images) % COLUMNS

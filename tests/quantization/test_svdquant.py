@@ -1,10 +1,15 @@
 """SVDQuant of one layer: better than rounding, deterministic, honest about its error."""
 
+import weakref
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from loragraft.kernels.layout import apply_hadamard, relative_rms
+from loragraft.quantization import split, svdquant
 from loragraft.quantization.calibrate import ActivationStats
 from loragraft.quantization.linear import SVDQuantLinear
 from loragraft.quantization.low_rank import low_rank
@@ -162,3 +167,48 @@ def test_refusals_name_the_layer(outlier_layer: OutlierLayer) -> None:
 def test_impossible_settings_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=str(next(iter(wrong)) if len(wrong) == 1 else list(wrong)[1])):
         QuantSettings(**wrong)  # type: ignore[arg-type]
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages that ops make inside the block, while they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for tensor in found if isinstance(found, tuple | list) else (found,):
+            if isinstance(tensor, Tensor):
+                self._note(tensor.untyped_storage())
+        return found
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._known and size:
+            self._known.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._gone, key, size)
+
+    def _gone(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+@pytest.mark.parametrize(("numerics", "most"), [("w4a8", 5.9), ("w4a16", 3.9)])
+def test_few_copies_of_a_wide_layer_live_at_once(
+    numerics: Numerics, most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32 copies of the weight: w4a8 itself, the rotated one, what is rounded, and values and codes of two rounds."""
+    for module, name in ((svdquant, "SYNTHETIC_ROWS"), (svdquant, "SUBSAMPLED_ROWS"), (svdquant, "SUBSAMPLED_OUTPUTS")):
+        monkeypatch.setattr(module, name, 12)
+    monkeypatch.setattr(split, "ROUNDING_CHUNK", 1 << 14)
+    auto = {"rank": 2, "smoothing": "auto", "iterations": 4}
+    settings = QuantSettings(numerics, search="subsampled", grid=1, **(auto if numerics == "w4a8" else {}))  # type: ignore[arg-type]
+    weight = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with _LiveBytes() as live:
+        quantize_linear(weight.clone(), None, None, settings)
+    assert live.peak < most * 4 * weight.numel()
+    assert live.now < 0.1 * live.peak  # the counter sees what is let go

@@ -1,16 +1,12 @@
 """What a step sees, and what it does, on a model small enough to think about."""
 
-import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
 import torch
-from torch import nn
 
 from loragraft.recipes.load import load_recipe
 from loragraft.train.batches import Batches, seeded
-from loragraft.train.loop import build_optimizer
 
 
 class Dataset:
@@ -81,17 +77,3 @@ def test_seeds_of_different_purposes_differ() -> None:
         float(torch.rand((), generator=seeded(0, purpose, n))) for purpose in ("step", "validation") for n in range(4)
     }
     assert len(draws) == 8
-
-
-@pytest.mark.parametrize(("schedule", "last"), [("constant", 1.0), ("cosine", 0.0), ("linear", 0.0)])
-def test_schedule_warms_up_and_ends(schedule: str, last: float) -> None:
-    config = dataclasses.replace(load_recipe("marketing").optim, schedule=schedule, warmup_steps=10, learning_rate=0.1)
-    optimizer, rate = build_optimizer([nn.Parameter(torch.zeros(1))], config, steps=100)
-    rates = []
-    for _ in range(100):
-        rates.append(rate.get_last_lr()[0])
-        optimizer.step()
-        rate.step()
-    assert rates[0] == 0
-    assert rates[10] == pytest.approx(0.1)
-    assert rates[-1] == pytest.approx(0.1 * last, abs=0.003)

@@ -1,0 +1,447 @@
+"""FLUX.1-dev-shaped LoRA training and inference on one GPU: ours against bf16, FP8 and NF4, each in a process of its own.
+
+    python benchmarks/flux_training.py all --parts parts --out benchmarks/results/flux_training.json --commit $(git rev-parse HEAD)
+    python benchmarks/flux_training.py run ours_1024 --parts parts --profile
+
+Every variant trains the same rank-16 adapter (attention and feed-forward, 418 layers) on the same latents, text and noise, over
+weights that stand for the same matrices: those of the rivals are the dequantized ones of the INT4 model, whose codes are random.
+One step = forward + loss + backward + clipping + AdamW. bf16 runs as people run it: PEFT, float32 factors, autocast, SDPA, eager or
+after `compile_repeated_blocks`. A variant that is in `--parts` already is not run again.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import triton
+from diffusers import AutoencoderKL, FluxTransformer2DModel
+from torch import Tensor, nn
+
+from loragraft.adapters.checkpoint import Adapter
+from loragraft.adapters.graft import graft
+from loragraft.adapters.inject import inject_adapter
+from loragraft.backbones.architectures import FLUX, FOLDER_RANK
+from loragraft.backbones.attention import Attention, set_attention
+from loragraft.backbones.flow import flow_loss, predict_velocity
+from loragraft.backbones.skeleton import meta_transformer, plan_architecture, randomize
+from loragraft.quantization.linear import SVDQuantLinear
+from loragraft.quantization.settings import QuantSettings
+from loragraft.recipes.schema import AdapterConfig
+from loragraft.train.memory import set_checkpointing
+from loragraft.train.step import GraphStep, compile_blocks
+
+GIB = 2**30
+LOSS_STEPS, TIMED_FROM = 20, 5
+TEXT_TOKENS, RATE = 512, 1e-4
+CONFIG = {"guidance_embeds": False}  # FluxTransformer2DModel's defaults are FLUX.1's; the guidance embedder is 0.1 ms
+VAE = {
+    "block_out_channels": [128, 256, 512, 512], "down_block_types": ["DownEncoderBlock2D"] * 4, "layers_per_block": 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 4, "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False,
+}  # fmt: skip
+DEVICE = torch.device("cuda")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One process. base: int4, bf16, fp8 or nf4."""
+
+    base: str = "int4"
+    resolution: int = 1024
+    compiled: bool = True
+    attention: Attention = "sdpa"
+    checkpointing: bool = False
+    dgrad: Literal["dequantized", "int8"] = "dequantized"
+    infer: bool = False
+
+
+VARIANTS = {
+    "ours_1024": Variant(attention="flash_attn_4"),
+    "ours_1024_sdpa": Variant(),
+    "ours_1024_int8_dgrad": Variant(attention="flash_attn_4", dgrad="int8"),
+    "ours_1024_ckpt": Variant(attention="flash_attn_4", checkpointing=True),
+    "ours_512": Variant(resolution=512, attention="flash_attn_4"),
+    "bf16_eager_1024": Variant("bf16", compiled=False),
+    "bf16_compiled_1024": Variant("bf16"),
+    "bf16_compiled_1024_same_attention": Variant("bf16", attention="flash_attn_4"),
+    "bf16_eager_512": Variant("bf16", 512, compiled=False),
+    "bf16_compiled_512": Variant("bf16", 512),
+    "fp8_compiled_1024": Variant("fp8"),
+    "nf4_eager_1024": Variant("nf4", compiled=False),
+    "ours_image": Variant(attention="flash_attn_4", infer=True),
+    "bf16_image": Variant("bf16", attention="flash_attn_4", infer=True),
+}
+
+
+class Fp8Linear(nn.Linear):
+    """A frozen linear with rowwise FP8 weights: x is quantized per token, dx is computed from the dequantized weight."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = weight.shape
+        scale = weight.abs().amax(dim=1, keepdim=True).float() / 448
+        self.register_buffer("codes", (weight / scale).to(torch.float8_e4m3fn))
+        self.register_buffer("scale", scale)
+        self.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)  # PEFT reads its dtype and device
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N]."""
+        y = _Fp8Product.apply(x.reshape(-1, x.shape[-1]), self.codes, self.scale)
+        y = y.view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+
+class _Fp8Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(codes, scale)
+        x_scale = x.abs().amax(dim=1, keepdim=True).float().clamp(min=1e-12) / 448
+        rounded = (x / x_scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+        return torch._scaled_mm(
+            rounded, codes.T, scale_a=x_scale, scale_b=scale.T, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        codes, scale = ctx.saved_tensors
+        return dy @ (codes.to(dy.dtype) * scale.to(dy.dtype)), None, None
+
+
+def build_transformer(base: str) -> nn.Module:
+    """A FLUX.1-dev-shaped model with random codes, or one of another kind over the same matrices."""
+    settings = QuantSettings(numerics="w4a8", rank=FOLDER_RANK, smoothing="hadamard")
+    skeleton = meta_transformer(FluxTransformer2DModel, CONFIG, partial(plan_architecture, FLUX, settings))
+    model = randomize(skeleton, DEVICE, torch.bfloat16)
+    if base == "int4":
+        return model
+    few_rows = [
+        path for path, layer in model.named_modules() if isinstance(layer, SVDQuantLinear) and layer.numerics == "w4a16"
+    ]
+    for path, layer in list(model.named_modules()):
+        if isinstance(layer, SVDQuantLinear):
+            made = "bf16" if path in few_rows else base
+            model.set_submodule(path, _rival(made, layer.dequantized_weight(torch.bfloat16), layer.bias))
+    return model
+
+
+def _rival(kind: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    bias = None if bias is None else bias.to(torch.bfloat16)
+    if kind == "fp8":
+        return Fp8Linear(weight, bias)
+    if kind == "nf4":
+        import bitsandbytes as bnb
+
+        linear = bnb.nn.Linear4bit(
+            weight.shape[1], weight.shape[0], bias is not None, torch.bfloat16, quant_type="nf4", device="meta"
+        )
+        linear.weight = bnb.nn.Params4bit(weight.cpu(), requires_grad=False, quant_type="nf4", module=linear)
+        if bias is not None:
+            linear.bias = nn.Parameter(bias, requires_grad=False)
+        return linear.to(DEVICE)
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias, requires_grad=False)
+    return linear
+
+
+def batch(resolution: int, step: int) -> dict[str, Tensor]:
+    """Latents, noise, time and text of one image; the same for every variant."""
+    generator = torch.Generator().manual_seed(step)
+    edge = resolution // 8
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(DEVICE, torch.bfloat16)
+
+    return {
+        "latents": normal(1, 16, edge, edge), "noise": normal(1, 16, edge, edge),
+        "times": torch.rand(1, generator=generator).to(DEVICE),
+        "prompt_embeds": normal(1, TEXT_TOKENS, 4096), "pooled_prompt_embeds": normal(1, 768),
+    }  # fmt: skip
+
+
+def loss_of(transformer: nn.Module, autocast: bool) -> Callable[[dict[str, Tensor]], Tensor]:
+    """The flow-matching loss; rivals under autocast, as diffusers' training scripts run them."""
+
+    def loss(tensors: dict[str, Tensor]) -> Tensor:
+        text = {key: tensors[key] for key in ("prompt_embeds", "pooled_prompt_embeds")}
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            return flow_loss(transformer, tensors["latents"], tensors["noise"], tensors["times"], text)
+
+    return loss
+
+
+def train(variant: Variant, profile: bool) -> dict[str, Any]:
+    """Twenty steps: losses, milliseconds of a step (median of the last fifteen), peak memory, seconds to the first step."""
+    transformer = build_transformer(variant.base)
+    torch.cuda.synchronize()
+    static = torch.cuda.memory_allocated() / GIB
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass fails on some drivers
+    set_attention(transformer, variant.attention)
+    parameters = inject_adapter(transformer, AdapterConfig(), FLUX.quantize)
+    ours = variant.base == "int4"
+    if ours:
+        for module in transformer.modules():
+            if isinstance(module, SVDQuantLinear):
+                module.dgrad = variant.dgrad
+    set_checkpointing(transformer, "block" if variant.checkpointing else "none")
+    if variant.compiled:
+        if ours:
+            compile_blocks(transformer)
+        else:
+            transformer.compile_repeated_blocks(fullgraph=True)
+    loss = loss_of(transformer, autocast=not ours)
+    graph = GraphStep(loss, parameters) if ours else None
+    optimizer = torch.optim.AdamW(parameters, lr=RATE, fused=True)
+
+    def step(tensors: dict[str, Tensor]) -> Tensor:
+        if graph is not None:
+            value = graph(tensors, last=True)
+        else:
+            value = loss(tensors)
+            value.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=graph is None)
+        return value.detach()
+
+    batches = [batch(variant.resolution, number) for number in range(LOSS_STEPS)]
+    losses, times = [], []
+    first, prepared, kernels = 0.0, time.perf_counter() - start, kernel_seconds()
+    for number, tensors in enumerate(batches):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        value = step(tensors)
+        end.record()
+        losses.append(float(value))
+        times.append(begin.elapsed_time(end))
+        if number == 0:
+            first = time.perf_counter() - start
+            compiled = sum(torch._dynamo.utils.compilation_time_metrics.get("_compile.compile_inner", []))
+            parts = {"inject": prepared, "compile_blocks": compiled, "triton_kernels": sum(kernels.values())}
+    result = {
+        "step_ms": statistics.median(times[TIMED_FROM:]),
+        "step_ms_worst": max(times[TIMED_FROM:]),
+        "losses": losses,
+        "static_gib": static,
+        "peak_gib": torch.cuda.max_memory_allocated() / GIB,
+        "reserved_gib": torch.cuda.max_memory_reserved() / GIB,
+        "first_step_seconds": first,
+        "first_step_parts": parts | {"slowest_kernels": dict(sorted(kernels.items(), key=lambda item: -item[1])[:12])},
+        "parameters": sum(p.numel() for p in parameters),
+    }
+    return result | ({"profile": profiled(lambda: step(batches[0]))} if profile else {})
+
+
+def kernel_seconds() -> dict[str, float]:
+    """Kernel -> seconds that Triton spends on compiling it; filled from now on."""
+    seconds: dict[str, float] = {}
+
+    def listen(*, src: Any, metadata: Any, metadata_group: Any, times: Any, cache_hit: bool) -> None:
+        seconds[src.name] = seconds.get(src.name, 0.0) + times.total / 1e6
+
+    triton.knobs.compilation.listener = listen
+    return seconds
+
+
+def profiled(call: Callable[[], object]) -> dict[str, float]:
+    """Milliseconds of GPU time per kernel of one call, the largest first; names shortened to 70 characters."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        call()
+        torch.cuda.synchronize()
+    total: dict[str, float] = {}
+    for event in seen.key_averages():
+        name = event.key[:70]
+        total[name] = total.get(name, 0.0) + event.self_device_time_total / 1000
+    return dict(sorted(total.items(), key=lambda item: -item[1])[:60])
+
+
+@torch.no_grad()
+def infer(variant: Variant) -> dict[str, Any]:
+    """Seconds of an image of 20 and of 4 steps, decoding included, and peak memory; ours also with an adapter grafted."""
+    transformer = build_transformer(variant.base)
+    torch.cuda.empty_cache()
+    transformer_gib = torch.cuda.memory_allocated() / GIB
+    set_attention(transformer, variant.attention)
+    vae = AutoencoderKL.from_config(VAE).to(DEVICE, torch.bfloat16).eval()
+    tensors = batch(variant.resolution, 0)
+    result: dict[str, Any] = {"transformer_gib": transformer_gib}
+    for grafted in (False, True) if variant.base == "int4" else (False,):
+        if grafted:
+            graft(transformer, _random_adapter(transformer), any_base=True)
+        if variant.compiled:
+            compile_blocks(transformer) if variant.base == "int4" else transformer.compile_repeated_blocks(
+                fullgraph=True
+            )
+        sampler = _Sampler(transformer, vae, tensors, graph=variant.base == "int4")
+        torch.cuda.reset_peak_memory_stats()
+        name = "grafted_" if grafted else ""
+        for steps in (20, 4):
+            seconds = []
+            for _ in range(3):
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                sampler(steps)
+                torch.cuda.synchronize()
+                seconds.append(time.perf_counter() - start)
+            result[f"{name}image_{steps}_steps_seconds"] = statistics.median(seconds)
+        result[f"{name}peak_gib"] = torch.cuda.max_memory_allocated() / GIB
+        del sampler
+    return result
+
+
+class _Sampler:
+    """Euler steps and decoding; the velocity from a CUDA graph where asked."""
+
+    def __init__(self, transformer: nn.Module, vae: nn.Module, tensors: dict[str, Tensor], graph: bool) -> None:
+        self.vae, self.noise = vae, tensors["noise"]
+        self.latents, self.times = tensors["noise"].clone(), tensors["times"].clone()
+        text = {key: tensors[key] for key in ("prompt_embeds", "pooled_prompt_embeds")}
+
+        def velocity() -> Tensor:
+            return predict_velocity(transformer, self.latents, self.times, text)
+
+        for _ in range(3):
+            velocity()
+        self.velocity = velocity
+        if graph:
+            torch.cuda.synchronize()
+            captured = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(captured):
+                made = velocity()
+
+            def replay() -> Tensor:
+                captured.replay()
+                return made
+
+            self.velocity = replay
+        self(2)
+
+    def __call__(self, steps: int) -> Tensor:
+        self.latents.copy_(self.noise)
+        for number in range(steps):
+            self.times.fill_(1 - number / steps)
+            self.latents.sub_(self.velocity() / steps)
+        return self.vae.decode(self.latents / 0.3611 + 0.1159, return_dict=False)[0]
+
+
+def _random_adapter(transformer: nn.Module) -> Adapter:
+    generator = torch.Generator().manual_seed(1)
+    pairs = {}
+    for path, layer in transformer.named_modules():
+        if isinstance(layer, SVDQuantLinear) and layer.numerics == "w4a8":
+            down = torch.randn(16, layer.in_features, generator=generator) / layer.in_features**0.5
+            pairs[path] = (
+                down.to(DEVICE),
+                (torch.randn(layer.out_features, 16, generator=generator) * 0.01).to(DEVICE),
+            )
+    return Adapter("random", {}, pairs)
+
+
+def run(name: str, parts: Path, profile: bool) -> dict[str, Any]:
+    """One variant in this process; its figures go to `parts`/NAME.json."""
+    variant = VARIANTS[name]
+    torch.manual_seed(0)
+    figures = infer(variant) if variant.infer else train(variant, profile)
+    figures = {"variant": name, **asdict(variant), **figures}
+    parts.mkdir(parents=True, exist_ok=True)
+    (parts / f"{name}.json").write_text(json.dumps(figures, indent=1) + "\n")
+    return figures
+
+
+def collect(parts: Path, commit: str) -> dict[str, Any]:
+    """The report's keys from the parts that are there; a figure whose parts are missing is null."""
+    found = {file.stem: json.loads(file.read_text()) for file in sorted(parts.glob("*.json"))}
+
+    def ratio(above: str, below: str, key: str = "step_ms") -> float | None:
+        return found[above][key] / found[below][key] if above in found and below in found else None
+
+    def figure(name: str, key: str) -> float | None:
+        return found[name][key] if name in found else None
+
+    return {
+        "device": torch.cuda.get_device_name(),
+        "versions": {"torch": torch.__version__, "cuda": torch.version.cuda, "python": sys.version.split()[0]},
+        "commit": commit,
+        "command": "python benchmarks/flux_training.py all --parts PARTS --out OUT --commit COMMIT",
+        "step_1024_vs_eager": ratio("bf16_eager_1024", "ours_1024"),
+        "step_1024_vs_compiled": ratio("bf16_compiled_1024", "ours_1024"),
+        "step_1024_vs_compiled_same_attention": ratio("bf16_compiled_1024_same_attention", "ours_1024"),
+        "step_1024_vs_fp8": ratio("fp8_compiled_1024", "ours_1024"),
+        "step_1024_vs_nf4": ratio("nf4_eager_1024", "ours_1024"),
+        "step_512_vs_eager": ratio("bf16_eager_512", "ours_512"),
+        "step_512_vs_compiled": ratio("bf16_compiled_512", "ours_512"),
+        "peak_gib_ckpt_1024": figure("ours_1024_ckpt", "peak_gib"),
+        "peak_gib_nockpt_1024": figure("ours_1024", "peak_gib"),
+        "first_step_seconds": figure("ours_1024", "first_step_seconds"),
+        "image_20_steps_vs_bf16": ratio("bf16_image", "ours_image", "image_20_steps_seconds"),
+        "image_memory_vs_bf16": ratio("ours_image", "bf16_image", "transformer_gib"),
+        "loss_worst_pct": _loss_difference(found),
+        "parts": found,
+    }
+
+
+def _loss_difference(found: dict[str, Any]) -> float | None:
+    """Largest difference of a step's loss from bf16's, in per cent."""
+    if "bf16_compiled_1024" not in found or "ours_1024" not in found:
+        return None
+    pairs = zip(found["ours_1024"]["losses"], found["bf16_compiled_1024"]["losses"], strict=True)
+    return 100 * max(abs(ours - theirs) / theirs for ours, theirs in pairs)
+
+
+def main() -> int:
+    """Prints one line per variant and writes the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["all", "run", "collect"])
+    parser.add_argument("variant", nargs="*", choices=[*VARIANTS, []], help="default: all of them")
+    parser.add_argument("--parts", type=Path, required=True)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--commit", default="")
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--timeout", type=float, default=240, help="seconds for one variant")
+    args = parser.parse_args()
+    if args.what == "run":
+        for name in args.variant:
+            print(json.dumps(run(name, args.parts, args.profile), indent=1))
+        return 0
+    if args.what == "all":
+        for name in args.variant or VARIANTS:
+            if not (args.parts / f"{name}.json").exists():
+                _in_its_own_process(name, args)
+    if args.out is not None:
+        args.out.write_text(json.dumps(collect(args.parts, args.commit), indent=1) + "\n")
+    return 0
+
+
+def _in_its_own_process(name: str, args: argparse.Namespace) -> None:
+    command = [sys.executable, __file__, "run", name, "--parts", str(args.parts)]
+    start = time.perf_counter()
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=args.timeout, env=dict(os.environ))
+    except subprocess.TimeoutExpired:
+        print(f"{name}: not done after {args.timeout:.0f} s")
+        return
+    file = args.parts / f"{name}.json"
+    if done.returncode or not file.exists():
+        print(f"{name}: failed\n{done.stderr[-1500:]}")
+        return
+    figures = json.loads(file.read_text())
+    shown = {key: round(value, 3) for key, value in figures.items() if isinstance(value, float)}
+    print(f"{name}: {time.perf_counter() - start:.0f} s; {shown}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

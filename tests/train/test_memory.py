@@ -1,0 +1,149 @@
+"""Checkpointing changes what is kept, never what is computed."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from loragraft.recipes.load import RecipeError, load_recipe
+from loragraft.train.memory import block_paths, offloaded_inputs, set_checkpointing
+
+BLOCKS = ["transformer_blocks.0", "transformer_blocks.1", "single_transformer_blocks.0", "single_transformer_blocks.1"]
+
+
+def step(model: nn.Module, parameters: list[nn.Parameter], loss_of: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
+    """[loss, every gradient]."""
+    loss = loss_of(model)
+    return [loss.detach(), *torch.autograd.grad(loss, parameters)]
+
+
+def kept_bytes(run: Callable[[], torch.Tensor]) -> int:
+    """Bytes of activations that the graph holds after the forward pass, each storage counted once."""
+    storages: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = run()
+    total = sum(storages.values())
+    del loss
+    return total
+
+
+@pytest.mark.parametrize("smoothing", ["hadamard", "weight"])
+def test_gradients_are_the_same_bits(smoothing: str, tiny_flux: Any, loss_of: Any) -> None:
+    model, parameters = tiny_flux(smoothing=smoothing)
+    plain = step(model, parameters, loss_of)
+    assert all(bool(gradient.any()) for gradient in plain[1:])
+    for policy, blocks, count in (("block", 0, 4), ("selective", 1, 1), ("selective", 3, 3), ("none", 0, 0)):
+        assert set_checkpointing(model, policy, blocks) == count
+        for one, two in zip(plain, step(model, parameters, loss_of), strict=True):
+            assert torch.equal(one, two), policy
+
+
+def test_the_blocks_are_found_in_the_order_they_run(tiny_flux: Any, loss_of: Any) -> None:
+    model, _ = tiny_flux()
+    assert block_paths(model) == BLOCKS
+    ran: list[str] = []
+    for path in BLOCKS:
+        model.get_submodule(path).register_forward_pre_hook(lambda *_, path=path: ran.append(path))
+    loss_of(model).backward()
+    assert ran == BLOCKS
+    ran.clear()
+    set_checkpointing(model, "selective", 2)
+    loss_of(model).backward()
+    assert ran == [*BLOCKS, BLOCKS[1], BLOCKS[0]]  # the first two again, last first
+
+
+def test_less_is_kept(tiny_flux: Any, loss_of: Any) -> None:
+    model, _ = tiny_flux()
+    kept = {}
+    for policy, blocks in (("none", 0), ("selective", 2), ("block", 0)):
+        set_checkpointing(model, policy, blocks)
+        kept[policy] = kept_bytes(lambda: loss_of(model))
+    assert kept["block"] < 0.5 * kept["selective"] < 0.4 * kept["none"]
+
+
+def test_x_is_kept_once_and_never_wide(tiny_flux: Any, loss_of: Any) -> None:
+    """In 16 bits: no float32 copy of a layer's input, and one tensor of codes for all the layers that read it."""
+    model, _ = tiny_flux(torch.bfloat16)
+    wide, codes = [], set()
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dtype == torch.float32 and tensor.dim() > 1 and tensor.shape[-1] in (128, 512, 640):
+            wide.append(tuple(tensor.shape))
+        if tensor.dtype == torch.int8:
+            codes.add(tensor.data_ptr())
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = loss_of(model, torch.bfloat16)
+    factors = {tuple(p.shape) for p in model.parameters() if p.requires_grad}
+    assert [shape for shape in wide if shape not in factors] == []
+    double, single = 2 * 4, 2  # q k v, to_out, two of the feed-forward, for text and image; q k v proj_mlp, proj_out
+    assert len(codes) == 2 * double + 2 * single
+    assert loss.requires_grad
+
+
+def test_only_the_inputs_of_blocks_are_moved(tiny_flux: Any, loss_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, parameters = tiny_flux()
+    plain, moved = step(model, parameters, loss_of), []
+
+    def counted() -> saved_tensors_hooks:
+        hooks = offloaded_inputs()
+
+        def pack(tensor: torch.Tensor) -> Any:
+            packed = hooks.pack_hook(tensor)
+            if not isinstance(packed, torch.Tensor):
+                moved.append(tuple(tensor.shape))
+            return packed
+
+        return saved_tensors_hooks(pack, hooks.unpack_hook)
+
+    monkeypatch.setattr("loragraft.train.memory.offloaded_inputs", counted)
+    monkeypatch.setattr("loragraft.train.memory._check_offload", lambda device: None)  # host to host here
+    set_checkpointing(model, "block", offload=True)
+    for one, two in zip(plain, step(model, parameters, loss_of), strict=True):
+        assert torch.equal(one, two)
+    assert sorted(moved) == sorted([(2, 16, 128), (2, 5, 128)] * 4)
+
+
+def test_what_cannot_be_done_is_refused(tiny_flux: Any) -> None:
+    model, _ = tiny_flux()
+    with pytest.raises(ValueError, match=r"train\.offload_activations .* this run is on cpu"):
+        set_checkpointing(model, "block", offload=True)
+    with pytest.raises(ValueError, match=r"checkpoint_blocks is 5: FluxTransformer2DModel has 4 blocks"):
+        set_checkpointing(model, "selective", 5)
+    with pytest.raises(ValueError, match=r"Linear supports no checkpointing: set train\.checkpointing=none"):
+        set_checkpointing(nn.Linear(2, 2), "block")
+    assert set_checkpointing(nn.Linear(2, 2), "none") == 0
+    for wrong in (
+        ["train.checkpointing=selective"],
+        ["train.checkpoint_blocks=3"],
+        ["train.checkpointing=block", "train.checkpoint_blocks=3"],
+    ):
+        with pytest.raises(RecipeError, match=r"train\.checkpoint_blocks is \d with train\.checkpointing="):
+            load_recipe("marketing", wrong)
+    with pytest.raises(RecipeError, match=r"train\.offload_activations"):
+        load_recipe("marketing", ["train.offload_activations=true"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_offloading_gives_the_same_gradients_in_less_memory(tiny_flux: Any, loss_of: Any) -> None:
+    model, parameters = tiny_flux(torch.bfloat16, device="cuda")
+    seen = []
+    for offload in (False, True):
+        set_checkpointing(model, "block", offload=offload)
+        before = torch.cuda.memory_allocated()
+        loss = loss_of(model, torch.bfloat16, "cuda")
+        seen.append((torch.cuda.memory_allocated() - before, torch.autograd.grad(loss, parameters)))
+    assert seen[1][0] < seen[0][0]
+    for one, two in zip(seen[0][1], seen[1][1], strict=True):
+        assert torch.allclose(one, two, rtol=1e-2, atol=1e-4)  # flash's backward is not deterministic

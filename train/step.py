@@ -1,0 +1,160 @@
+"""One micro-batch, forward and backward: launched kernel by kernel, or replayed from a CUDA graph.
+
+A layer of four-bit codes is quick on the GPU and slow to launch: a step of FLUX.1's 418 adapted layers spends more time in
+Python than on the device. So on a GPU the repeated blocks are compiled (Inductor fuses norms, modulation, RoPE and GELU; the
+INT4 layers stay the custom ops that they are), and forward, loss and backward are captured once per shape and replayed.
+Gradients are added to `.grad` either way.
+"""
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from loragraft.quantization.linear import SVDQuantLinear
+from loragraft.recipes.schema import TrainConfig
+
+Loss = Callable[[dict[str, Tensor]], Tensor]
+"""Named tensors of a micro-batch -> the scalar to differentiate."""
+MOST_KINDS = 8
+"""Kinds of block that are compiled; a model with more of them runs uncompiled."""
+WARM_UP = 2
+
+
+class EagerStep:
+    """Launches the step anew each time; accelerate scales and synchronizes."""
+
+    assigns = True
+    """Whether `.grad` may be None between steps."""
+
+    def __init__(self, loss: Loss, accelerator: Accelerator, model: nn.Module) -> None:
+        self.loss, self.accelerator, self.model = loss, accelerator, model
+
+    def __call__(self, tensors: dict[str, Tensor], *, last: bool) -> Tensor:
+        """Adds the gradients of one micro-batch and returns its loss; processes exchange them at the `last` one."""
+        sync = contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
+        with sync:
+            loss = self.loss(tensors)
+            self.accelerator.backward(loss)
+        return loss.detach()
+
+
+@dataclass
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    inputs: dict[str, Tensor]
+    loss: Tensor
+
+
+class GraphStep:
+    """Captures forward and backward once per shape of input, then replays: the launch costs one call.
+
+    All graphs share one memory pool, so several shapes take the memory of the largest. What is captured may not read a
+    value back to the CPU. Single process: gradients are not exchanged.
+    """
+
+    assigns = False
+
+    def __init__(self, loss: Loss, parameters: Sequence[nn.Parameter]) -> None:
+        self.loss, self.parameters = loss, parameters
+        self._captured: dict[tuple[object, ...], _Captured] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, tensors: dict[str, Tensor], *, last: bool) -> Tensor:
+        """Adds the gradients of one micro-batch and returns its loss."""
+        key = tuple((name, tuple(value.shape), value.dtype) for name, value in tensors.items())
+        if key not in self._captured:
+            self._captured[key] = self._capture(tensors)
+        captured = self._captured[key]
+        for name, value in tensors.items():
+            captured.inputs[name].copy_(value, non_blocking=True)
+        captured.graph.replay()
+        return captured.loss.clone()  # the pool's memory belongs to whichever graph runs next
+
+    def _capture(self, tensors: dict[str, Tensor]) -> _Captured:
+        inputs = {name: value.clone() for name, value in tensors.items()}
+        for parameter in self.parameters:  # a captured backward adds to what is there; to None it would assign
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        before = [parameter.grad.clone() for parameter in self.parameters if parameter.grad is not None]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # compiles, tunes and allocates whatever must not happen inside a capture
+            for _ in range(WARM_UP):
+                self.loss(inputs).backward()
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # the graph's pool is another: without this both would hold a step's activations
+        graph = torch.cuda.CUDAGraph()
+        # A data loader's thread may pin memory meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            loss = self.loss(inputs)
+            loss.backward()
+            loss = loss.detach()
+        for parameter, kept in zip(self.parameters, before, strict=True):
+            assert parameter.grad is not None
+            parameter.grad.copy_(kept)
+        return _Captured(graph, inputs, loss)
+
+
+def choose_step(
+    config: TrainConfig, accelerator: Accelerator, model: nn.Module, parameters: Sequence[nn.Parameter], loss: Loss
+) -> EagerStep | GraphStep:
+    """The step that `train.compile` and `train.cuda_graph` ask for. Raises ValueError where that cannot be had."""
+    cuda = accelerator.device.type == "cuda"
+    if config.compile == "always" or (config.compile == "auto" and cuda and _large(model)):
+        compiled = compile_blocks(accelerator.unwrap_model(model))
+        if config.compile == "always" and not compiled:
+            raise ValueError(
+                f"train.compile=always: this model's blocks are of more than {MOST_KINDS} kinds (rotated, smoothed, ...), or "
+                "it has no repeated blocks; train with train.compile=never"
+            )
+    alone = accelerator.num_processes == 1
+    if config.cuda_graph == "always" and not (cuda and alone):
+        raise ValueError("train.cuda_graph=always needs one process on a CUDA GPU; leave it at auto")
+    if config.cuda_graph != "never" and cuda and alone:
+        return GraphStep(loss, parameters)
+    return EagerStep(loss, accelerator, model)
+
+
+def _large(model: nn.Module) -> bool:
+    """From about 0.5 GB on, compiling for a minute pays."""
+    return sum(t.nbytes for t in (*model.parameters(), *model.buffers())) > 5e8
+
+
+@contextlib.contextmanager
+def uncompiled() -> Iterator[None]:
+    """Compiled blocks run as they were written: what runs seldom, or without gradients, is not compiled anew."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def compile_blocks(transformer: nn.Module) -> int:
+    """Compiles the transformer's repeated blocks in place (diffusers' regional compilation); returns how many.
+
+    Blocks of one class share compiled code as long as their quantized layers are set up alike. With more than
+    `MOST_KINDS` kinds nothing is compiled, and the result is 0: compiling would take minutes.
+    """
+    names = getattr(transformer, "_repeated_blocks", None) or []
+    blocks = [module for module in transformer.modules() if type(module).__name__ in names]
+    kinds = Counter(_kind(block) for block in blocks)
+    if not blocks or len(kinds) > MOST_KINDS:
+        return 0
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(kinds))
+    for block in blocks:
+        block.compile(fullgraph=True, dynamic=False)
+    return len(blocks)
+
+
+def _kind(block: nn.Module) -> tuple[object, ...]:
+    """What compiled code depends on: the class, and per INT4 layer its arithmetic."""
+    layers = [
+        (path, m.numerics, m.group_size, m.rank, m.hadamard, m.smoothed, m.act_unsigned, m.bias is None)
+        for path, m in block.named_modules()
+        if isinstance(m, SVDQuantLinear)
+    ]
+    return (type(block).__name__, *layers)
