@@ -65,7 +65,8 @@ def train(
         _restore(folder.checkpoint, parameters, optimizer, schedule)
         folder.summary = dict(folder.checkpoint["summary"])
     batches = Batches(cache.split("train"), cache.empty, recipe, backbone, accelerator, prior)
-    step = choose_step(config, accelerator, transformer, parameters, micro_batch_loss(transformer, batches, config))
+    loss = micro_batch_loss(transformer, batches, config)
+    step = choose_step(config, accelerator, transformer, parameters, loss, len(batches.order.buckets))
     validation = cache.split("validation")
     early = _early_stop(config.patience, validation, folder.checkpoint)
     started, elapsed_before = time.perf_counter(), float((folder.checkpoint or {}).get("elapsed_seconds", 0.0))
@@ -236,8 +237,6 @@ def validation_loss(transformer: nn.Module, backbone: Backbone, dataset: LatentD
         )
         total += float(loss) * len(chosen)
     return total / count
-
-
 
 
 def memory_in_use(device: torch.device) -> str:
