@@ -2,8 +2,8 @@
 
 A process claims keys in a hidden file `.<token>.claim` of the store, which lists them and which it keeps locked (flock)
 for as long as it encodes them. The kernel drops the lock when the process ends, `kill -9` included, so a claim whose lock
-can be had is a dead one and is removed; nothing has to expire. Looking and claiming happen under a lock of the
-folder itself, which is held for milliseconds.
+can be had is a dead one and is removed; nothing has to expire. Looking and claiming happen under the lock of a
+file `lock`, which stays, empty, and is held for milliseconds.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ class Claim:
 @contextlib.contextmanager
 def exclusively(folder: Path) -> Iterator[None]:
     """Nobody else looks or claims in `folder` while the block runs; waits for whoever does."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)  # NFS locks only what is open for writing
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
