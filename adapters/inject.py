@@ -21,7 +21,14 @@ DEFAULT_NAME = "default"
 
 
 class SVDQuantLoraLinear(nn.Module, LoraLayer):
-    """PEFT's LoRA layer over a `SVDQuantLinear`: plain LoRA, any number of active adapters, no merging."""
+    """PEFT's LoRA layer over a `SVDQuantLinear`: plain LoRA, any number of active adapters, no merging.
+
+    joined_down, joined_up: branch and adapter in one, in the compute dtype; kept up to date by `joined.JoinedFactors`, and read
+    where gradients are computed only.
+    """
+
+    joined_down: Tensor | None
+    joined_up: Tensor | None
 
     def __init__(
         self,
@@ -35,6 +42,8 @@ class SVDQuantLoraLinear(nn.Module, LoraLayer):
         super().__init__()
         LoraLayer.__init__(self, base_layer)
         self.fan_in_fan_out = False
+        self.register_buffer("joined_down", None, persistent=False)
+        self.register_buffer("joined_up", None, persistent=False)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
@@ -67,18 +76,19 @@ class SVDQuantLoraLinear(nn.Module, LoraLayer):
         active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]
         if not active:
             return base(x)
-        factors = [_factors(self, name) for name in active]
+        factors = [layer_factors(self, name) for name in active]
         downs: list[Tensor] = [down for down, _ in factors]
         # alpha = r, the default: B itself then waits for the backward pass, not a float32 copy of every layer's
         scaled = zip((self.scaling[name] for name in active), factors, strict=True)
         ups = [up if scale == 1 else up * scale for scale, (_, up) in scaled]
         if len(active) == 1:
-            return base(x, downs[0], ups[0])
+            joined = None if self.joined_down is None else (self.joined_down, self.joined_up)
+            return base(x, downs[0], ups[0], joined if torch.is_grad_enabled() else None)
         return base(x, torch.cat(downs), torch.cat(ups, dim=1))
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """(alpha / r) B A [N, K]."""
-        down, up = _factors(self, adapter)
+        down, up = layer_factors(self, adapter)
         return self.scaling[adapter] * (up @ down)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -138,7 +148,7 @@ def inject_adapter(
         inject_adapter_in_model(peft_config, transformer, adapter_name=name)
     parameters = []
     for layer in _carriers(transformer).values():
-        for factor in _factors(layer, name):
+        for factor in layer_factors(layer, name):
             factor.data = factor.data.float()
             factor.requires_grad_(True)
             parameters.append(factor)
@@ -150,7 +160,7 @@ def _exactly(paths: Sequence[str]) -> str:
     return "|".join(path.replace(".", r"\.") for path in paths)
 
 
-def _factors(layer: LoraLayer, name: str) -> tuple[nn.Parameter, nn.Parameter]:
+def layer_factors(layer: LoraLayer, name: str) -> tuple[nn.Parameter, nn.Parameter]:
     """A [r, K] and B [N, r] of one adapter on one layer."""
     down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
     assert isinstance(down, nn.Parameter)
@@ -179,7 +189,7 @@ def adapter_factors(transformer: nn.Module, name: str = DEFAULT_NAME) -> dict[st
     carriers = {path: layer for path, layer in _carriers(transformer).items() if name in layer.lora_A}
     if not carriers:
         raise ValueError(f"no adapter named {name!r} is injected; inject_adapter first")
-    factors = {path: _factors(layer, name) for path, layer in carriers.items()}
+    factors = {path: layer_factors(layer, name) for path, layer in carriers.items()}
     return {path: (down.detach(), up.detach() * carriers[path].scaling[name]) for path, (down, up) in factors.items()}
 
 
@@ -193,7 +203,7 @@ def load_factors(transformer: nn.Module, factors: dict[str, tuple[Tensor, Tensor
         )
     for path, (down, up) in factors.items():
         layer = carriers[path]
-        for factor, saved in zip(_factors(layer, name), (down, up / layer.scaling[name]), strict=True):
+        for factor, saved in zip(layer_factors(layer, name), (down, up / layer.scaling[name]), strict=True):
             if factor.shape != saved.shape:
                 raise ValueError(f"{path}: saved factor {tuple(saved.shape)}, injected {tuple(factor.shape)}")
             factor.data.copy_(saved)

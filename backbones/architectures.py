@@ -19,7 +19,7 @@ from loragraft.quantization.stream import plan_source, quantize_stream
 from loragraft.quantization.tensor_file import CheckpointError
 from loragraft.quantization.weight_source import FileSource, WeightSource
 
-NUMERICS: dict[Profile, Numerics] = {"native": "w4a8", "interchange": "w4a4"}
+NUMERICS: dict[Profile, Numerics] = {"native": "w4a8", "interchange": "w4a4", "weight-only": "w4a16"}
 FOLDER_RANK = 32
 """SVDQuant's rank for models of this size."""
 FOLDER_ROUNDS = 20
@@ -130,12 +130,15 @@ def folder_settings(
     gptq: bool = False,
     seed: int = 0,
 ) -> QuantSettings:
-    """How a large model's attention and feed-forward layers are quantized: `auto`, by a subsampled search."""
+    """How a large model's attention and feed-forward layers are quantized: `auto`, by a subsampled search.
+
+    `weight-only` has no smoothing: nothing is rounded that it would help.
+    """
     return QuantSettings(
         numerics=NUMERICS[profile],
         rank=FOLDER_RANK if rank is None else rank,
         group_size=group_size,
-        smoothing="auto",
+        smoothing="none" if profile == "weight-only" else "auto",
         iterations=FOLDER_ROUNDS,
         grid=CALIBRATED_GRID if calibrated else DATA_FREE_GRID,
         search="subsampled",

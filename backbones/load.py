@@ -5,6 +5,7 @@ import importlib
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -40,13 +41,16 @@ def find_spec(name: str) -> BaseSpec:
     return spec
 
 
-def load_backbone(name: str, profile: Profile | None, device: torch.device | str, cache_root: Path) -> Backbone:
-    """The frozen base `name` in `profile` (None: 16-bit), with its encoders, on `device`.
+def load_backbone(
+    name: str, profile: Profile | Literal["16bit"] | None, device: torch.device | str, cache_root: Path
+) -> Backbone:
+    """The frozen base `name` in `profile` (None or "16bit": not quantized), with its encoders, on `device`.
 
     A profile that does not ship is quantized once, calibrated, into `cache_root`/bases and reused. Raises
     ValueError for an unknown base, `CheckpointError` for a damaged checkpoint.
     """
     spec = find_spec(name)
+    profile = None if profile == "16bit" else profile
     device = torch.device(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     encoders = spec.load_encoders(device, dtype)
@@ -102,7 +106,9 @@ def quantize_base(
     """Quantizes the 16-bit transformer of `spec` and writes an INT4 checkpoint to `folder`.
 
     Calibrated and automatic smoothing and GPTQ denoise the spec's calibration prompts once and watch the inputs of every linear.
+    `weight-only` has no smoothing: nothing is rounded that it would help.
     """
+    smoothing = "none" if profile == "weight-only" else smoothing
     device = torch.device(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     transformer = load_16bit(spec).eval().requires_grad_(False)

@@ -16,8 +16,9 @@ from loragraft.quantization.checkpoint import base_id
 from loragraft.quantization.ledger import Ledger
 from loragraft.quantization.linear import SVDQuantLinear
 
-Profile = Literal["native", "interchange"]
-"""`native`: SVDQuant W4A8 with integer group scales. `interchange`: SVDQuant W4A4 in groups of 64."""
+Profile = Literal["native", "interchange", "weight-only"]
+"""`native`: SVDQuant W4A8 with integer group scales. `interchange`: SVDQuant W4A4 in groups of 64. `weight-only`: W4A16 with
+the branch, activations as they are."""
 
 
 SaveX = Literal["quantized", "raw"]

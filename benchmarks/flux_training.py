@@ -38,7 +38,7 @@ from loragraft.quantization.linear import SVDQuantLinear
 from loragraft.quantization.settings import QuantSettings
 from loragraft.recipes.schema import AdapterConfig
 from loragraft.train.memory import set_checkpointing
-from loragraft.train.step import GraphStep, compile_blocks
+from loragraft.train.step import compile_blocks, graph_step
 
 GIB = 2**30
 LOSS_STEPS, TIMED_FROM = 20, 5
@@ -204,7 +204,7 @@ def train(variant: Variant, profile: bool) -> dict[str, Any]:
         else:
             transformer.compile_repeated_blocks(fullgraph=True)
     loss = loss_of(transformer, autocast=not ours)
-    graph = GraphStep(loss, parameters) if ours else None
+    graph = graph_step(transformer, loss, parameters) if ours else None
     optimizer = torch.optim.AdamW(parameters, lr=RATE, fused=True)
 
     def step(tensors: dict[str, Tensor]) -> Tensor:
@@ -232,6 +232,8 @@ def train(variant: Variant, profile: bool) -> dict[str, Any]:
             first = time.perf_counter() - start
             compiled = sum(torch._dynamo.utils.compilation_time_metrics.get("_compile.compile_inner", []))
             parts = {"inject": prepared, "compile_blocks": compiled, "triton_kernels": sum(kernels.values())}
+            phases = {name: sum(took) for name, took in torch._dynamo.utils.compilation_time_metrics.items()}
+            parts |= {"phases": {name: took for name, took in phases.items() if took > 1}}
     result = {
         "step_ms": statistics.median(times[TIMED_FROM:]),
         "step_ms_worst": max(times[TIMED_FROM:]),

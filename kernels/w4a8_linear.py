@@ -24,7 +24,7 @@ from loragraft.kernels.act_quant import (
 )
 from loragraft.kernels.gemm import int8_gemm, w4a8_gemm
 from loragraft.kernels.hopper_gemm import hopper_gemm, hopper_gemm_runs
-from loragraft.kernels.layout import LinearCase, padded, rank_rows, unpack_tiles, uses_triton, word_bytes
+from loragraft.kernels.layout import LinearCase, padded, rank_product, rank_rows, unpack_tiles, uses_triton, word_bytes
 from loragraft.kernels.shared_codes import shared_codes
 from loragraft.kernels.token_quant import quantize_down
 from loragraft.kernels.unpack import effective_weight, transposed_int8
@@ -77,17 +77,18 @@ def _w4a8_linear(
     x_MK: Tensor, qweight: Tensor, row_scale: Tensor, group_words: Tensor, smooth: Tensor | None,
     lora_down: Tensor, lora_up: Tensor, bias: Tensor | None, adapter_down: Tensor | None, adapter_up: Tensor | None,
     hadamard: bool, save_x: str, dgrad: str, shared: Tensor | None = None, shared_scale: Tensor | None = None,
+    joined_down: Tensor | None = None, joined_up: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(y, h, codes, scale): the last three are what the backward pass keeps; codes and scale are empty where x came with
     its own, `shared`, which are then kept."""
-    down_RK = branch.join(lora_down, adapter_down, 0, x_MK.dtype)
-    up_NR = branch.join(lora_up, adapter_up, 1, x_MK.dtype)
+    down_RK = branch.join(lora_down, adapter_down, 0, x_MK.dtype) if joined_down is None else joined_down
+    up_NR = branch.join(lora_up, adapter_up, 1, x_MK.dtype) if joined_up is None else joined_up
     if shared is not None and shared_scale is not None:
         codes_MK, scale_M1, own = shared, shared_scale, _empty_codes(x_MK, 0)
-        h_MR = rank_rows(x_MK, down_RK.shape[0]).copy_(x_MK @ down_RK.T)
+        h_MR = rank_product(x_MK, down_RK.T)
     elif not uses_triton(x_MK):
         codes_MK, scale_M1 = own = quantize_activation(x_MK, smooth, hadamard, bits=8)
-        h_MR = rank_rows(x_MK, down_RK.shape[0]).copy_(x_MK @ down_RK.T)
+        h_MR = rank_product(x_MK, down_RK.T)
     else:
         codes_MK, scale_M1, h_MR = quantize_down(x_MK, smooth, hadamard, down_RK)
         own = codes_MK, scale_M1
@@ -108,7 +109,7 @@ def _empty_codes(x_MK: Tensor, rows: int) -> tuple[Tensor, Tensor]:
 @_w4a8_linear.register_fake
 def _(
     x_MK, qweight, row_scale, group_words, smooth, lora_down, lora_up, bias, adapter_down, adapter_up,
-    hadamard, save_x, dgrad, shared=None, shared_scale=None,
+    hadamard, save_x, dgrad, shared=None, shared_scale=None, joined_down=None, joined_up=None,
 ):  # fmt: skip
     M, rank = x_MK.shape[0], lora_down.shape[0] + (0 if adapter_down is None else adapter_down.shape[0])
     own = _empty_codes(x_MK, M if shared is None else 0)
@@ -123,7 +124,7 @@ def _w4a8_dgrad(
     """dx = (dy W) H / smooth + g [D; A] and g = dy [U, B]. int8: dy s_n is quantized per token."""
     K = down_RK.shape[1]
     if not uses_triton(dy_MN):
-        g_MR = rank_rows(dy_MN, up_NR.shape[1]).copy_(dy_MN @ up_NR)
+        g_MR = rank_product(dy_MN, up_NR)
         if not int8:
             dense_NK = dequantize_w4a8(qweight, row_scale, group_words)
             return branch.dequantized_dx(dy_MN, dense_NK, smooth, hadamard, g_MR, down_RK), g_MR
@@ -132,7 +133,7 @@ def _w4a8_dgrad(
         return branch.finish_dx(acc_MK.float().mul_(t_M1), smooth, hadamard, g_MR, down_RK), g_MR
     if not int8:
         weight_NK = effective_weight(qweight, group_words, row_scale, smooth, hadamard, up_NR, down_RK)
-        return dy_MN @ weight_NK, rank_rows(dy_MN, up_NR.shape[1]).copy_(dy_MN @ up_NR)
+        return dy_MN @ weight_NK, rank_product(dy_MN, up_NR)
     codes_MN, t_M1, g_MR = quantize_down(dy_MN, 1 / row_scale, False, up_NR.T)
     weight_KN = transposed_int8(qweight, group_words)[:K]
     inverse_K = None if smooth is None else 1 / smooth.float()
@@ -148,29 +149,31 @@ def _(dy_MN, up_NR, down_RK, qweight, row_scale, group_words, smooth, hadamard, 
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x_MK, *weights, _bias, adapter_down, adapter_up, ctx.hadamard, save_x, ctx.dgrad, shared, shared_scale = inputs
+    x_MK, *weights, _bias, adapter_down, adapter_up, ctx.hadamard, save_x, ctx.dgrad = inputs[:13]
+    shared, shared_scale, *joined = inputs[13:]
     _, h_MR, *own = output
     codes_MK, scale_M1 = own if shared is None else (shared, shared_scale)
     ctx.trains = any(ctx.needs_input_grad[8:10])
     kept = (h_MR, *branch.kept_x(x_MK, codes_MK, scale_M1, save_x)) if ctx.trains else (None,) * 4
-    ctx.save_for_backward(*kept, *weights, adapter_down, adapter_up)
+    ctx.save_for_backward(*kept, *weights, adapter_down, adapter_up, *joined)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, dy_MN: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    h_MR, x_MK, codes_MK, scale_M1, *quantized, smooth, lora_down, lora_up, adapter_down, adapter_up = ctx.saved_tensors
+    h_MR, x_MK, codes_MK, scale_M1, *quantized, smooth, lora_down, lora_up = ctx.saved_tensors[:-4]
+    adapter_down, adapter_up, joined_down, joined_up = ctx.saved_tensors[-4:]
     dy_MN = dy_MN.contiguous()
-    up_NR = branch.join(lora_up, adapter_up, 1, dy_MN.dtype)
+    up_NR = branch.join(lora_up, adapter_up, 1, dy_MN.dtype) if joined_up is None else joined_up
     dx_MK, g_MR, grad_down, grad_up = None, None, None, None
     if ctx.needs_input_grad[0]:
-        down_RK = branch.join(lora_down, adapter_down, 0, dy_MN.dtype)
+        down_RK = branch.join(lora_down, adapter_down, 0, dy_MN.dtype) if joined_down is None else joined_down
         dx_MK, g_MR = _w4a8_dgrad(dy_MN, up_NR, down_RK, *quantized, smooth, ctx.hadamard, ctx.dgrad == "int8")
     if ctx.trains:
         g_MR = dy_MN @ adapter_up.to(dy_MN.dtype) if g_MR is None else g_MR
         grad_down, grad_up = branch.adapter_gradients(
             dy_MN, g_MR, h_MR, x_MK, codes_MK, scale_M1, smooth, ctx.hadamard, adapter_down, adapter_up
         )
-    return dx_MK, *(None,) * 7, grad_down, grad_up, *(None,) * 5
+    return dx_MK, *(None,) * 7, grad_down, grad_up, *(None,) * 7
 
 
 _w4a8_linear.register_autograd(_backward, setup_context=_setup_context)
@@ -181,6 +184,7 @@ def w4a8_linear(
     lora_down: Tensor, lora_up: Tensor, bias: Tensor | None, *, hadamard: bool,
     adapter_down: Tensor | None = None, adapter_up: Tensor | None = None,
     save_x: branch.SaveX = "quantized", dgrad: branch.Dgrad = "dequantized", shares_input: bool = False,
+    joined: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     """x [..., K] -> y [..., N] in x's dtype; gradients for x, adapter_down and adapter_up only.
 
@@ -189,6 +193,7 @@ def w4a8_linear(
     save_x: what dA reads, the INT8 codes ("quantized") or x itself ("raw"); neither is kept if no adapter is trained.
     dgrad: dy W with W dequantized to x's dtype, or in INT32 with dy s_n quantized per token ("int8").
     shares_input: other layers read this x too; without smoothing it is quantized once for all of them (`shared_codes`).
+    joined: [lora_down; adapter_down] and [lora_up, adapter_up] in x's dtype, for a caller who keeps them (`branch.join`).
     Raises ValueError for a shape or mode that does not fit.
     """
     adapter_down, adapter_up = branch.trainable_rank(adapter_down), branch.trainable_rank(adapter_up)
@@ -203,6 +208,6 @@ def w4a8_linear(
     shared = shared_codes(x, hadamard) if shares_input and smooth is None else (None, None)
     y_MN, *_ = _w4a8_linear(
         x.reshape(-1, x.shape[-1]).contiguous(), qweight, row_scale, group_words, smooth, lora_down, lora_up, bias,
-        adapter_down, adapter_up, hadamard, save_x, dgrad, *shared,
+        adapter_down, adapter_up, hadamard, save_x, dgrad, *shared, *(joined or (None, None)),
     )  # fmt: skip
     return y_MN.view(*x.shape[:-1], -1)

@@ -164,8 +164,16 @@ class SVDQuantLinear(nn.Module):
         """Bytes of all buffers."""
         return sum(buffer.nbytes for buffer in self.buffers())
 
-    def forward(self, x: Tensor, adapter_down: Tensor | None = None, adapter_up: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        adapter_down: Tensor | None = None,
+        adapter_up: Tensor | None = None,
+        joined: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """y of the layer plus (x adapter_down^T) adapter_up^T; `adapter_up` [N, r] already carries alpha / r.
+
+        joined: branch and adapter in one, for w4a8 layers whose caller keeps them so (`w4a8_linear`).
 
         Gradients reach x (straight through the rounding), `adapter_down` [r, K] and `adapter_up`; the base has none.
         """
@@ -175,7 +183,7 @@ class SVDQuantLinear(nn.Module):
             return w4a8_linear(
                 x, self.qweight, self.row_scale, self.group_words, smooth, down, up, bias,
                 hadamard=self.hadamard, adapter_down=adapter_down, adapter_up=adapter_up,
-                save_x=self.save_x, dgrad=self.dgrad, shares_input=self.shares_input,
+                save_x=self.save_x, dgrad=self.dgrad, shares_input=self.shares_input, joined=joined,
             )  # fmt: skip
         if self.numerics == "w4a4":
             return w4a4_linear(

@@ -13,7 +13,7 @@ from loragraft.recipes.data_config import PriorConfig as PriorConfig
 from loragraft.recipes.ranges import RecipeError as RecipeError
 from loragraft.recipes.ranges import check_range as _check_range
 
-Numerics = Literal["native", "interchange"]
+Numerics = Literal["native", "interchange", "weight-only", "16bit"]
 Switch = Literal["auto", "always", "never"]
 
 
@@ -226,8 +226,8 @@ class Recipe:
     base: str = "pocket"
     """Base model: a module of `backbones/`."""
     numerics: Numerics = "native"
-    """`native` = W4A8, lowest error; `interchange` = W4A4 g64, what SVDQuant files elsewhere mean.
-    Train on the one that you will ship."""
+    """`native` = W4A8, lowest error; `interchange` = W4A4 g64, what SVDQuant files elsewhere mean. Train on the one that
+    you will ship. To compare with: `weight-only` = W4A16, whose activations are not rounded, and `16bit`, ordinary LoRA."""
     data: DataConfig
     adapter: AdapterConfig = AdapterConfig()
     train: TrainConfig = TrainConfig()

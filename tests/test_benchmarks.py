@@ -32,6 +32,18 @@ def test_the_committed_engine_figures_are_complete_and_passed_their_gate() -> No
     assert result["same_bits_twice"]
 
 
+def test_the_committed_gradients_of_w4a8_are_those_of_exact_arithmetic() -> None:
+    """Closer to it than bf16's are; in the whole model and layer by layer."""
+    result = json.loads((ROOT / "benchmarks" / "results" / "fidelity.json").read_text(encoding="utf-8"))
+    assert result["adapter_steps"] >= 100
+    assert result["grad_cosine_min"] >= 0.999
+    assert result["grad_cosine_min"] > result["grad_cosine_of_bf16"]
+    for name in ("w4a8", "w4a8, x kept raw", "w4a8, int8 dgrad"):
+        kinds = result["variants"][name]["whole_model"]["dequantized"]["kinds"]
+        assert len(kinds) == 20
+        assert all(row[q]["cosine"] >= 0.999 for row in kinds.values() for q in ("A", "B", "x")), name
+
+
 def test_weights_stay_under_forty_megabytes(benchmark_module: Callable[[str], ModuleType]) -> None:
     """A clone must stay light (docs: pretrain/README.md)."""
     files = benchmark_module("main_job").shipped_weights()

@@ -124,7 +124,9 @@ def train(
                 early.restore(parameters)  # after the checkpoint, which keeps the state that training goes on from
             draw()
             if stop.requested and not last:
+                step.close()
                 return True
+    step.close()
     early.restore(parameters)
     if sharded and shard_digest(transformer) != base_before:
         raise RuntimeError("the frozen base changed during training: do not use what was trained")

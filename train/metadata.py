@@ -12,12 +12,12 @@ from loragraft.train.run_folder import RunFolder
 
 
 def adapter_metadata(recipe: Recipe, backbone: Backbone, cache: LatentCache, folder: RunFolder) -> dict[str, Any]:
-    """Base (name, id, profile), recipe (resolved, hash), data fingerprint, rank, alpha, what was measured, versions."""
+    """Base (name, id, profile or "16bit"), recipe (resolved, hash), data fingerprint, rank, alpha, what was measured, versions."""
     return {
         "name": recipe.name,
         "base": backbone.spec.name,
         "base_id": backbone.base_id,
-        "profile": backbone.profile,
+        "profile": backbone.profile or "16bit",
         "recipe_hash": recipe_hash(recipe),
         "recipe": recipe_to_dict(recipe, public=True),
         "data_fingerprint": cache.fingerprint,

@@ -10,19 +10,24 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from threading import Thread
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from loragraft.adapters.joined import JoinedFactors
 from loragraft.quantization.linear import SVDQuantLinear
 from loragraft.recipes.schema import TrainConfig
+from loragraft.train.warm import token_counts, warm_layers
 
 Loss = Callable[[dict[str, Tensor]], Tensor]
 """Named tensors of a micro-batch -> the scalar to differentiate."""
+Prepare = Callable[[dict[str, Tensor]], Thread]
+"""Starts what can be made ready beside the first run."""
 MOST_KINDS = 8
 """Kinds of block that are compiled; a model with more of them runs uncompiled."""
-WARM_UP = 2
 
 
 class EagerStep:
@@ -42,6 +47,9 @@ class EagerStep:
             self.accelerator.backward(loss)
         return loss.detach()
 
+    def close(self) -> None:
+        """Nothing to undo."""
+
 
 @dataclass
 class _Captured:
@@ -59,8 +67,16 @@ class GraphStep:
 
     assigns = False
 
-    def __init__(self, loss: Loss, parameters: Sequence[nn.Parameter]) -> None:
-        self.loss, self.parameters = loss, parameters
+    def __init__(
+        self,
+        loss: Loss,
+        parameters: Sequence[nn.Parameter],
+        joined: JoinedFactors | None = None,
+        prepare: Prepare | None = None,
+    ) -> None:
+        """joined: refreshed at the start of every step. prepare: called with the first micro-batch; the capture waits for the
+        thread that it returns."""
+        self.loss, self.parameters, self.joined, self.prepare = loss, parameters, joined, prepare
         self._captured: dict[tuple[object, ...], _Captured] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -75,7 +91,21 @@ class GraphStep:
         captured.graph.replay()
         return captured.loss.clone()  # the pool's memory belongs to whichever graph runs next
 
+    def close(self) -> None:
+        """Frees the graphs and takes the layers apart again; the step cannot be used after it."""
+        self._captured.clear()
+        if self.joined is not None:
+            self.joined.separate()
+
+    def _run(self, tensors: dict[str, Tensor]) -> Tensor:
+        if self.joined is not None:
+            self.joined.refresh()
+        loss = self.loss(tensors)
+        loss.backward()
+        return loss.detach()
+
     def _capture(self, tensors: dict[str, Tensor]) -> _Captured:
+        beside = self.prepare(tensors) if self.prepare is not None else None
         inputs = {name: value.clone() for name, value in tensors.items()}
         for parameter in self.parameters:  # a captured backward adds to what is there; to None it would assign
             if parameter.grad is None:
@@ -84,17 +114,16 @@ class GraphStep:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # compiles, tunes and allocates whatever must not happen inside a capture
-            for _ in range(WARM_UP):
-                self.loss(inputs).backward()
+            self._run(inputs)
+        if beside is not None:
+            beside.join()
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # the graph's pool is another: without this both would hold a step's activations
         graph = torch.cuda.CUDAGraph()
         # A data loader's thread may pin memory meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            loss = self.loss(inputs)
-            loss.backward()
-            loss = loss.detach()
+            loss = self._run(inputs)
         for parameter, kept in zip(self.parameters, before, strict=True):
             assert parameter.grad is not None
             parameter.grad.copy_(kept)
@@ -125,8 +154,19 @@ def choose_step(
     if config.cuda_graph == "always" and not (cuda and alone):
         raise ValueError("train.cuda_graph=always needs one process on a CUDA GPU; leave it at auto")
     if config.cuda_graph != "never" and cuda and alone:
-        return GraphStep(loss, parameters)
+        return graph_step(accelerator.unwrap_model(model), loss, parameters)
     return EagerStep(loss, accelerator, model)
+
+
+def graph_step(transformer: nn.Module, loss: Loss, parameters: Sequence[nn.Parameter]) -> GraphStep:
+    """A captured step of `transformer`, its factors joined and its kernels compiled beside the blocks."""
+    dtype = next(p for p in transformer.parameters() if not p.requires_grad).dtype
+    return GraphStep(loss, parameters, JoinedFactors(transformer, dtype), partial(prepare_layers, transformer))
+
+
+def prepare_layers(transformer: nn.Module, tensors: dict[str, Tensor]) -> Thread:
+    """Compiles the layers' kernels beside the blocks (`warm_layers`)."""
+    return warm_layers(transformer, token_counts(tensors), tensors["latents"].dtype)
 
 
 def _large(model: nn.Module) -> bool:

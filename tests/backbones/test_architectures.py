@@ -122,3 +122,11 @@ def test_an_unplanned_layer_is_named(folder: Path, tmp_path: Path) -> None:
     source, architecture, _ = open_model(tmp_path / "more.safetensors")
     with pytest.raises(ValueError, match=r"neither planned nor kept: extra"):
         plan_model(source, architecture, folder_settings("native", calibrated=False))
+
+
+def test_weight_only_rounds_no_activations_and_needs_none(folder: Path) -> None:
+    source, architecture, _ = open_model(folder)
+    plan = plan_model(source, architecture, folder_settings("weight-only", calibrated=False, rank=4))
+    assert {settings.numerics for settings in plan.values()} == {"w4a16"}
+    assert {settings.branch_rank for settings in plan.values()} == {4, 0}  # adaLN has no branch
+    assert not any(settings.needs_statistics for settings in plan.values())

@@ -92,3 +92,15 @@ def test_readable_is_what_the_encoder_reads_and_the_rest_is_announced(
         assert torch.equal(value, encoders.encode_text([encoders.readable(long)])[key])
     generate_images(backbone, [long], [0], steps=1, guidance=1)
     assert "its end is lost: 'word15 word16 word17 word18 word19'" in caplog.text
+
+
+def test_the_bases_to_compare_with_round_less(tmp_path: Path) -> None:
+    """`16bit` quantizes nothing; `weight-only` is made on first use, W4A16 throughout, with the branch and without smoothing."""
+    full = load_backbone("pocket", "16bit", "cpu", tmp_path)
+    assert full.profile is None
+    assert set(full.ledger.to_dict()["layers"]) == {"fp32"}
+    made = load_backbone("pocket", "weight-only", "cpu", tmp_path)
+    assert made.profile == "weight-only"
+    assert made.ledger.to_dict()["layers"] == {"w4a16": 72, "fp32": 8}
+    assert {row.rank for row in made.ledger.rows if row.numerics == "w4a16"} == {0, 16}  # adaLN has no branch
+    assert [folder.name.rpartition("-")[0] for folder in (tmp_path / "bases").iterdir()] == ["pocket-weight-only"]
