@@ -163,7 +163,8 @@ def _parse_override(override: str) -> dict[str, Any]:
     try:
         value = yaml.load(text, Loader=_Loader) if text.strip() else ""
     except yaml.YAMLError as error:
-        raise RecipeError(f"override {override!r}: the value is not valid YAML: {error}") from error
+        hint = " (a text that begins with a brace or a bracket stands in quotes)" if text.lstrip()[:1] in "{[" else ""
+        raise RecipeError(f"override {override!r}: the value is not valid YAML{hint}: {error}") from error
     layer: Any = value
     for part in reversed(parts):
         layer = {part: layer}
@@ -273,16 +274,16 @@ def _block(cls: type, values: Mapping[str, Any]) -> Any:
 
 
 def _with_trigger(recipe: Recipe) -> Recipe:
-    """`{trigger}` replaced in the constant caption and the sample prompts. Raises RecipeError without a trigger."""
-    texts = (recipe.data.caption, *recipe.sample.prompts)
+    """`{trigger}` replaced in constant caption, template and sample prompts. Raises RecipeError without a trigger."""
+    texts = (recipe.data.caption, recipe.data.caption_template, *recipe.sample.prompts)
     if not any("{trigger}" in text for text in texts):
         return recipe
     if not recipe.data.trigger:
         raise RecipeError("a text says {trigger}, but data.trigger is empty: give the words", "data.trigger")
-    caption, *prompts = (text.replace("{trigger}", recipe.data.trigger) for text in texts)
+    caption, template, *prompts = (text.replace("{trigger}", recipe.data.trigger) for text in texts)
     return dataclasses.replace(
         recipe,
-        data=dataclasses.replace(recipe.data, caption=caption),
+        data=dataclasses.replace(recipe.data, caption=caption, caption_template=template),
         sample=dataclasses.replace(recipe.sample, prompts=tuple(prompts)),
     )
 

@@ -7,7 +7,6 @@ would.
 """
 
 import contextlib
-import hashlib
 import math
 import signal
 import time
@@ -22,10 +21,12 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from loragraft.backbones.flow import flow_loss, sample_timesteps
+from loragraft.backbones.flow import flow_loss
 from loragraft.backbones.spec import Backbone
-from loragraft.data.dataset import Batch, LatentCache, LatentDataset, batch_indices, collate
+from loragraft.data.dataset import LatentCache, LatentDataset
+from loragraft.data.order import pure_chunks
 from loragraft.recipes.schema import Recipe, TrainConfig
+from loragraft.train.batches import Batches, seeded
 from loragraft.train.early_stop import EarlyStop
 from loragraft.train.optim import build_optimizer, state_bytes
 from loragraft.train.previews import Previews
@@ -66,7 +67,7 @@ def train(
         folder.summary = dict(folder.checkpoint["summary"])
     batches = Batches(cache.split("train"), cache.empty, recipe, backbone, accelerator, prior)
     loss = micro_batch_loss(transformer, batches, config, backbone.spec.training_guidance)
-    step = choose_step(config, accelerator, transformer, parameters, loss)
+    step = choose_step(config, accelerator, transformer, parameters, loss, len(batches.order.buckets))
     validation = cache.split("validation")
     early = _early_stop(config.patience, validation, folder.checkpoint)
     started, elapsed_before = time.perf_counter(), float((folder.checkpoint or {}).get("elapsed_seconds", 0.0))
@@ -98,7 +99,7 @@ def train(
     bar = tqdm(
         total=config.steps, initial=folder.step, desc="train", unit="step", disable=not accelerator.is_main_process
     )
-    with _stop_on_signal() as stop, bar:
+    with _stop_on_signal() as stop, bar, batches:
         while not finished():
             clock = time.perf_counter()
             metrics = _one_step(
@@ -162,63 +163,6 @@ def distributed() -> list[KwargsHandler]:
         DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),  # one copy of gradients
         InitProcessGroupKwargs(timeout=timedelta(hours=12)),
     ]
-
-
-class Batches:
-    """Step number -> this process's part of the step's batches. Holds no state that a resume would have to restore.
-
-    With `prior`, every second sample of a batch is one of its images, whatever the number of processes; `weights` [B]
-    then says how much each sample counts in the loss.
-    """
-
-    def __init__(
-        self,
-        dataset: LatentDataset,
-        empty_text: dict[str, Tensor],
-        recipe: Recipe,
-        backbone: Backbone,
-        accelerator: Accelerator,
-        prior: LatentDataset | None = None,
-    ) -> None:
-        self.dataset, self.empty_text, self.config, self.prior = dataset, empty_text, recipe.train, prior
-        self.device, self.dtype = backbone.device, backbone.dtype
-        self.total = recipe.train.batch_size * accelerator.num_processes
-        self.mine = slice(accelerator.process_index, None, accelerator.num_processes)
-        self.weights: Tensor | None = None
-        if prior is not None:
-            weights = [recipe.data.prior.weight if place % 2 else 1.0 for place in range(self.total)]
-            self.weights = torch.tensor(weights[self.mine], device=self.device)
-
-    def __call__(self, step: int) -> Iterator[tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]]:
-        """Yields (latents [B, C, h, w], noise, times [B], text) for each of `accumulation` micro-batches."""
-        for micro in range(self.config.accumulation):
-            number = step * self.config.accumulation + micro
-            generator = seeded(self.config.seed, "step", number)
-            batch = self._samples(number)
-            latents = batch["latents"].float()
-            times = sample_timesteps(self.total, generator)[self.mine]
-            noise = torch.randn(self.total, *latents.shape[1:], generator=generator)[self.mine]
-            dropped = (torch.rand(self.total, generator=generator) < self.config.text_dropout)[self.mine]
-            text = {
-                key: torch.where(dropped.view(-1, *[1] * empty.dim()), empty.float(), batch[key].float())  # type: ignore[literal-required]
-                for key, empty in self.empty_text.items()
-            }
-            yield (
-                latents.to(self.device, self.dtype),
-                noise.to(self.device, self.dtype),
-                times.to(self.device),
-                {key: value.to(self.device, self.dtype) for key, value in text.items()},
-            )
-
-    def _samples(self, number: int) -> Batch:
-        """This process's samples of micro-batch `number`."""
-        seed = self.config.seed
-        if self.prior is None:
-            return self.dataset.batch(batch_indices(number, self.total, len(self.dataset), seed)[self.mine])
-        own = batch_indices(number, self.total - self.total // 2, len(self.dataset), seed)
-        of_class = batch_indices(number, self.total // 2, len(self.prior), seed)
-        places = range(self.total)[self.mine]
-        return collate([self.prior[of_class[p // 2]] if p % 2 else self.dataset[own[p // 2]] for p in places])
 
 
 def micro_batch_loss(
@@ -285,8 +229,7 @@ def validation_loss(transformer: nn.Module, backbone: Backbone, dataset: LatentD
     order = torch.randperm(count, generator=generator)
     times = (order + 0.5) / count
     total = 0.0
-    for start in range(0, count, recipe.train.batch_size):
-        chosen = range(start, min(start + recipe.train.batch_size, count))
+    for chosen in pure_chunks(dataset.shapes[:count], recipe.train.batch_size):
         batch = dataset.batch(chosen)
         latents = batch["latents"].float()
         noise = torch.randn(latents.shape, generator=generator)
@@ -297,18 +240,12 @@ def validation_loss(transformer: nn.Module, backbone: Backbone, dataset: LatentD
             transformer,
             latents.to(backbone.device, backbone.dtype),
             noise.to(backbone.device, backbone.dtype),
-            times[chosen.start : chosen.stop].to(backbone.device),
+            times[chosen].to(backbone.device),
             text,
             guidance=backbone.spec.training_guidance,
         )
         total += float(loss) * len(chosen)
     return total / count
-
-
-def seeded(seed: int, purpose: str, number: int) -> torch.Generator:
-    """A CPU generator that depends on its arguments alone (sha256 of them, 63 bits)."""
-    digest = hashlib.sha256(f"{seed}/{purpose}/{number}".encode()).digest()
-    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def memory_in_use(device: torch.device) -> str:

@@ -132,12 +132,20 @@ class GraphStep:
 
 
 def choose_step(
-    config: TrainConfig, accelerator: Accelerator, model: nn.Module, parameters: Sequence[nn.Parameter], loss: Loss
+    config: TrainConfig,
+    accelerator: Accelerator,
+    model: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    loss: Loss,
+    shapes: int = 1,
 ) -> EagerStep | GraphStep:
-    """The step that `train.compile` and `train.cuda_graph` ask for. Raises ValueError where that cannot be had."""
+    """The step that `train.compile` and `train.cuda_graph` ask for. Raises ValueError where that cannot be had.
+
+    shapes: how many shapes of latents there will be; each is compiled and captured once.
+    """
     cuda = accelerator.device.type == "cuda"
     if config.compile == "always" or (config.compile == "auto" and cuda and _large(model)):
-        compiled = compile_blocks(accelerator.unwrap_model(model))
+        compiled = compile_blocks(accelerator.unwrap_model(model), shapes)
         if config.compile == "always" and not compiled:
             raise ValueError(
                 f"train.compile=always: this model's blocks are of more than {MOST_KINDS} kinds (rotated, smoothed, ...), or "
@@ -187,10 +195,10 @@ def uncompiled() -> Iterator[None]:
         yield
 
 
-def compile_blocks(transformer: nn.Module) -> int:
+def compile_blocks(transformer: nn.Module, shapes: int = 1) -> int:
     """Compiles the transformer's repeated blocks in place (diffusers' regional compilation); returns how many.
 
-    Blocks of one class share compiled code as long as their quantized layers are set up alike. With more than
+    Blocks of one class share compiled code as long as their quantized layers are set up alike and see one of the `shapes`. With more than
     `MOST_KINDS` kinds nothing is compiled, and the result is 0: compiling would take minutes.
     """
     names = getattr(transformer, "_repeated_blocks", None) or []
@@ -198,7 +206,7 @@ def compile_blocks(transformer: nn.Module) -> int:
     kinds = Counter(_kind(block) for block in blocks)
     if not blocks or len(kinds) > MOST_KINDS:
         return 0
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(kinds))
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(kinds) * shapes)
     for block in blocks:
         block.compile(fullgraph=True, dynamic=False)
     return len(blocks)
