@@ -88,7 +88,7 @@ def generate_from_text(
         # diffusers' own `strength` would round the time to the grid of all `steps`
         path = {"strength": 1.0, "sigmas": np.linspace(first, first / taken, taken)}
         pipeline = _from_picture(pipeline)
-    together = max(1, TOKENS_TOGETHER // max(1, tokens))
+    together = drawn_together(tokens)
     chunks = [slice(first, first + together) for first in range(0, count, together)]
     images: list[Image] = []
     for number, chunk in enumerate(chunks):
@@ -106,6 +106,11 @@ def generate_from_text(
         )  # fmt: skip
     rest(pipeline.vae)
     return images
+
+
+def drawn_together(tokens: int) -> int:
+    """Pictures of so many image tokens that are drawn in one batch."""
+    return max(1, TOKENS_TOGETHER // max(1, tokens))
 
 
 def _draw(pipeline: FluxPipeline, text: dict[str, Tensor], empty: dict[str, Tensor], **how: Any) -> list[Image]:

@@ -28,6 +28,7 @@ from loragraft.backbones import attention
 from loragraft.backbones.architectures import FOLDER_RANK, folder_settings
 from loragraft.backbones.flow import flow_loss, predict_velocity
 from loragraft.backbones.load import find_spec, load_backbone
+from loragraft.backbones.sampler import drawn_together
 from loragraft.backbones.skeleton import meta_transformer, plan_architecture
 from loragraft.backbones.spec import BaseSpec
 from loragraft.quantization.linear import SVDQuantLinear
@@ -217,7 +218,9 @@ def train_run(recipe: Recipe, subject: Subject, resolution: int, *, captured: bo
 
 def sample_runs(recipe: Recipe, subject: Subject, edge: int) -> tuple[DryRun, DryRun, int]:
     """(one pass over the sampled batch, one image through the decoder, images of the batch)."""
-    count = (len(recipe.sample.prompts) or DEFAULT_PROMPTS) * recipe.sample.per_prompt
+    h, w = subject.batch(1, edge)[0].shape[-2:]
+    wanted = (len(recipe.sample.prompts) or DEFAULT_PROMPTS) * recipe.sample.per_prompt
+    count = min(wanted, drawn_together((h // 2) * (w // 2)))
     model = subject.transformer()
     nn.Module.to(model, dtype=DTYPE)
 
