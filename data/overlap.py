@@ -37,8 +37,9 @@ _COSINES = np.cos(np.pi / EDGE * (_N + 0.5) * np.arange(8)[:, None])
 def check_overlap(samples: Sequence[Sample], config: DataConfig, cache_root: Path) -> None:
     """Raises DataError where a held-out image is also in the training split, unless `data.allow_overlap`.
 
-    Of a stream, whose images are gone, only equal bytes are found. A generated domain is exempt: its layouts are near-duplicates on purpose, and its concepts are split. What was found is
-    kept in `cache_root`/overlap, by the bytes of all images.
+    Of a stream, whose images are gone, only equal bytes are found. A generated domain is exempt: its layouts are
+    near-duplicates on purpose, and its concepts are split. What was found is kept in `cache_root`/overlap, by the bytes of
+    all images.
     """
     if config.domain is not None:
         return
@@ -46,8 +47,8 @@ def check_overlap(samples: Sequence[Sample], config: DataConfig, cache_root: Pat
     for sample in samples:
         digest = sample.digest.hex() or hashlib.sha256(sample.image.read_bytes()).hexdigest()
         members.setdefault(digest, []).append(sample)
-    images = {digest: group[0].image for digest, group in members.items()}
-    near = [] if config.streaming else _near_pairs(images, cache_root)
+    images = {digest: group[0].image for digest, group in members.items() if not group[0].digest}
+    near = _near_pairs(images, cache_root) if images else []
     leaks: list[tuple[Sample, Sample]] = []
     repeats: list[tuple[Sample, Sample]] = []
     for one, other in [*((digest, digest) for digest in sorted(members)), *near]:
