@@ -47,7 +47,7 @@ def graft(
     in use, targets or shapes that do not fit, and a transformer with an injected (training) adapter.
     """
     name = adapter.name if name is None else name
-    if any(".base_layer." in key for key in transformer.state_dict()):
+    if any(path.endswith(".base_layer") for path, _ in transformer.named_modules()):
         raise ValueError("the transformer carries an injected adapter; remove_adapter before grafting")
     state = getattr(transformer, STATE, None) or _Grafts(recorded_base_id(transformer))
     if name in state.adapters:

@@ -22,6 +22,13 @@ def open_adapters(given: Sequence[str]) -> list[tuple[Adapter, float]]:
     return found
 
 
+def recipe_of_run(given: str) -> Recipe | None:
+    """The recipe of the run folder in `PATH` or `PATH@WEIGHT`, or None where that is no run folder."""
+    path, at, _ = given.rpartition("@")
+    recipe = Path(path if at else given) / "recipe.yaml"
+    return load_recipe(str(recipe)) if recipe.is_file() else None
+
+
 def open_run(run: Path) -> tuple[Adapter, Recipe]:
     """The adapter and the recipe of a finished run folder. Raises ValueError saying what it lacks."""
     if not (run / "recipe.yaml").exists():

@@ -16,11 +16,14 @@ def sample_timesteps(count: int, generator: torch.Generator) -> Tensor:
     return torch.sigmoid(torch.randn(count, generator=generator, device=generator.device))
 
 
-def predict_velocity(transformer: nn.Module, latents: Tensor, times: Tensor, text: dict[str, Tensor]) -> Tensor:
+def predict_velocity(
+    transformer: nn.Module, latents: Tensor, times: Tensor, text: dict[str, Tensor], guidance: float | None = None
+) -> Tensor:
     """v_theta of a FLUX-shaped transformer: latents [B, C, h, w], times [B] in [0, 1] -> [B, C, h, w].
 
     `text` holds `prompt_embeds` [B, T, D] and `pooled_prompt_embeds` [B, P]. Packing is FLUX's own: 2x2 latent
-    pixels make one token of 4 C channels (diffusers `FluxPipeline._pack_latents`).
+    pixels make one token of 4 C channels (diffusers `FluxPipeline._pack_latents`). `guidance` is the input of a
+    guidance-distilled transformer, and None for any other.
     """
     b, c, h, w = latents.shape
     prompt_embeds = text["prompt_embeds"]
@@ -31,6 +34,7 @@ def predict_velocity(transformer: nn.Module, latents: Tensor, times: Tensor, tex
         encoder_hidden_states=prompt_embeds,
         pooled_projections=text["pooled_prompt_embeds"],
         timestep=times.to(latents.dtype),
+        guidance=None if guidance is None else torch.full((b,), guidance, device=latents.device),
         img_ids=image_ids,
         txt_ids=text_ids,
         return_dict=False,
@@ -54,13 +58,14 @@ def flow_loss(
     times: Tensor,
     text: dict[str, Tensor],
     weights: Tensor | None = None,
+    guidance: float | None = None,
 ) -> Tensor:
-    """Mean squared velocity error of a batch, a float32 scalar. Shapes as in `predict_velocity`.
+    """Mean squared velocity error of a batch, a float32 scalar. Shapes and `guidance` as in `predict_velocity`.
 
     weights [B]: the error of sample b counts weights[b] times; the mean is still over B.
     """
     t = times.view(-1, 1, 1, 1).to(latents.dtype)
-    velocity = predict_velocity(transformer, (1 - t) * latents + t * noise, times, text).float()
+    velocity = predict_velocity(transformer, (1 - t) * latents + t * noise, times, text, guidance).float()
     target = (noise - latents).float()
     if weights is None:
         return torch.nn.functional.mse_loss(velocity, target)

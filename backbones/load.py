@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from loragraft.backbones.architectures import NUMERICS
 from loragraft.backbones.sampler import build_pipeline, generate_from_text
-from loragraft.backbones.spec import Backbone, BaseSpec, Profile
+from loragraft.backbones.spec import Backbone, BaseSpec, Encoders, Profile, Weights
 from loragraft.quantization.checkpoint import load_quantized, record_base_id, recorded_base_id, save_quantized
 from loragraft.quantization.convert import plan_layers, quantize_backbone
 from loragraft.quantization.ledger import build_ledger
@@ -25,53 +26,53 @@ CALIBRATION_STEPS = 10
 
 
 def list_bases() -> list[str]:
-    """Names of the files in this folder that export a `SPEC`."""
+    """Names of the bases: the files in this folder that export a `SPEC`, with `-` for `_`."""
     here = Path(__file__).parent
-    return sorted(f.stem for f in here.glob("*.py") if "\nSPEC = " in f.read_text(encoding="utf-8"))
+    return sorted(f.stem.replace("_", "-") for f in here.glob("*.py") if "\nSPEC = " in f.read_text(encoding="utf-8"))
+
+
+def shipped_bases() -> list[str]:
+    """The bases whose weights travel with the package."""
+    return [name for name in list_bases() if find_spec(name).external is None]
 
 
 def find_spec(name: str) -> BaseSpec:
     """The `SPEC` of `backbones/<name>.py`. Raises ValueError naming the nearest base."""
-    module = name.replace("-", "_")
-    if module not in list_bases():
-        near = difflib.get_close_matches(name, list_bases(), n=1)
+    wanted = name.replace("_", "-")
+    if wanted not in list_bases():
+        near = difflib.get_close_matches(wanted, list_bases(), n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"unknown base {name!r}.{hint} Known bases: {', '.join(list_bases())}")
-    spec: BaseSpec = importlib.import_module(f"loragraft.backbones.{module}").SPEC
+    spec: BaseSpec = importlib.import_module(f"loragraft.backbones.{wanted.replace('-', '_')}").SPEC
     return spec
 
 
 def load_backbone(
-    name: str, profile: Profile | Literal["16bit"] | None, device: torch.device | str, cache_root: Path
+    name: str,
+    profile: Profile | Literal["16bit"] | None,
+    device: torch.device | str,
+    cache_root: Path,
+    weights: Weights | None = None,
+    wait: bool = False,
 ) -> Backbone:
     """The frozen base `name` in `profile` (None or "16bit": not quantized), with its encoders, on `device`.
 
-    A profile that does not ship is quantized once, calibrated, into `cache_root`/bases and reused. Raises
-    ValueError for an unknown base, `CheckpointError` for a damaged checkpoint.
+    weights: for a base that does not travel with the package. Ready-made INT4 weights keep their own profile, which
+    `Backbone.profile` then says. A profile that is not ready-made is quantized once into `cache_root`/bases and reused.
+    wait: the transformer stays on the CPU until `Backbone.onto_device`, so that encoders have the device for themselves.
+    Raises ValueError for an unknown base and for weights that are not there, `CheckpointError` for a damaged checkpoint.
     """
     spec = find_spec(name)
     profile = None if profile == "16bit" else profile
     device = torch.device(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    encoders = spec.load_encoders(device, dtype)
-    if profile is None:
-        transformer = load_16bit(spec)
+    if spec.external is None and not (weights and (weights.path or weights.random)):
+        transformer, encoders = _open_shipped(spec, profile, device, dtype, cache_root)
     else:
-        shipped = spec.transformer_int4.get(profile)
-        if shipped is not None:
-            transformer = load_quantized(shipped, spec.transformer_class)
-        else:
-            folder = cache_root / "bases" / f"{spec.name}-{profile}-{recorded_base_id(load_16bit(spec))[:16]}"
-            if not folder.exists():
-                print(f"{spec.name} ships no {profile} checkpoint: quantizing it once into {folder}", file=sys.stderr)
-                quantize_base(spec, profile, folder, device)
-            try:
-                transformer = load_quantized(folder, spec.transformer_class)
-            except CheckpointError as error:
-                raise CheckpointError(f"{error}. {folder} is a cache: delete it, and it is quantized again") from error
+        transformer, encoders, profile = _open_external(spec, profile, device, dtype, cache_root, weights)
     transformer.eval().requires_grad_(False)
-    nn.Module.to(transformer, device=device, dtype=dtype)  # INT4 layers keep the dtypes of their buffers
-    return Backbone(
+    nn.Module.to(transformer, dtype=dtype)  # INT4 layers keep the dtypes of their buffers
+    backbone = Backbone(
         spec=spec,
         profile=profile,
         transformer=transformer,
@@ -80,13 +81,71 @@ def load_backbone(
         ledger=build_ledger(transformer),
         device=device,
         dtype=dtype,
+        resolution=spec.resolution,
     )
+    if not wait:
+        backbone.onto_device()
+    return backbone
+
+
+def _open_shipped(
+    spec: BaseSpec, profile: Profile | None, device: torch.device, dtype: torch.dtype, cache_root: Path
+) -> tuple[nn.Module, Encoders]:
+    _, load_encoders = _shipped(spec)
+    encoders = load_encoders(device, dtype)
+    if profile is None:
+        return load_16bit(spec), encoders
+    shipped = spec.transformer_int4.get(profile)
+    if shipped is not None:
+        return load_quantized(shipped, spec.transformer_class), encoders
+    folder = cache_root / "bases" / f"{spec.name}-{profile}-{recorded_base_id(load_16bit(spec))[:16]}"
+    if not folder.exists():
+        print(f"{spec.name} ships no {profile} checkpoint: quantizing it once into {folder}", file=sys.stderr)
+        quantize_base(spec, profile, folder, device)
+    try:
+        return load_quantized(folder, spec.transformer_class), encoders
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}. {folder} is a cache: delete it, and it is quantized again") from error
+
+
+def _open_external(
+    spec: BaseSpec,
+    profile: Profile | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    cache_root: Path,
+    weights: Weights | None,
+) -> tuple[nn.Module, Encoders, Profile | None]:
+    from loragraft.backbones import external  # the Hub's client and the readers of foreign files: not for `pocket`
+
+    external.check_weights(spec, weights)
+    assert spec.external is not None and weights is not None  # check_weights
+    if weights.random:
+        encoders = spec.external.random_encoders(weights.seed, device, dtype)
+        transformer = external.random_transformer(spec, spec.external, profile, device, dtype, weights.seed)
+        return transformer, encoders, profile
+    place = external.locate(spec, spec.external, weights)
+    encoders = spec.external.open_encoders(place.pipeline, device, dtype)
+    transformer, profile = external.open_transformer(
+        spec, spec.external, place.transformer, profile, device, cache_root
+    )
+    return transformer, encoders, profile
+
+
+def _shipped(spec: BaseSpec) -> tuple[Path, Callable[[torch.device, torch.dtype], Encoders]]:
+    """What a base that travels with the package has. Raises ValueError for another."""
+    if spec.transformer_16bit is None or spec.load_encoders is None:
+        raise ValueError(
+            f"the weights of {spec.name} do not travel with the package: give their folder or file in place of the name"
+        )
+    return spec.transformer_16bit, spec.load_encoders
 
 
 def load_16bit(spec: BaseSpec) -> nn.Module:
-    """The 16-bit transformer as it lies on disk, on the CPU."""
+    """The 16-bit transformer as it lies on disk, on the CPU. Raises ValueError for a base that does not travel with the package."""
+    folder, _ = _shipped(spec)
     model: nn.Module = spec.transformer_class.from_pretrained(  # type: ignore[attr-defined]
-        spec.transformer_16bit, torch_dtype=torch.bfloat16, local_files_only=True
+        folder, torch_dtype=torch.bfloat16, local_files_only=True
     )
     record_base_id(model)
     return model
@@ -138,7 +197,8 @@ def plan_base(spec: BaseSpec, transformer: nn.Module, main: QuantSettings) -> di
 def denoise_calibration_prompts(spec: BaseSpec, transformer: nn.Module, dtype: torch.dtype) -> None:
     """Runs `transformer` over the trajectories of the spec's calibration prompts; what it draws is thrown away."""
     device = next(transformer.parameters()).device
-    encoders = spec.load_encoders(device, dtype)
+    _, load_encoders = _shipped(spec)
+    encoders = load_encoders(device, dtype)
     pipeline = build_pipeline(transformer, encoders)
     prompts = list(spec.calibration_prompts)
     generate_from_text(
@@ -148,5 +208,5 @@ def denoise_calibration_prompts(spec: BaseSpec, transformer: nn.Module, dtype: t
         seeds=range(len(prompts)),
         resolution=spec.resolution,
         steps=CALIBRATION_STEPS,
-        guidance=spec.guidance,
+        **spec.guided(spec.guidance),
     )

@@ -3,16 +3,16 @@
 Shape legend: B batch, C latent channels, h w latent height and width, H W pixels, T text tokens, D embedding width.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from loragraft.backbones.attention import Attention, set_attention
-from loragraft.quantization.checkpoint import base_id
+from loragraft.quantization.checkpoint import checksum
 from loragraft.quantization.ledger import Ledger
 from loragraft.quantization.linear import SVDQuantLinear
 
@@ -23,13 +23,16 @@ the branch, activations as they are."""
 
 SaveX = Literal["quantized", "raw"]
 Dgrad = Literal["dequantized", "int8"]
+GuidanceKind = Literal["classifier-free", "embedded", "none"]
+"""`classifier-free`: two passes a step. `embedded`: an input of a guidance-distilled transformer, one pass. `none`: neither."""
 
 
 class Encoders(Protocol):
     """Pixels and captions to what the transformer reads, and latents back to pixels.
 
     `id` changes whenever the same input would be encoded differently: it is part of every cache key.
-    `pipeline_parts` are the components that the base's diffusers pipeline takes besides transformer and scheduler.
+    `pipeline_parts` are the components that the base's diffusers pipeline takes besides the transformer; `scheduler` is among
+    them where it is not the plain one.
     """
 
     @property
@@ -52,7 +55,53 @@ class Encoders(Protocol):
         ...
 
     @property
-    def pipeline_parts(self) -> dict[str, nn.Module | None]: ...
+    def pipeline_parts(self) -> dict[str, Any]: ...
+
+
+class Weights(Protocol):
+    """Where a base that does not travel with the package finds its weights: a recipe's block `weights` (see there)."""
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def encoders(self) -> str: ...
+
+    @property
+    def allow_download(self) -> bool: ...
+
+    @property
+    def random(self) -> bool: ...
+
+    @property
+    def seed(self) -> int: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class External:
+    """What is known of a base whose weights do not travel with the package."""
+
+    config: Mapping[str, Any]
+    """The transformer's configuration: its true shapes, which `weights.random` builds."""
+    pipeline_class: str
+    """diffusers' class that its `model_index.json` names."""
+    hub_id: str
+    """Where it is published."""
+    check: Callable[[Mapping[str, Any], str], None]
+    """(configuration of a transformer, where it was found): raises ValueError if it is not this base's."""
+    open_encoders: Callable[[Path, torch.device, torch.dtype], Encoders]
+    """From the folder of its pipeline."""
+    random_encoders: Callable[[int, torch.device, torch.dtype], Encoders]
+    """The same shapes from a seed."""
+
+
+class Guided(TypedDict):
+    """How the sampler is told of guidance."""
+
+    guidance: float
+    """Classifier-free; 1 = one pass a step."""
+    embedded_guidance: float
+    """What a transformer with a guidance embedding gets; others ignore it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,11 +112,14 @@ class BaseSpec:
     """The name that a recipe's `base` gives."""
     transformer_class: type[nn.Module]
     """The diffusers class that `from_pretrained` builds."""
-    transformer_16bit: Path
-    """Folder of the 16-bit transformer (diffusers layout)."""
-    transformer_int4: dict[Profile, Path]
+    transformer_16bit: Path | None = None
+    """Folder of the 16-bit transformer (diffusers layout); None for an `external` base."""
+    transformer_int4: Mapping[Profile, Path] = field(default_factory=dict)
     """Profiles that ship ready-made; any other profile is quantized on first use, and kept."""
-    load_encoders: Callable[[torch.device, torch.dtype], Encoders]
+    load_encoders: Callable[[torch.device, torch.dtype], Encoders] | None = None
+    """None for an `external` base."""
+    external: External | None = None
+    """Where the weights come from the user."""
     resolution: int
     """Native edge in pixels."""
     quantize: tuple[str, ...]
@@ -81,7 +133,38 @@ class BaseSpec:
     calibration_prompts: tuple[str, ...]
     """Prompts whose denoising trajectories calibrate the smoothing."""
     guidance: float
-    """Default classifier-free guidance."""
+    """Default of `guidance_kind`."""
+    guidance_kind: GuidanceKind = "classifier-free"
+    training_guidance: float | None = None
+    """The guidance embedding of a training step; None where the transformer has none."""
+    steps: int = 20
+    """Default Euler steps."""
+    refuses_training: str = ""
+    """Why an adapter cannot be trained on this base, and what to do instead; empty = it can."""
+
+    def __post_init__(self) -> None:
+        ships = self.transformer_16bit is not None and self.load_encoders is not None
+        if ships == (self.external is not None):
+            raise ValueError(f"base {self.name!r}: give either transformer_16bit and load_encoders, or external")
+
+    def guided(self, guidance: float, true_guidance: float = 1.0, negative_prompt: str = "") -> Guided:
+        """A recipe's `guidance` in this base's kind; `true_guidance` is classifier-free guidance beside it.
+
+        Raises ValueError for a true_guidance where `guidance` is classifier-free itself, and for a negative prompt that no
+        second pass would read.
+        """
+        if self.guidance_kind == "classifier-free":
+            if true_guidance > 1:
+                raise ValueError(
+                    f"true_guidance is for distilled bases; {self.name}'s guidance is classifier-free itself"
+                )
+            return {"guidance": guidance, "embedded_guidance": 1.0}
+        if negative_prompt and true_guidance <= 1:
+            raise ValueError(
+                f"{self.name} draws in one pass a step and would not read the negative prompt {negative_prompt!r}: "
+                "leave it out, or ask for the second pass with a true_guidance above 1, such as 2"
+            )
+        return {"guidance": true_guidance, "embedded_guidance": guidance if self.guidance_kind == "embedded" else 1.0}
 
 
 @dataclass
@@ -99,10 +182,16 @@ class Backbone:
     device: torch.device
     dtype: torch.dtype
     """Compute dtype: float32 on a CPU, bfloat16 on a GPU."""
+    resolution: int
+    """Edge in pixels that is drawn: the base's own, unless a run sets another."""
+
+    def onto_device(self) -> None:
+        """A transformer that waited on the CPU (`load_backbone`) goes to `device`; otherwise nothing happens."""
+        nn.Module.to(self.transformer, device=self.device)
 
     def fingerprint(self) -> str:
-        """Hash of the frozen tensors as they are in memory now: equal before and after training, or the base changed."""
-        return base_id(self.transformer)
+        """`checksum` of the frozen tensors as they are in memory now: equal before and after training, or the base changed."""
+        return checksum(self.transformer)
 
     def set_attention(self, name: Attention) -> None:
         """What computes attention, in the model and in the ledger. Raises ValueError as `attention.set_attention` does."""

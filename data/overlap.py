@@ -38,27 +38,12 @@ def check_overlap(samples: Sequence[Sample], config: DataConfig, cache_root: Pat
     """Raises DataError where a held-out image is also in the training split, unless `data.allow_overlap`.
 
     Of a stream, whose images are gone, only equal bytes are found. A generated domain is exempt: its layouts are
-    near-duplicates on purpose, and its concepts are split. What was found is kept in `cache_root`/overlap, by the bytes of
-    all images.
+    near-duplicates on purpose, and its concepts are split. What was found is kept in `cache_root`/overlap, by the bytes of all
+    images.
     """
     if config.domain is not None:
         return
-    members: dict[str, list[Sample]] = {}
-    for sample in samples:
-        digest = sample.digest.hex() or hashlib.sha256(sample.image.read_bytes()).hexdigest()
-        members.setdefault(digest, []).append(sample)
-    images = {digest: group[0].image for digest, group in members.items() if not group[0].digest}
-    near = _near_pairs(images, cache_root) if images else []
-    leaks: list[tuple[Sample, Sample]] = []
-    repeats: list[tuple[Sample, Sample]] = []
-    for one, other in [*((digest, digest) for digest in sorted(members)), *near]:
-        alike = [*members[one], *(members[other] if other != one else [])]
-        trained = [sample for sample in alike if sample.split == "train"]
-        held_out = [sample for sample in alike if sample.split != "train"]
-        if trained and held_out:
-            leaks.append((trained[0], held_out[0]))
-        if len(trained) > 1:
-            repeats.append((trained[0], trained[1]))
+    leaks, repeats = find_overlap(samples, cache_root, streamed=config.streaming)
     if repeats:
         _log.warning("%d pairs of training images are the same or almost: %s", len(repeats), _listed(repeats))
     if leaks and config.allow_overlap:
@@ -69,6 +54,30 @@ def check_overlap(samples: Sequence[Sample], config: DataConfig, cache_root: Pat
             "and score would be too good. Take one of each pair out, or give both the same `concept` in metadata.jsonl, "
             "which puts them in one split, or accept it with data.allow_overlap=true"
         )
+
+
+def find_overlap(
+    samples: Sequence[Sample], cache_root: Path, *, streamed: bool = False
+) -> tuple[list[tuple[Sample, Sample]], list[tuple[Sample, Sample]]]:
+    """(pairs of a training and a held-out sample, pairs of training samples) with the same picture, or almost; of
+    `streamed` ones the bytes are compared alone."""
+    members: dict[str, list[Sample]] = {}
+    for sample in samples:
+        digest = sample.digest.hex() or hashlib.sha256(sample.image.read_bytes()).hexdigest()
+        members.setdefault(digest, []).append(sample)
+    images = {digest: group[0].image for digest, group in members.items()}
+    near = [] if streamed else _near_pairs(images, cache_root)
+    leaks: list[tuple[Sample, Sample]] = []
+    repeats: list[tuple[Sample, Sample]] = []
+    for one, other in [*((digest, digest) for digest in sorted(members)), *near]:
+        alike = [*members[one], *(members[other] if other != one else [])]
+        trained = [sample for sample in alike if sample.split == "train"]
+        held_out = [sample for sample in alike if sample.split != "train"]
+        if trained and held_out:
+            leaks.append((trained[0], held_out[0]))
+        if len(trained) > 1:
+            repeats.append((trained[0], trained[1]))
+    return leaks, repeats
 
 
 def perceptual_hash(thumbnail: npt.NDArray[np.float32]) -> np.uint64:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from loragraft.backbones.load import find_spec, load_backbone
 from loragraft.backbones.sampler import build_pipeline, generate_from_text, unread
-from loragraft.backbones.spec import Backbone, Profile
+from loragraft.backbones.spec import Backbone, Guided, Profile
 from loragraft.data.images import load_pixels
 from loragraft.demo.catalogue import Catalogue
 from loragraft.demo.figures import ModelSize, model_size
@@ -140,7 +140,7 @@ class Engine:
             text_seconds = clock.lap()
             start, start_seconds = None, None
             if order.start is not None:
-                pixels = _start_pixels(order.start, backbone.spec.resolution)
+                pixels = _start_pixels(order.start, backbone.resolution)
                 clock.lap()
                 start = backbone.encoders.encode_images(pixels[None])
                 start_seconds = clock.lap()
@@ -154,7 +154,7 @@ class Engine:
                     adapted=bool(using),
                     seconds=Seconds(text=text_seconds, start=start_seconds, steps=steps.seconds, decoding=clock.lap()),
                     steps=steps.count,
-                    passes=2 if order.settings.guidance > 1 else 1,
+                    passes=2 if _guided(backbone, order.settings)["guidance"] > 1 else 1,
                 )
 
     @staticmethod
@@ -172,14 +172,18 @@ class Engine:
             text,
             empty,
             [settings.seed],
-            resolution=backbone.spec.resolution,
+            resolution=backbone.resolution,
             steps=settings.steps,
-            guidance=settings.guidance,
+            **_guided(backbone, settings),
             start=start,
             strength=order.strength,
             on_step=steps,
         )
         return image
+
+
+def _guided(backbone: Backbone, settings: Settings) -> Guided:
+    return backbone.spec.guided(settings.guidance, settings.true_guidance, settings.negative_prompt.strip())
 
 
 def check_order(order: Order) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import gradio as gr
 
-from loragraft.backbones.load import find_spec, list_bases
+from loragraft.backbones.load import find_spec, shipped_bases
 from loragraft.demo import markup
 from loragraft.demo.engine import Engine, Order, Picture, StoppedError
 from loragraft.demo.figures import adapter_size, memory
@@ -231,7 +231,7 @@ def build(page: Page) -> gr.Blocks:
                 ]
                 unreadable = gr.HTML(visible=False, elem_id="unreadable")
                 with gr.Row():
-                    base = gr.Dropdown(list_bases(), value=page.base, label="Base", elem_id="base", scale=2)
+                    base = gr.Dropdown(shipped_bases(), value=page.base, label="Base", elem_id="base", scale=2)
                     precision = gr.Dropdown(
                         [(word, key) for key, word in markup.WORDS.items()], value=page.precision, label="Precision",
                         elem_id="precision", scale=3,

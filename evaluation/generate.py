@@ -31,6 +31,7 @@ class Settings:
     seed: int = 0
     steps: int = 20
     guidance: float = 3.0
+    true_guidance: float = 1.0
 
 
 def render(
@@ -46,9 +47,9 @@ def render(
     All entries must agree in steps, guidance and negative prompt: one pipeline call serves a batch. Raises ValueError for
     an adapter of another base unless `any_base`.
     """
-    shared = {(s.steps, s.guidance, s.negative_prompt) for s in settings}
+    shared = {(s.steps, s.guidance, s.true_guidance, s.negative_prompt) for s in settings}
     if len(shared) != 1:
-        raise ValueError("steps, guidance and negative prompt must be the same for all images of one call")
+        raise ValueError("steps, both guidances and negative prompt must be the same for all images of one call")
     with grafts(backbone, adapters, any_base=any_base):
         return generate_images(
             backbone,
@@ -56,6 +57,7 @@ def render(
             [s.seed for s in settings],
             steps=settings[0].steps,
             guidance=settings[0].guidance,
+            true_guidance=settings[0].true_guidance,
             negative_prompt=settings[0].negative_prompt,
             batch_size=batch_size,
         )

@@ -1,13 +1,15 @@
 """YAML and `key=value` overrides -> `Recipe`; and a recipe's dictionary and hash.
 
 Layers, later ones win:  parent of `extends` (recursively)  <  the file  <  overrides.  Each layer is checked by itself
-before it is merged, so that an error names the file, the dotted key and the nearest right one.
+before it is merged, so that an error names the file, the dotted key and the nearest right one. Where a layer names a base that
+has defaults of its own, `_on-<base>.yaml`, they come right below that layer: what was tuned for another base gives way.
 """
 
 import dataclasses
 import difflib
 import hashlib
 import json
+import os
 import re
 import types
 import typing
@@ -22,8 +24,8 @@ from loragraft.recipes.schema import Recipe, RecipeError
 __all__ = ["RecipeError", "list_recipes", "load_recipe", "recipe_hash", "recipe_to_dict"]
 
 _SHIPPED = Path(__file__).parent
-_PATHS = ("folder", "dataset")
-"""Keys of `data` that hold a path, or may."""
+_PATHS = {"data": ("folder", "dataset"), "weights": ("path", "encoders")}
+"""Keys that hold a path, or may, by block."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -58,8 +60,10 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     """
     path = _locate(str(name_or_path), relative_to=Path.cwd())
     merged, origins = _load_layer(path, chain=())
-    for override in overrides:
-        layer = _parse_override(override)
+    layers = {override: _parse_override(override) for override in overrides}
+    for layer in layers.values():
+        _merge_base_defaults(merged, layer, origins)
+    for override, layer in layers.items():
         _merge(merged, layer, origins, f"override {override!r}")
     merged.setdefault("name", path.stem)
     try:
@@ -70,14 +74,15 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
 
 
 def recipe_to_dict(recipe: Recipe, *, public: bool = False) -> dict[str, Any]:
-    """The resolved recipe as plain JSON types. With `public`, a folder or a data set on disk is its name without the
-    path to it, and `publish.to` is left out: fit for files that leave this machine."""
+    """The resolved recipe as plain JSON types. With `public`, a folder, a data set or weights on disk are the name without
+    the path to it, and `publish.to` is left out: fit for files that leave this machine."""
     plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(recipe)))
     if public:
-        for key in _PATHS:
-            value = plain["data"][key]
-            if value is not None and Path(value).is_absolute():
-                plain["data"][key] = Path(value).name
+        for block, keys in _PATHS.items():
+            for key in keys:
+                value = plain[block][key]
+                if value is not None and Path(value).is_absolute():
+                    plain[block][key] = Path(value).name
         del plain["publish"]
     return plain
 
@@ -125,8 +130,16 @@ def _load_layer(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], di
         merged, origins = _load_layer(parent_path, (*chain, path))
         merged.pop("name", None)  # a child that gives no name is called after its own file
     _resolve_paths(layer, path.parent)
+    _merge_base_defaults(merged, layer, origins)
     _merge(merged, layer, origins, str(path))
     return merged, origins
+
+
+def _merge_base_defaults(target: dict[str, Any], layer: Mapping[str, Any], origins: dict[str, str]) -> None:
+    """Lay the defaults of the base that `layer` names, if it names one that has any, over `target`."""
+    file = _SHIPPED / f"_on-{str(layer.get('base')).replace('_', '-')}.yaml"
+    if file.is_file():
+        _merge(target, _parse(file.read_text(encoding="utf-8"), str(file)), origins, str(file))
 
 
 def _parse(text: str, origin: str) -> dict[str, Any]:
@@ -160,14 +173,15 @@ def _parse_override(override: str) -> dict[str, Any]:
 
 
 def _resolve_paths(layer: dict[str, Any], start: Path) -> None:
-    """Make `data.folder` and a `data.dataset` on disk absolute while it is still known where they were written."""
-    data = layer.get("data")
-    for key in _PATHS:
-        value = data.get(key) if isinstance(data, dict) else None
-        if isinstance(data, dict) and isinstance(value, str) and value:
-            path = Path(start, Path(value).expanduser()).resolve()
-            if key == "folder" or value.startswith((".", "/", "~")) or path.exists():
-                data[key] = str(path)
+    """Make what lies on disk absolute while it is still known where it was written."""
+    for name, keys in _PATHS.items():
+        block = layer.get(name)
+        for key in keys:
+            value = block.get(key) if isinstance(block, dict) else None
+            if isinstance(block, dict) and isinstance(value, str) and value:
+                path = Path(os.path.abspath(start / Path(value).expanduser()))  # a link keeps its name, and its suffix
+                if key == "folder" or value.startswith((".", "/", "~")) or path.exists():
+                    block[key] = str(path)
 
 
 def _merge(target: dict[str, Any], layer: Mapping[str, Any], origins: dict[str, str], origin: str) -> None:

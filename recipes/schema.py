@@ -18,6 +18,39 @@ Switch = Literal["auto", "always", "never"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class WeightsConfig:
+    """Where the weights of a base come from that does not travel with the package, such as `flux1-dev`."""
+
+    path: str = ""
+    """One of: the folder of a diffusers pipeline, or its name on the Hub (`black-forest-labs/FLUX.1-dev`); a transformer's
+    folder, 16-bit or an INT4 checkpoint of ours; a file or folder of SVDQuant weights for Nunchaku, diffusers or ComfyUI
+    (`user/name/file.safetensors` on the Hub). 16-bit weights are quantized once, into the cache; others keep their own
+    numerics, whatever `numerics` says. A relative path starts at the recipe's own folder."""
+    encoders: str = ""
+    """The pipeline that lends its text encoders and autoencoder where `path` holds a transformer alone; a folder or a name on
+    the Hub. Empty = the pipeline that `path` lies in."""
+    allow_download: bool = False
+    """Whether names on the Hub may be fetched; otherwise only what is on this machine is found."""
+    random: bool = False
+    """Random values in the true shapes, to try memory and speed without any file: nothing is learned."""
+    seed: int = 0
+    """Seed of the random values."""
+
+    def __post_init__(self) -> None:
+        _check_range("weights.seed", self.seed, 0)
+        if self.random and (self.path or self.encoders):
+            raise RecipeError(
+                f"weights.random=true and weights.path={self.path or self.encoders!r} exclude each other: leave one out",
+                "weights.random",
+            )
+        if self.encoders and not self.path:
+            raise RecipeError(
+                "weights.encoders goes with the transformer that weights.path names, and weights.path is empty",
+                "weights.encoders",
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class AdapterConfig:
     """The LoRA: y += (alpha / rank) B A x on every target."""
 
@@ -159,7 +192,10 @@ class SampleConfig:
     steps: int = 20
     """Euler steps; 1 to 1000."""
     guidance: float = 3.0
-    """Classifier-free guidance scale; 1 = off (one pass per step instead of two); 1 to 100."""
+    """Guidance in the base's own kind, 1 to 100. Classifier-free (`pocket`): 1 = off, one pass per step instead of two.
+    Embedded (`flux1-dev`): an input of the transformer, always one pass. `flux1-schnell` has none."""
+    true_guidance: float = 1.0
+    """Classifier-free guidance of a distilled base, beside `guidance`; 1 = off; 1 to 100. A negative prompt needs it."""
     seed: int = 0
     """Seed of the initial noise; image i of a prompt uses seed + i."""
     per_prompt: int = 1
@@ -168,6 +204,7 @@ class SampleConfig:
     def __post_init__(self) -> None:
         _check_range("sample.steps", self.steps, 1, 1000)
         _check_range("sample.guidance", self.guidance, 1, 100)
+        _check_range("sample.true_guidance", self.true_guidance, 1, 100)
         _check_range("sample.seed", self.seed, 0)
         _check_range("sample.per_prompt", self.per_prompt, 1, 1024)
 
@@ -183,7 +220,7 @@ class EvalConfig:
     steps: int = 20
     """Euler steps; 1 to 1000."""
     guidance: float = 3.0
-    """Classifier-free guidance scale; 1 to 100."""
+    """Guidance as in `sample`; 1 to 100."""
     seed: int = 1234
     """Seed of the initial noise."""
 
@@ -224,7 +261,10 @@ class Recipe:
     name: str
     """Name of the run's family; the recipe file's name unless the file says otherwise."""
     base: str = "pocket"
-    """Base model: a module of `backbones/`."""
+    """Base model: a module of `backbones/`. Naming one that has defaults of its own (`recipes/_on-<base>.yaml`) sets them,
+    below what stands beside the name."""
+    weights: WeightsConfig = WeightsConfig()
+    """Where its weights are, unless they travel with the package."""
     numerics: Numerics = "native"
     """`native` = W4A8, lowest error; `interchange` = W4A4 g64, what SVDQuant files elsewhere mean. Train on the one that
     you will ship. To compare with: `weight-only` = W4A16, whose activations are not rounded, and `16bit`, ordinary LoRA."""

@@ -32,7 +32,7 @@ from loragraft.train.optim import build_optimizer, state_bytes
 from loragraft.train.previews import Previews
 from loragraft.train.run_folder import RunFolder
 from loragraft.train.sharding import average_gradients, shard_base, shard_digest, shards_base
-from loragraft.train.step import EagerStep, GraphStep, Loss, choose_step, uncompiled
+from loragraft.train.step import EagerStep, GraphStep, Loss, captures, choose_step, uncompiled
 from loragraft.train.tracking import Tracking
 
 VALIDATION_SAMPLES = 64
@@ -55,17 +55,18 @@ def train(
     """
     config = recipe.train
     optimizer, schedule = build_optimizer(parameters, recipe.optim, config.steps)
-    transformer, sharded, base_before = backbone.transformer, shards_base(accelerator), ""
+    transformer, sharded, base_before = backbone.transformer, shards_base(), ""
+    averages = sharded or (accelerator.num_processes > 1 and captures(config, accelerator))
     if sharded:
         shard_base(transformer, parameters, accelerator.device)
         base_before = shard_digest(transformer)
-    else:
+    elif not averages:  # otherwise every process has drawn or restored the same adapter, and DDP has nothing to do
         transformer, optimizer = accelerator.prepare(transformer, optimizer)
     if folder.checkpoint is not None:
         _restore(folder.checkpoint, parameters, optimizer, schedule)
         folder.summary = dict(folder.checkpoint["summary"])
     batches = Batches(cache.split("train"), cache.empty, recipe, backbone, accelerator, prior)
-    loss = micro_batch_loss(transformer, batches, config)
+    loss = micro_batch_loss(transformer, batches, config, backbone.spec.training_guidance)
     step = choose_step(config, accelerator, transformer, parameters, loss, len(batches.order.buckets))
     validation = cache.split("validation")
     early = _early_stop(config.patience, validation, folder.checkpoint)
@@ -102,7 +103,7 @@ def train(
         while not finished():
             clock = time.perf_counter()
             metrics = _one_step(
-                accelerator, step, optimizer, schedule, batches, parameters, recipe, folder.step, sharded
+                accelerator, step, optimizer, schedule, batches, parameters, recipe, folder.step, averages
             )
             folder.step += 1
             last = folder.step == config.steps
@@ -159,18 +160,20 @@ def distributed() -> list[KwargsHandler]:
     """How several processes work together: the frozen base, which is all buffers, is never broadcast again, and the others
     wait for the first while it draws, encodes and quantizes."""
     return [
-        DistributedDataParallelKwargs(broadcast_buffers=False),
+        DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),  # one copy of gradients
         InitProcessGroupKwargs(timeout=timedelta(hours=12)),
     ]
 
 
-def micro_batch_loss(transformer: nn.Module, batches: Batches, config: TrainConfig) -> Loss:
+def micro_batch_loss(
+    transformer: nn.Module, batches: Batches, config: TrainConfig, guidance: float | None = None
+) -> Loss:
     """The flow loss of one micro-batch as a share of the step's; its tensors are what `Batches` yields, by name."""
 
     def loss(tensors: dict[str, Tensor]) -> Tensor:
         latents, noise, times, *_ = tensors.values()
         text = {key: tensors[key] for key in batches.empty_text}
-        return flow_loss(transformer, latents, noise, times, text, batches.weights) / config.accumulation
+        return flow_loss(transformer, latents, noise, times, text, batches.weights, guidance) / config.accumulation
 
     return loss
 
@@ -184,14 +187,17 @@ def _one_step(
     parameters: list[nn.Parameter],
     recipe: Recipe,
     number: int,
-    sharded: bool = False,
+    averages: bool = False,
 ) -> dict[str, float]:
-    """Step `number`, counted from 0. The CPU waits for the GPU once, at its end."""
+    """Step `number`, counted from 0. The CPU waits for the GPU once, at its end.
+
+    averages: nothing exchanges gradients during the backward pass, so it is done here.
+    """
     count = recipe.train.accumulation
     total = torch.zeros((), device=accelerator.device)
     for micro, (latents, noise, times, text) in enumerate(batches(number)):
         total += step({"latents": latents, "noise": noise, "times": times, **text}, last=micro == count - 1)
-    if sharded:
+    if averages:
         average_gradients(parameters)
     limit = recipe.train.max_grad_norm or math.inf
     norm = accelerator.clip_grad_norm_(parameters, limit)
@@ -236,6 +242,7 @@ def validation_loss(transformer: nn.Module, backbone: Backbone, dataset: LatentD
             noise.to(backbone.device, backbone.dtype),
             times[chosen].to(backbone.device),
             text,
+            guidance=backbone.spec.training_guidance,
         )
         total += float(loss) * len(chosen)
     return total / count

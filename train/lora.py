@@ -26,7 +26,7 @@ from accelerate import Accelerator
 
 from loragraft.adapters.checkpoint import save_adapter
 from loragraft.adapters.inject import inject_adapter, remove_adapter
-from loragraft.backbones.load import load_backbone
+from loragraft.backbones.load import find_spec, load_backbone
 from loragraft.data.buckets import BucketReport, Sizes, warn_enlarged
 from loragraft.data.cache import default_cache_root
 from loragraft.data.dataset import LatentCache
@@ -35,13 +35,14 @@ from loragraft.data.overlap import check_overlap
 from loragraft.data.sources import Sample, check_source, open_source
 from loragraft.outcome import guarded
 from loragraft.recipes.load import load_recipe
+from loragraft.train.forecast import Forecast
 from loragraft.train.loop import distributed, train
 from loragraft.train.memory import set_checkpointing
 from loragraft.train.metadata import adapter_metadata
 from loragraft.train.previews import Previews
 from loragraft.train.prior import prior_samples
 from loragraft.train.run_folder import RunFolder
-from loragraft.train.sharding import shards_base
+from loragraft.train.sharding import check_sharding, shards_base
 from loragraft.train.tracking import Tracking
 
 __all__ = ["main"]
@@ -50,22 +51,27 @@ __all__ = ["main"]
 def main(argv: list[str] | None = None) -> int:
     """The whole line, read from top to bottom. Returns the exit code: 0 done, 130 interrupted and resumable."""
     args = _parse(argv)
-    recipe = load_recipe(args.recipe, args.overrides)
+    overrides = [*args.overrides, *(["weights.random=true"] if args.random_weights else [])]
+    recipe = load_recipe(args.recipe, overrides)
+    if reason := find_spec(recipe.base).refuses_training:
+        raise ValueError(reason)
     check_source(recipe.data)
     accelerator = Accelerator(cpu=args.cpu, log_with=None, kwargs_handlers=distributed())
-    shards_base(accelerator)  # refuses early what it would refuse later
+    check_sharding(accelerator, recipe.train)
     if accelerator.device.type == "cpu":
         # accelerate launch sets OMP_NUM_THREADS=1, which is right for many ranks and wrong for one.
         torch.set_num_threads(recipe.train.threads or max(1, (os.cpu_count() or 1) // accelerator.num_processes))
     else:
         torch.backends.cuda.enable_cudnn_sdp(False)  # its backward fails on torch 2.11 with driver 580
 
+    forecast = Forecast.start(args.recipe, overrides, accelerator)
     with accelerator.main_process_first():  # it fills the caches, here and below; the others find them full
-        backbone = load_backbone(recipe.base, recipe.numerics, accelerator.device, default_cache_root())
+        # The transformer of a large base waits on the CPU: encoders have the device for themselves.
+        backbone = load_backbone(
+            recipe.base, recipe.numerics, accelerator.device, default_cache_root(), recipe.weights, True
+        )
     backbone.set_training_numerics(recipe.train.save_x, recipe.train.dgrad)
-    backbone.set_attention(recipe.train.attention)
-    base_before = backbone.fingerprint()
-    resolution = max(recipe.data.edges(backbone.spec.resolution))
+    resolution = backbone.resolution = max(recipe.data.edges(backbone.spec.resolution))
     sizes = Sizes.asked(recipe.data, backbone.spec.resolution)
     with accelerator.main_process_first():
         samples = [] if recipe.data.streaming else open_source(recipe.data, resolution, default_cache_root())
@@ -106,6 +112,9 @@ def main(argv: list[str] | None = None) -> int:
         print(BucketReport.of(shown.shapes, *plan).table())
     previews = Previews.prepare(recipe.sample, backbone, cache)
     encoders.release_text()  # memory back before the first step
+    backbone.onto_device()
+    backbone.set_attention(recipe.train.attention)
+    base_before = backbone.fingerprint()
 
     parameters = inject_adapter(backbone.transformer, recipe.adapter, backbone.spec.lora_targets)
     config = recipe.train
@@ -113,6 +122,7 @@ def main(argv: list[str] | None = None) -> int:
         backbone.transformer, config.checkpointing, config.checkpoint_blocks, offload=config.offload_activations
     )
     print(backbone.ledger.table())
+    print(forecast.before(), end="")
     with Tracking.start(recipe, backbone, folder, accelerator) as tracking:
         interrupted = train(accelerator, recipe, backbone, parameters, cache, previews, folder, tracking, prior)
         if interrupted:
@@ -122,11 +132,12 @@ def main(argv: list[str] | None = None) -> int:
             metadata = adapter_metadata(recipe, backbone, cache, folder)
             adapter_file = save_adapter(backbone.transformer, folder.adapter_folder, metadata)
             remove_adapter(backbone.transformer)
-            if not shards_base(accelerator) and backbone.fingerprint() != base_before:  # parts are compared by `train`
+            if not shards_base() and backbone.fingerprint() != base_before:  # parts are compared by `train`
                 raise RuntimeError(f"the frozen base changed during training: do not use {adapter_file}")
             tracking.log_adapter(adapter_file)
             folder.finish()
             print(f"adapter: {adapter_file}")
+            print(forecast.after(), end="")
     accelerator.end_training()
     return 0
 
@@ -141,6 +152,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", help="run folder; default runs/<recipe name>")
     parser.add_argument("--fresh", action="store_true", help="move an existing run aside and start from step 0")
     parser.add_argument("--cpu", action="store_true", help="stay on the CPU where there is a GPU")
+    parser.add_argument(
+        "--random-weights", action="store_true", help="weights.random=true: a base's true shapes without its files"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe overrides, such as train.steps=500")
     return parser.parse_args(argv)
 

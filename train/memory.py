@@ -58,7 +58,7 @@ def set_checkpointing(transformer: nn.Module, policy: Checkpointing, blocks: int
                 f"train.checkpoint_blocks is {blocks}: {type(transformer).__name__} has {len(paths)} blocks"
             )
         chosen = {id(transformer.get_submodule(path)) for path in paths[:blocks]}
-    random = any(isinstance(module, nn.Dropout) and module.p > 0 for module in transformer.modules())
+    random = any(isinstance(m, nn.Dropout) and m.p > 0 and m.training for m in transformer.modules())
     inputs: Callable[[], AbstractContextManager[Any]] = offloaded_inputs if offload else nullcontext
 
     def run(block: nn.Module, *args: Any) -> Any:

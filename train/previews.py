@@ -32,8 +32,9 @@ class Previews:
     def prepare(cls, config: SampleConfig, backbone: Backbone, cache: LatentCache) -> "Previews":
         """Encodes the recipe's prompts; without any, the first captions of the test split (or of the training split).
 
-        Raises ValueError for a prompt of the recipe that is longer than the text encoder reads.
+        Raises ValueError for a prompt of the recipe that is longer than the text encoder reads, and as `BaseSpec.guided`.
         """
+        backbone.spec.guided(config.guidance, config.true_guidance, config.negative_prompt)
         known = cache.split("test").samples or cache.split("train").samples
         prompts = config.prompts or tuple(dict.fromkeys(sample.caption for sample in known))[:DEFAULT_PROMPTS]
         for prompt in (*config.prompts, config.negative_prompt):
@@ -60,9 +61,9 @@ class Previews:
             self.text,
             self.empty,
             seeds,
-            resolution=backbone.spec.resolution,
+            resolution=backbone.resolution,
             steps=self.config.steps,
-            guidance=self.config.guidance,
+            **backbone.spec.guided(self.config.guidance, self.config.true_guidance, self.config.negative_prompt),
         )
         if not write:
             return list(zip(images, self.prompts, strict=True))

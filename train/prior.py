@@ -52,5 +52,5 @@ def prior_samples(config: PriorConfig, backbone: Backbone, cache_root: Path) -> 
 
 def _key(config: PriorConfig, backbone: Backbone) -> str:
     drawn = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("images", "weight")}
-    canonical = json.dumps([backbone.base_id, backbone.profile, backbone.spec.resolution, drawn], sort_keys=True)
+    canonical = json.dumps([backbone.base_id, backbone.profile, backbone.resolution, drawn], sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]

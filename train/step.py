@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from loragraft.adapters.joined import JoinedFactors
 from loragraft.quantization.linear import SVDQuantLinear
 from loragraft.recipes.schema import TrainConfig
+from loragraft.train.sharding import shards_base
 from loragraft.train.warm import token_counts, warm_layers
 
 Loss = Callable[[dict[str, Tensor]], Tensor]
@@ -62,7 +63,7 @@ class GraphStep:
     """Captures forward and backward once per shape of input, then replays: the launch costs one call.
 
     All graphs share one memory pool, so several shapes take the memory of the largest. What is captured may not read a
-    value back to the CPU. Single process: gradients are not exchanged.
+    value back to the CPU. Processes do not exchange gradients here (`sharding.average_gradients` does, after the last replay).
     """
 
     assigns = False
@@ -150,12 +151,25 @@ def choose_step(
                 f"train.compile=always: this model's blocks are of more than {MOST_KINDS} kinds (rotated, smoothed, ...), or "
                 "it has no repeated blocks; train with train.compile=never"
             )
-    alone = accelerator.num_processes == 1
-    if config.cuda_graph == "always" and not (cuda and alone):
-        raise ValueError("train.cuda_graph=always needs one process on a CUDA GPU; leave it at auto")
-    if config.cuda_graph != "never" and cuda and alone:
+    if captures(config, accelerator):
         return graph_step(accelerator.unwrap_model(model), loss, parameters)
     return EagerStep(loss, accelerator, model)
+
+
+def captures(config: TrainConfig, accelerator: Accelerator) -> bool:
+    """Whether steps are replayed from CUDA graphs: then the model must not be wrapped by DDP, whose hooks a graph lacks.
+
+    Raises ValueError where `train.cuda_graph=always` cannot be had.
+    """
+    obstacles = {
+        "needs a CUDA GPU": accelerator.device.type != "cuda",
+        "cannot capture the gathering of a divided base (--use_fsdp)": shards_base(),
+        "cannot allocate the host's memory (train.offload_activations)": config.offload_activations,
+    }
+    found = [what for what, there in obstacles.items() if there]
+    if config.cuda_graph == "always" and found:
+        raise ValueError(f"train.cuda_graph=always {'; it '.join(found)}: leave it at auto")
+    return config.cuda_graph != "never" and not found
 
 
 def graph_step(transformer: nn.Module, loss: Loss, parameters: Sequence[nn.Parameter]) -> GraphStep:

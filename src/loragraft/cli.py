@@ -21,7 +21,6 @@ import loragraft
 from loragraft.outcome import guarded
 
 if TYPE_CHECKING:
-    from loragraft.backbones.spec import Profile
     from loragraft.recipes.schema import Recipe
 
 PROFILES = ("native", "interchange")
@@ -32,6 +31,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     if arguments[:1] == ["train"]:  # hands its options to train/lora.py, which documents them itself
         return guarded(lambda: _train(arguments[1:]))
+    if arguments[:1] == ["preflight"]:
+        return guarded(lambda: _preflight(arguments[1:]))
     args = _parser().parse_args(arguments)
     verb: Callable[[argparse.Namespace], int] = args.verb
     return guarded(lambda: verb(args))
@@ -71,48 +72,14 @@ def _prompts(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from loragraft.adapters.opening import open_adapters
-    from loragraft.backbones.load import load_backbone
-    from loragraft.data.cache import default_cache_root
-    from loragraft.evaluation.generate import Settings, before_after_grid, render, save_image
+    from loragraft.evaluation.generate_command import run
 
-    adapters = open_adapters(args.adapter)
-    first = adapters[0][0].metadata if adapters else {}
-    sample = first.get("recipe", {}).get("sample", {})
-    prompts = args.prompt or sample.get("prompts")
-    if not prompts:
-        raise ValueError('nothing to draw: give --prompt "..." (it can be repeated)')
-    wanted = args.profile or first.get("profile") or "native"
-    profile = None if wanted == "16bit" else _profile(wanted)
-    backbone = load_backbone(args.base or first.get("base") or "pocket", profile, _device(), default_cache_root())
-    settings = [
-        Settings(
-            prompt=prompt,
-            negative_prompt=args.negative_prompt or sample.get("negative_prompt", ""),
-            seed=(sample.get("seed", 0) if args.seed is None else args.seed) + i,
-            steps=args.steps or sample.get("steps", 20),
-            guidance=args.guidance or sample.get("guidance", backbone.spec.guidance),
-        )
-        for prompt in prompts
-        for i in range(args.per_prompt)
-    ]
-    images = render(backbone, adapters, settings, any_base=args.any_base)
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    for i, (image, setting) in enumerate(zip(images, settings, strict=True)):
-        save_image(image, out / f"{i:04d}.png", setting, backbone, adapters)
-    print(f"{len(images)} images in {out}")
-    if args.compare:
-        before = render(backbone, [], settings)
-        before_after_grid([s.prompt for s in settings], before, images).save(out / "before_after.png")
-        print(f"before and after: {out / 'before_after.png'}")
-    return 0
+    return run(args, _device())
 
 
 def _score(args: argparse.Namespace) -> int:
     import dataclasses
 
-    from loragraft.versions import installed_versions
     from loragraft.adapters.opening import open_control, open_run
     from loragraft.backbones.load import load_backbone
     from loragraft.data.cache import default_cache_root
@@ -120,13 +87,14 @@ def _score(args: argparse.Namespace) -> int:
     from loragraft.evaluation.image_sets import device_name
     from loragraft.evaluation.report import write_report
     from loragraft.evaluation.score import FULL_IMAGES, ScorePlan, measure_score, render_score, score_folders
+    from loragraft.versions import installed_versions
 
     run = Path(args.run)
     adapter, recipe = open_run(run)
     controls = [open_control(Path(entry)) for entry in args.control]
     images = args.images or (max(FULL_IMAGES, recipe.eval.images) if args.full else recipe.eval.images)
-    backbone = load_backbone(recipe.base, recipe.numerics, _device(), default_cache_root())
-    resolution = max(recipe.data.edges(backbone.spec.resolution))
+    backbone = load_backbone(recipe.base, recipe.numerics, _device(), default_cache_root(), recipe.weights, True)
+    resolution = backbone.resolution = max(recipe.data.edges(backbone.spec.resolution))
     samples = open_source(recipe.data, resolution, default_cache_root())
     plan = ScorePlan(
         adapter=adapter,
@@ -142,15 +110,15 @@ def _score(args: argparse.Namespace) -> int:
     if args.render_only:
         print("\n".join(f"{name:16s} {folder}" for name, folder in folders.items()))
         return 0
-    measured = measure_score(plan, folders, root, str(backbone.device), backbone.spec.resolution, print)
+    measured = measure_score(plan, folders, root, str(backbone.device), resolution, print)
     context = {
         "base": recipe.base,
-        "profile": recipe.numerics,
+        "profile": backbone.profile,
         "base_id": backbone.base_id,
         "device": device_name(backbone.device),
         "versions": installed_versions("loragraft", "torch", "diffusers"),
     }
-    print(write_report(plan, measured, root, backbone.spec.resolution, context))
+    print(write_report(plan, measured, root, resolution, context))
     print(f"\nwritten to {root}: score.json, score.csv, score.md, grid.png; figures also in {run / 'score.json'}")
     return 0
 
@@ -167,28 +135,10 @@ def _convert(args: argparse.Namespace) -> int:
     return run_convert(args)
 
 
-def _preflight(args: argparse.Namespace) -> int:
-    from loragraft.adapters.inject import inject_adapter
-    from loragraft.backbones.load import load_backbone
-    from loragraft.data.cache import default_cache_root
-    from loragraft.data.overlap import check_overlap
-    from loragraft.data.sources import open_source
+def _preflight(arguments: list[str]) -> int:
+    from loragraft.train.preflight_command import run
 
-    recipe = _recipe_from(args)
-    backbone = load_backbone(recipe.base, recipe.numerics, "cpu", default_cache_root())
-    samples = open_source(recipe.data, max(recipe.data.edges(backbone.spec.resolution)), default_cache_root())
-    check_overlap(samples, recipe.data, default_cache_root())
-    parameters = inject_adapter(backbone.transformer, recipe.adapter, backbone.spec.lora_targets)
-    adapter = sum(p.numel() for p in parameters)
-    frozen = sum(t.nbytes for t in (*backbone.transformer.buffers(), *backbone.transformer.parameters())) - 4 * adapter
-    counts = {split: sum(s.split == split for s in samples) for split in ("train", "validation", "test")}
-    print(backbone.ledger.table())
-    print(f"samples      {counts}")
-    print(f"base         {frozen / 2**20:9.1f} MiB frozen on a CPU")
-    print(f"adapter      {4 * adapter / 2**20:9.1f} MiB ({adapter} parameters), and as much again for its gradient")
-    print(f"AdamW        {8 * adapter / 2**20:9.1f} MiB")
-    print("activations and time: not predicted by this version")
-    return 0
+    return run(arguments)
 
 
 def _publish(args: argparse.Namespace) -> int:
@@ -240,16 +190,9 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _profile(name: str) -> "Profile":
-    from loragraft.backbones.architectures import NUMERICS
-
-    for profile in NUMERICS:
-        if profile == name:
-            return profile
-    raise ValueError(f"profile {name!r}: expected one of {', '.join(NUMERICS)}")
-
-
 def _parser() -> argparse.ArgumentParser:
+    from loragraft.evaluation.generate_command import add_options as generate_options
+
     parser = argparse.ArgumentParser(
         prog="loragraft", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -294,26 +237,7 @@ def _parser() -> argparse.ArgumentParser:
         'loragraft generate --adapter runs/marketing@0.8 --prompt "promo tile: white rocket on blue" --compare\n\n'
         "Without --prompt the recipe's sample prompts are drawn. Every PNG carries its settings.",
     )
-    generate.add_argument(
-        "--adapter",
-        action="append",
-        default=[],
-        metavar="PATH[@WEIGHT]",
-        help="a run, an adapter folder or file; can be repeated",
-    )
-    generate.add_argument("--prompt", action="append", help="can be repeated")
-    generate.add_argument("--negative-prompt", default="")
-    generate.add_argument("--base", help="default: the adapter's own, else pocket")
-    generate.add_argument("--profile", choices=(*PROFILES, "16bit"), help="default: the adapter's own, else native")
-    generate.add_argument("--any-base", action="store_true", help="graft an adapter that was trained on another base")
-    generate.add_argument("--out", default="images", help="folder for the images (default: images)")
-    generate.add_argument("--seed", type=int)
-    generate.add_argument("--per-prompt", type=int, default=1, help="images per prompt, at consecutive seeds")
-    generate.add_argument("--steps", type=int, help="Euler steps (default 20)")
-    generate.add_argument("--guidance", type=float, help="classifier-free guidance; 1 = off")
-    generate.add_argument(
-        "--compare", action="store_true", help="also write before_after.png: base beside adapter, same seeds"
-    )
+    generate_options(generate)
 
     score = verb(
         "score",
@@ -380,8 +304,12 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("--group-size", type=int, choices=(64, 128), default=64, help="128: native only, faster")
     quantize.add_argument("--gptq", action="store_true", help="choose the codes by GPTQ; needs activations")
     quantize.add_argument("--stats", metavar="FILE", help="activation statistics that calibrate.save_stats wrote")
-    quantize.add_argument("--prompts", metavar="FILE", help="calibrate a pipeline on these, one a line (default: 16 of ours)")
-    quantize.add_argument("--resolution", type=int, default=1024, help="pixels of a pipeline's calibration (default 1024)")
+    quantize.add_argument(
+        "--prompts", metavar="FILE", help="calibrate a pipeline on these, one a line (default: 16 of ours)"
+    )
+    quantize.add_argument(
+        "--resolution", type=int, default=1024, help="pixels of a pipeline's calibration (default 1024)"
+    )
     quantize.add_argument("--out", required=True, help="folder to write; must not exist")
 
     convert = verb(
@@ -398,11 +326,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--signed", action="store_true", help="replace unsigned activations, which Lite does not know")
     convert.add_argument("--layout", choices=("row-major", "tile-packed"), default="row-major", help="for ComfyUI")
 
-    preflight = verb(
-        "preflight", _preflight, "what a run will take, before it starts: layers, samples, memory of the weights"
-    )
-    preflight.add_argument("name", metavar="recipe")
-    preflight.add_argument("overrides", nargs="*", metavar="key=value")
+    verb("preflight", _recipe, "memory and time of a run before it starts, what it fits and what would make it fit")
 
     publish = verb("publish", _publish, "copy a finished adapter with its card to a folder")
     publish.add_argument("run", help="the run folder that training wrote")

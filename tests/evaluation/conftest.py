@@ -65,7 +65,8 @@ def studio(monkeypatch: pytest.MonkeyPatch) -> Studio:
 def backbone() -> Any:
     """Only what describes the pixels."""
     return SimpleNamespace(
-        spec=SimpleNamespace(name="squares", resolution=EDGE),
+        spec=SimpleNamespace(name="squares"),
+        resolution=EDGE,
         base_id="b" * 64,
         profile="native",
         encoders=SimpleNamespace(id="enc-1"),

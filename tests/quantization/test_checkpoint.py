@@ -11,7 +11,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
-from loragraft.quantization.checkpoint import base_id, load_quantized, recorded_base_id, save_quantized
+from loragraft.quantization.checkpoint import base_id, checksum, load_quantized, recorded_base_id, save_quantized
 from loragraft.quantization.convert import plan_layers, quantize_model
 from loragraft.quantization.tensor_file import CheckpointError, read_tensors, write_tensors
 
@@ -178,3 +178,21 @@ def test_unsigned_layers_keep_their_mark(
     assert torch.equal(again(x), layer(x))
     layer.unsigned_from = 0
     assert not torch.equal(again(x), layer(x))
+
+
+def test_a_checksum_sees_every_byte_and_their_order(quantized_flux: FluxTransformer2DModel) -> None:
+    before = checksum(quantized_flux)
+    layer = quantized_flux.get_submodule(LAYER)
+    for name, tensor in [*layer.named_buffers()]:
+        if not tensor.numel():
+            continue
+        flat = tensor.view(-1).view(torch.uint8)
+        for index in (0, len(flat) // 2, len(flat) - 1):
+            flat[index] ^= 1
+            assert checksum(quantized_flux) != before, (name, index)
+            flat[index] ^= 1
+    codes = layer.qweight.view(-1)
+    codes[:16] = codes[:16].roll(8)  # two words change places
+    assert checksum(quantized_flux) != before
+    codes[:16] = codes[:16].roll(8)
+    assert checksum(quantized_flux) == before

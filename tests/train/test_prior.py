@@ -17,7 +17,7 @@ from loragraft.recipes.schema import PriorConfig
 from loragraft.train.batches import Batches
 from loragraft.train.prior import prior_samples
 
-BASE = SimpleNamespace(base_id="b" * 64, profile="native", spec=SimpleNamespace(resolution=16))
+BASE = SimpleNamespace(base_id="b" * 64, profile="native", resolution=16)
 EMPTY = {"prompt_embeds": torch.zeros(3, 5), "pooled_prompt_embeds": torch.zeros(5)}
 
 
@@ -48,7 +48,7 @@ def test_class_images_are_drawn_once_and_an_interruption_keeps_what_is_there(tmp
     more = PriorConfig(prompt="mug icon", images=14, seed=3, weight=0.5)
     assert [s.image for s in prior_samples(more, BASE, tmp_path)][:12] == [s.image for s in samples]  # type: ignore[arg-type]
     assert drawn[-2:] == [15, 16]
-    other = SimpleNamespace(base_id="c" * 64, profile="native", spec=BASE.spec)
+    other = SimpleNamespace(base_id="c" * 64, profile="native", resolution=16)
     assert prior_samples(config, other, tmp_path)[0].image != samples[0].image  # type: ignore[arg-type]
 
 
@@ -100,7 +100,7 @@ def test_two_processes_share_the_batch_of_one() -> None:
 
 
 def test_weights_scale_each_sample_of_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loragraft.backbones.flow.predict_velocity", lambda model, x, t, text: torch.zeros_like(x))
+    monkeypatch.setattr("loragraft.backbones.flow.predict_velocity", lambda model, x, *_: torch.zeros_like(x))
     latents = torch.stack([torch.full((2, 4, 4), 1.0), torch.full((2, 4, 4), 3.0)])
     noise, times = torch.zeros_like(latents), torch.zeros(2)
 

@@ -1,0 +1,126 @@
+"""The verb `loragraft generate`: its options, and what they mean. Heavy imports wait until it runs."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from loragraft.backbones.spec import Profile
+    from loragraft.recipes.schema import WeightsConfig
+
+PROFILES = ("native", "interchange", "weight-only", "16bit")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Everything behind `loragraft generate`."""
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="PATH[@WEIGHT]",
+        help="a run, an adapter folder or file; can be repeated",
+    )
+    parser.add_argument("--prompt", action="append", help="can be repeated")
+    parser.add_argument("--negative-prompt", default="")
+    parser.add_argument("--base", help="default: the adapter's own, else pocket")
+    parser.add_argument("--profile", choices=PROFILES, help="default: the adapter's own, else native")
+    parser.add_argument("--any-base", action="store_true", help="graft an adapter that was trained on another base")
+    parser.add_argument("--out", default="images", help="folder for the images (default: images)")
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--per-prompt", type=int, default=1, help="images per prompt, at consecutive seeds")
+    parser.add_argument("--steps", type=int, help="Euler steps (default: the recipe's, else the base's own)")
+    parser.add_argument(
+        "--guidance", type=float, help="classifier-free on pocket (1 = off), the distilled model's own on flux1-dev"
+    )
+    parser.add_argument(
+        "--true-guidance", type=float, help="classifier-free guidance of a distilled base; a negative prompt needs it"
+    )
+    parser.add_argument("--resolution", type=int, help="pixels of an edge (default: what was trained, else the base's)")
+    parser.add_argument(
+        "--weights",
+        metavar="PATH",
+        help="weights of a base that does not travel with the package, as a recipe's weights.path (default: the run's own)",
+    )
+    parser.add_argument("--encoders", metavar="PATH", help="the pipeline with its encoders, as weights.encoders")
+    parser.add_argument("--allow-download", action="store_true", help="fetch --weights and --encoders from the Hub")
+    parser.add_argument("--random-weights", action="store_true", help="random values in the base's true shapes")
+    parser.add_argument(
+        "--compare", action="store_true", help="also write before_after.png: base beside adapter, same seeds"
+    )
+
+
+def run(args: argparse.Namespace, device: str) -> int:
+    """Draws every prompt, with the adapters and, on request, beside the base without them. Raises ValueError."""
+    from loragraft.adapters.opening import open_adapters
+    from loragraft.backbones.load import find_spec, load_backbone
+    from loragraft.data.cache import default_cache_root
+    from loragraft.evaluation.generate import Settings, before_after_grid, render, save_image
+
+    adapters = open_adapters(args.adapter)
+    trained = adapters[0][0].metadata if adapters else {}
+    spec = find_spec(args.base or trained.get("base") or "pocket")
+    sample = trained.get("recipe", {}).get("sample", {})
+    if spec.name != trained.get("base"):  # steps and guidance were for another base
+        sample = {key: sample[key] for key in sample.keys() & {"prompts", "negative_prompt", "seed"}}
+    prompts = args.prompt or sample.get("prompts")
+    if not prompts:
+        raise ValueError('nothing to draw: give --prompt "..." (it can be repeated)')
+    profile = _profile(args.profile or trained.get("profile") or "native")
+    backbone = load_backbone(
+        spec.name, profile, device, default_cache_root(), _weights(args, spec.external is not None), True
+    )
+    data = trained.get("recipe", {}).get("data", {})
+    backbone.resolution = (
+        args.resolution or max((data.get("resolution", 0), *data.get("resolutions", ()))) or spec.resolution
+    )
+    settings = [
+        Settings(
+            prompt=prompt,
+            negative_prompt=args.negative_prompt or sample.get("negative_prompt", ""),
+            seed=(sample.get("seed", 0) if args.seed is None else args.seed) + i,
+            steps=args.steps or sample.get("steps", spec.steps),
+            guidance=args.guidance or sample.get("guidance", spec.guidance),
+            true_guidance=args.true_guidance or sample.get("true_guidance", 1.0),
+        )
+        for prompt in prompts
+        for i in range(args.per_prompt)
+    ]
+    images = render(backbone, adapters, settings, any_base=args.any_base)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    for i, (image, setting) in enumerate(zip(images, settings, strict=True)):
+        save_image(image, out / f"{i:04d}.png", setting, backbone, adapters)
+    print(f"{len(images)} images in {out}")
+    if args.compare:
+        before = render(backbone, [], settings)
+        before_after_grid([s.prompt for s in settings], before, images).save(out / "before_after.png")
+        print(f"before and after: {out / 'before_after.png'}")
+    return 0
+
+
+def _profile(name: str) -> "Profile | None":
+    """None for the 16-bit model. Raises ValueError for a name that is none, such as an adapter's of a later version."""
+    from loragraft.backbones.architectures import NUMERICS
+
+    if name == "16bit":
+        return None
+    for profile in NUMERICS:
+        if profile == name:
+            return profile
+    raise ValueError(f"profile {name!r}: expected one of {', '.join(NUMERICS)}")
+
+
+def _weights(args: argparse.Namespace, external: bool) -> "WeightsConfig | None":
+    """What the options say of a base's weights; else what the first adapter's run was trained on, where it says."""
+    from loragraft.adapters.opening import recipe_of_run
+    from loragraft.recipes.schema import WeightsConfig
+
+    if args.random_weights or args.weights:
+        return WeightsConfig(
+            path=args.weights or "",
+            encoders=args.encoders or "",
+            allow_download=args.allow_download,
+            random=args.random_weights,
+        )
+    recipe = recipe_of_run(args.adapter[0]) if args.adapter and external else None
+    return recipe.weights if recipe is not None and recipe.base == (args.base or recipe.base) else None

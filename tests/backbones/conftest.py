@@ -1,0 +1,107 @@
+"""A FLUX.1 pipeline small enough for a CPU: every part of a diffusers folder, with tokenizers that were never trained."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+from loragraft.backbones.flux1 import flux1_scheduler
+from loragraft.backbones.load import load_backbone
+from loragraft.recipes.schema import WeightsConfig
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
+
+
+def _tokenizer(end: str, length: int, folder: Path) -> PreTrainedTokenizerFast:
+    """One token a letter; spaces are dropped. Offsets and the end mark are those of the real ones."""
+    vocabulary = {token: i for i, token in enumerate(["<pad>", end, "<unk>", *LETTERS])}
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    raw.normalizer = normalizers.Lowercase()
+    raw.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(r"\s+"), "removed"), pre_tokenizers.Split("", "isolated")]
+    )
+    raw.post_processor = processors.TemplateProcessing(single=f"$A {end}", special_tokens=[(end, 1)])
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", eos_token=end, unk_token="<unk>", model_max_length=length
+    )
+    made.save_pretrained(folder)
+    return made
+
+
+def tiny_transformer(*, guidance: bool = True, in_channels: int = 64) -> FluxTransformer2DModel:
+    return FluxTransformer2DModel(
+        patch_size=1, in_channels=in_channels, num_layers=2, num_single_layers=2, attention_head_dim=64, num_attention_heads=2,
+        joint_attention_dim=64, pooled_projection_dim=32, guidance_embeds=guidance, axes_dims_rope=(16, 24, 24),
+    )  # fmt: skip
+
+
+def tiny_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8), down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4, layers_per_block=1, latent_channels=16, norm_num_groups=4, sample_size=64,
+        scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False,
+    )  # fmt: skip
+
+
+def write_pipeline(folder: Path, *, kind: str = "dev") -> Path:
+    """What `FluxPipeline.save_pretrained` writes, in bfloat16."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        clip = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+                max_position_embeddings=77, eos_token_id=1, bos_token_id=1, pad_token_id=0,
+            )
+        )  # fmt: skip
+        t5 = T5EncoderModel(
+            T5Config(
+                vocab_size=64, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"
+            )
+        )
+        pipeline = FluxPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(**flux1_scheduler("dev" if kind == "dev" else "schnell")),
+            vae=tiny_vae(),
+            text_encoder=clip,
+            tokenizer=_tokenizer("<end>", 77, folder / "tokenizer"),
+            text_encoder_2=t5,
+            tokenizer_2=_tokenizer("</s>", 512, folder / "tokenizer_2"),
+            transformer=tiny_transformer(guidance=kind == "dev"),
+        )
+    for part in ("vae", "text_encoder", "text_encoder_2", "transformer"):
+        nn.Module.to(getattr(pipeline, part), torch.bfloat16)
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny FLUX.1 [dev], guidance-distilled."""
+    return write_pipeline(tmp_path_factory.mktemp("models") / "FLUX.1-tiny")
+
+
+@pytest.fixture(scope="session")
+def schnell_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same without a guidance embedding."""
+    return write_pipeline(tmp_path_factory.mktemp("models") / "FLUX.1-tiny-schnell", kind="schnell")
+
+
+@pytest.fixture(scope="session")
+def quick_quantizer() -> Iterator[None]:
+    """One round and one candidate: what a tiny model is quantized with where its quality does not matter."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("loragraft.backbones.architectures.FOLDER_ROUNDS", 1)
+        patch.setattr("loragraft.backbones.architectures.DATA_FREE_GRID", 1)
+        yield
+
+
+@pytest.fixture(scope="session")
+def flux_cache(flux_folder: Path, tmp_path_factory: pytest.TempPathFactory, quick_quantizer: None) -> Path:
+    """A cache root in which `flux_folder` is quantized already, in profile native."""
+    root = tmp_path_factory.mktemp("cache")
+    load_backbone("flux1-dev", "native", "cpu", root, WeightsConfig(path=str(flux_folder)))
+    return root

@@ -1,0 +1,67 @@
+"""The look through a data set: each kind of mistake is planted once and found once."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from loragraft.data.scan import scan_samples
+from loragraft.data.sources import Sample
+
+
+def _noise(path: Path, size: tuple[int, int], seed: int) -> Path:
+    low = np.random.default_rng(seed).integers(0, 255, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(low).resize(size, Image.Resampling.BICUBIC).save(path)
+    return path
+
+
+def _sample(path: Path, caption: str = "a thing", split: str = "train") -> Sample:
+    return Sample(path, caption, split, caption, "CC0-1.0")  # type: ignore[arg-type]
+
+
+def test_a_good_set_has_no_findings(tmp_path: Path) -> None:
+    samples = [_sample(_noise(tmp_path / f"{i}.png", (96, 64), i)) for i in range(4)]
+    scan = scan_samples(samples, 64, tmp_path / "cache", per_step=4)
+    assert scan.findings == ()
+    assert scan.splits == {"train": 4}
+    assert scan.sizes == {"96x64": 4}
+
+
+def test_every_mistake_is_found(tmp_path: Path) -> None:
+    good = _noise(tmp_path / "good.jpg", (128, 128), 0)
+    copy = tmp_path / "copy.jpg"
+    copy.write_bytes(good.read_bytes())
+    small = _noise(tmp_path / "small.png", (128, 32), 1)
+    samples = [
+        _sample(good),
+        _sample(copy, split="test"),
+        _sample(small, caption="far too many words"),
+        _sample(_noise(tmp_path / "mute.png", (128, 128), 2), caption=" "),
+    ]
+    scan = scan_samples(samples, 64, tmp_path / "cache", readable=lambda text: text[:10], per_step=8)
+    text = "\n".join(scan.findings)
+    assert "1 images have an edge below 64 pixels and are enlarged: small.png (128x32)" in text
+    assert "1 images have no caption: mute.png" in text
+    assert "1 images have a caption longer than the text encoder reads (data.long_captions): small.png" in text
+    assert "are in training and held out, or almost: good.jpg = copy.jpg" in text
+    assert "a step takes 8 samples" in text
+    assert len(scan.findings) == 5
+
+
+def test_a_truncated_file_is_found_and_named(tmp_path: Path) -> None:
+    whole = _noise(tmp_path / "whole.jpg", (256, 256), 0)
+    cut = tmp_path / "cut.jpg"
+    cut.write_bytes(whole.read_bytes()[:2000])
+    scan = scan_samples([_sample(whole), _sample(cut)], 64, tmp_path / "cache")
+    assert len(scan.findings) == 1
+    assert scan.findings[0].startswith("1 images cannot be read: cut.jpg (")
+
+
+def test_a_picture_on_its_side_is_measured_upright(tmp_path: Path) -> None:
+    path = _noise(tmp_path / "turned.jpg", (96, 64), 0)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    with Image.open(path) as image:
+        image.load()
+        image.save(path, exif=exif)
+    assert scan_samples([_sample(path)], 64, tmp_path / "cache").sizes == {"64x96": 1}

@@ -1,0 +1,174 @@
+"""Preflight on `pocket`, and of FLUX.1 [dev]'s true shapes where that is quick enough; times by hand-made machines."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from loragraft import cli
+from loragraft.recipes.load import load_recipe
+from loragraft.recipes.schema import OptimConfig, Recipe
+from loragraft.train.dry_run import DryRun
+from loragraft.train.op_cost import OpCost, Part
+from loragraft.train.preflight import (
+    GIB,
+    Planned8Bit,
+    Preflight,
+    open_subject,
+    planned_optimizer,
+    preflight,
+    suggestions,
+    train_run,
+    what_fits,
+)
+from loragraft.train.preflight_command import run
+from loragraft.train.roofline import (
+    CARDS,
+    FLOOR,
+    Machine,
+    load_machine,
+    machine_file,
+    machine_for,
+    save_machine,
+    seconds,
+)
+
+UNITS = ("int8", "gemm", "gemm32", "attention", "attention_backward", "conv", "memory")
+MACHINE = Machine("Card X", 8 * GIB, dict.fromkeys(UNITS, 1e12), 1e9, 1e-5, 1e-4, calibrated=True)
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Recipe:
+    return load_recipe("marketing", ["train.batch_size=4"])
+
+
+@pytest.fixture(scope="module")
+def found(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Preflight:
+    return preflight(recipe, tmp_path_factory.mktemp("cache"))
+
+
+def test_every_stage_is_there_and_the_largest_decides(found: Preflight) -> None:
+    assert [stage.name for stage in found.stages] == [
+        "encode captions", "encode images", "train", "validate", "sample", "save",
+    ]  # fmt: skip
+    assert found.peak == max(stage.peak for stage in found.stages) == found.train.peak
+    assert found.train.unknown == found.unknown == ()
+    assert 0.9 * found.train.peak < sum(found.train.at_peak.values()) <= found.train.peak
+    assert found.fits(found.needed)
+    assert not found.fits(found.needed - 1)
+
+
+def test_pockets_weights_are_counted_exactly(found: Preflight, recipe: Recipe, tmp_path: Path) -> None:
+    model = open_subject(recipe, tmp_path).transformer()
+    nn.Module.to(model, dtype=torch.bfloat16)
+    nbytes = sum(-(-t.nbytes // 512) * 512 for t in (*model.parameters(), *model.buffers()))
+    assert found.train.at_peak["INT4 weights"] + found.train.at_peak["16-bit weights"] == nbytes
+    assert found.adapter_parameters * 4 == pytest.approx(found.train.at_peak["adapter"], rel=0.02)
+
+
+def test_the_knobs_of_a_recipe_turn_the_prediction(recipe: Recipe, tmp_path: Path) -> None:
+    subject = open_subject(recipe, tmp_path)
+
+    def dry(changed: Recipe) -> DryRun:
+        return train_run(changed, subject, 128)[0]
+
+    plain = dry(recipe)
+    checkpointed = replace(recipe, train=replace(recipe.train, checkpointing="block"))
+    kept = dry(checkpointed)
+    assert kept.peak < plain.peak
+    offloaded = dry(replace(checkpointed, train=replace(checkpointed.train, offload_activations=True)))
+    assert offloaded.saved < kept.saved
+    assert dry(replace(recipe, optim=OptimConfig(name="adamw8bit"))).peak < plain.peak
+
+
+def test_eight_bit_states_by_hand() -> None:
+    parameters = [nn.Parameter(torch.zeros(16, 1024)), nn.Parameter(torch.zeros(16, 16))]
+    optimizer = planned_optimizer(OptimConfig(name="adamw8bit"), parameters)
+    assert isinstance(optimizer, Planned8Bit)
+    optimizer.step()
+    states = [t for state in optimizer.state.values() for part in state.values() for t in part]
+    assert sum(t.nbytes for t in states) == 2 * (16384 + 4 * 64) + 2 * 4 * 256
+
+
+def test_suggestions_add_up_and_load_as_a_recipe(recipe: Recipe) -> None:
+    tried = list(suggestions(recipe, 1024))
+    assert tried[0][0] == "train.checkpointing=block"
+    assert tried[1][0] == "train.checkpointing=block train.batch_size=2 train.accumulation=2"
+    assert tried[-1][0].endswith("adapter.rank=4 adapter.alpha=4.0")
+    for overrides, changed in tried:
+        typed = load_recipe("marketing", ["train.batch_size=4", *overrides.split()])
+        assert typed == changed
+    resolutions = [
+        int(text.rpartition("data.resolution=")[2]) for text, _ in tried if text.split()[-1].startswith("data.")
+    ]
+    assert resolutions == [768, 576, 384, 256]
+
+
+def test_what_fits_stops_at_the_first_that_does(recipe: Recipe, found: Preflight, tmp_path: Path) -> None:
+    assert what_fits(recipe, found, found.needed, tmp_path) == ("", found)
+    heard: list[str] = []
+    answer = what_fits(recipe, found, found.needed - 1, tmp_path, heard.append)
+    assert answer is not None
+    assert answer[0] == "train.checkpointing=block"
+    assert len(heard) == 1
+
+
+def test_the_roofline_by_hand() -> None:
+    bound_by_compute, bound_by_memory = Part("gemm", 2 * 10**9, 1000), Part("memory", 0, 10**6)
+    ours = OpCost("loragraft::x", (bound_by_compute, bound_by_memory))
+    short = OpCost("aten::add", (Part("memory", 0, 8),))
+    assert seconds([(ours, 2)], MACHINE) == pytest.approx(2 * (2e-3 + 1e-3))
+    assert seconds([(short, 100)], MACHINE) == pytest.approx(100 * 1e-5)  # Python is slower than the kernel
+    assert seconds([(short, 100)], MACHINE, host=False) == pytest.approx(100 * FLOOR)
+    slower = replace(MACHINE, correction=2.0)
+    assert seconds([(ours, 1)], slower) == pytest.approx(2 * 3e-3)
+
+
+def test_figures_are_kept_per_card(tmp_path: Path) -> None:
+    assert machine_for("NVIDIA H100 80GB HBM3", tmp_path) is next(card for card in CARDS if card.name == "H100")
+    assert machine_for("Unheard-of card", tmp_path) is None
+    measured = replace(MACHINE, name="NVIDIA H100 80GB HBM3")
+    save_machine(measured, tmp_path)
+    assert machine_for("NVIDIA H100 80GB HBM3", tmp_path) == measured
+    file = machine_file(measured.name, tmp_path)
+    file.write_text(file.read_text().replace('"version": 1', '"version": 0'))
+    assert load_machine(measured.name, tmp_path) is None
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    report = tmp_path / "report.json"
+    assert cli.main(["preflight", "marketing", "train.batch_size=2", "--fit", "8GiB", "--json", str(report)]) == 0
+    text = capsys.readouterr().out
+    for expected in (
+        "marketing on pocket",
+        "decides",
+        "fits cards of 8 GiB and more",
+        "not calibrated",
+        "it fits as it is",
+    ):
+        assert expected in text
+    assert "2400 images of the domain 'marketing'" in text
+    assert '"seconds_per_step"' in report.read_text()
+
+
+def test_mistakes_are_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["preflight"]) == 2
+    assert "name a recipe" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="calibration measures a GPU"):
+            run(["--calibrate"])
+    with pytest.raises(SystemExit):
+        run(["marketing", "--fit", "large"])
+
+
+@pytest.mark.slow
+def test_flux_dev_with_checkpointing_fits_twelve_gib(tmp_path: Path) -> None:
+    recipe = load_recipe("marketing", ["base=flux1-dev", "train.batch_size=1", "train.checkpointing=block"])
+    run, parameters = train_run(recipe, open_subject(recipe, tmp_path), 1024)
+    assert parameters == 65_372_160
+    assert 6.2 * GIB < run.at_peak["INT4 weights"] < 6.5 * GIB
+    assert run.peak < 10 * GIB
+    assert run.saved == pytest.approx(57 * 4608 * 3072 * 2, rel=0.1)  # one block input each

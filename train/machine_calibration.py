@@ -1,0 +1,177 @@
+"""Measures what `roofline.Machine` holds, on the GPU that is here: a few products, attention, a convolution, a copy, two blocks.
+
+Rates come from single ops at FLUX.1's shapes; INT8 from `w4a8_linear` less what its other parts take. Host times come from
+steps of a FLUX so narrow that only launching takes time, with and without quantized layers. The correction is one true-width
+double and single block at 1024 px, forward and backward, over what the rates predict for them.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any, get_args
+
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import Tensor, nn
+from torch.nn.functional import conv2d, scaled_dot_product_attention
+
+from loragraft.adapters.inject import inject_adapter
+from loragraft.backbones.architectures import FLUX
+from loragraft.backbones.flow import flow_loss
+from loragraft.backbones.skeleton import meta_transformer, plan_architecture, randomize
+from loragraft.kernels.attention import Backend, attention, check_backend
+from loragraft.quantization.linear import SVDQuantLinear
+from loragraft.quantization.settings import QuantSettings
+from loragraft.recipes.schema import AdapterConfig
+from loragraft.train.dry_run import dry_train
+from loragraft.train.op_cost import OURS
+from loragraft.train.roofline import Machine, part_seconds, run_seconds
+
+M, D, MLP, HEADS, HEAD = 4608, 3072, 12288, 24, 128
+COPIED = 2**28
+"""Values of the vector whose copy measures the memory."""
+EDGE, TOKENS = 1024, 512
+"""Pixels and words of the block that corrects."""
+
+
+def calibrate(device: torch.device) -> Machine:
+    """The figures of the CUDA device. Raises ValueError for another kind: there is nothing to plan for on a CPU."""
+    if device.type != "cuda":
+        raise ValueError(
+            "calibration measures a GPU, and there is none; without it the known cards' usual figures are used"
+        )
+    properties = torch.cuda.get_device_properties(device)
+    machine = Machine(properties.name, properties.total_memory, {}, 0.0, 0.0, 0.0, calibrated=True)
+    machine = _rates(machine, device)
+    machine = _host(machine, device)
+    return _corrected(machine, device)
+
+
+def time_of(run: Callable[[], object], repeats: int = 10) -> float:
+    """Median seconds of `run` on the current CUDA device, after three runs of warming up."""
+    for _ in range(3):
+        run()
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return sorted(times)[repeats // 2]
+
+
+def _rates(machine: Machine, device: torch.device) -> Machine:
+    def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.randn(shape, device=device, dtype=dtype)
+
+    x, w, big = normal(M, D), normal(D, MLP), normal(COPIED)
+    bandwidth = 2 * big.nbytes / time_of(lambda: big.mul(2.0))
+    x32, w32 = normal(M, D, dtype=torch.float32), normal(D, D, dtype=torch.float32)
+    picture, kernel = normal(1, 640, 64, 64), normal(640, 640, 3, 3)
+    q, k, v = (normal(1, HEADS, M, HEAD).requires_grad_() for _ in range(3))
+    forward = time_of(lambda: scaled_dot_product_attention(q, k, v))
+    out = scaled_dot_product_attention(q, k, v)
+    grad = torch.ones_like(out)
+    backward = time_of(lambda: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True))
+    flops = 4 * HEADS * M * M * HEAD
+    gemm = 2 * M * D * MLP / time_of(lambda: x @ w)
+    rates = {
+        "gemm": gemm,
+        "memory": gemm,
+        "gemm32": 2 * M * D * D / time_of(lambda: x32 @ w32),
+        "conv": 2 * 64 * 64 * 640 * 640 * 9 / time_of(lambda: conv2d(picture, kernel, padding=1)),
+        "attention": flops / forward,
+        "attention_backward": 2.5 * flops / backward,
+    }
+    rates |= _fast_attention(rates, flops, device)
+    machine = replace(machine, rates=rates, bandwidth=bandwidth)
+    layer = SVDQuantLinear.empty(D, MLP, "w4a8", rank=32, bias=True)
+    holder = nn.ModuleList([layer])
+    randomize(holder, device, torch.bfloat16)
+    with torch.no_grad():
+        whole = time_of(lambda: layer(x))
+    beside = part_seconds("memory", 0, M * D * 3, machine) + part_seconds("gemm", 2 * M * MLP * 32, 0, machine)
+    return replace(machine, rates={**rates, "int8": 2 * M * D * MLP / max(whole - beside, 0.2 * whole)})
+
+
+def _fast_attention(rates: dict[str, float], flops: int, device: torch.device) -> dict[str, float]:
+    """Rates of the fastest backend that runs here; those of flash-2 where none does."""
+    found = {"fast_attention": rates["attention"], "fast_attention_backward": rates["attention_backward"]}
+    for backend in get_args(Backend):
+        try:
+            check_backend(backend, device)
+        except ValueError:
+            continue
+        q, k, v = (
+            torch.randn(1, M, HEADS, HEAD, device=device, dtype=torch.bfloat16).requires_grad_() for _ in range(3)
+        )
+        out = attention(q, k, v, backend)
+        grad = torch.ones_like(out)
+        forward = time_of(partial(attention, q, k, v, backend))
+        backward = time_of(partial(torch.autograd.grad, out, (q, k, v), grad, retain_graph=True))
+        found["fast_attention"] = max(found["fast_attention"], flops / forward)
+        if backend == "flash_attn_4":
+            found["fast_attention_backward"] = 2.5 * flops / backward
+    return found
+
+
+def flux(width_heads: int, blocks: int, *, quantized: bool = True) -> nn.Module:
+    """A FLUX of few blocks on meta, with an adapter of rank 16 injected; 16-bit where not quantized."""
+    config: dict[str, Any] = {
+        "patch_size": 1, "in_channels": 64, "num_layers": blocks, "num_single_layers": blocks, "attention_head_dim": HEAD,
+        "num_attention_heads": width_heads, "joint_attention_dim": 4096, "pooled_projection_dim": 768,
+        "guidance_embeds": False, "axes_dims_rope": [16, 56, 56],
+    }  # fmt: skip
+    plan = partial(plan_architecture, FLUX, QuantSettings(rank=32, smoothing="auto")) if quantized else None
+    return meta_transformer(FluxTransformer2DModel, config, plan)
+
+
+def flux_loss(model: nn.Module, device: torch.device | str, edge: int, tokens: int) -> Tensor:
+    """The training loss of a random batch of one, at `edge` pixels and `tokens` of text."""
+    latents = torch.zeros(1, 16, edge // 8, edge // 8, dtype=torch.bfloat16, device=device)
+    text = {
+        "prompt_embeds": torch.zeros(1, tokens, 4096, dtype=torch.bfloat16, device=device),
+        "pooled_prompt_embeds": torch.zeros(1, 768, dtype=torch.bfloat16, device=device),
+    }
+    return flow_loss(model, latents, torch.ones_like(latents), torch.full((1,), 0.5, device=device), text)
+
+
+def _timed_step(
+    heads: int, blocks: int, edge: int, tokens: int, device: torch.device, *, quantized: bool
+) -> tuple[float, Any]:
+    """(seconds of a real training step, its dry run)."""
+
+    def build() -> nn.Module:
+        return nn.Module.to(flux(heads, blocks, quantized=quantized), dtype=torch.bfloat16)
+
+    real = randomize(build(), device, torch.bfloat16)
+    parameters = inject_adapter(real, AdapterConfig(), FLUX.quantize)
+    optimizer = torch.optim.AdamW(parameters, fused=True)
+
+    def step() -> None:
+        torch.autograd.backward(flux_loss(real, device, edge, tokens))
+        optimizer.step()
+        optimizer.zero_grad()
+
+    seconds = time_of(step)
+    imagined = build()
+    inject_adapter(imagined, AdapterConfig(), FLUX.quantize)
+    run = dry_train(imagined, lambda: flux_loss(imagined, "cpu", edge, tokens), torch.optim.AdamW, max_grad_norm=0)
+    return seconds, run
+
+
+def _host(machine: Machine, device: torch.device) -> Machine:
+    plain, plain_run = _timed_step(1, 3, 64, 16, device, quantized=False)
+    quantized, quantized_run = _timed_step(1, 3, 64, 16, device, quantized=True)
+    host_op = plain / sum(sum(counts.values()) for counts in plain_run.ops.values())
+    counted = [pair for counts in quantized_run.ops.values() for pair in counts.items()]
+    custom = sum(count for cost, count in counted if cost.name.startswith(OURS))
+    others = sum(count for _, count in counted) - custom
+    return replace(machine, host_op=host_op, host_custom=max((quantized - others * host_op) / custom, host_op))
+
+
+def _corrected(machine: Machine, device: torch.device) -> Machine:
+    measured, run = _timed_step(HEADS, 1, EDGE, TOKENS, device, quantized=True)
+    return replace(machine, correction=measured / run_seconds(run, machine, host=False))

@@ -1,0 +1,271 @@
+"""What one op costs on a GPU, from its shapes: operations by the unit that does them, bytes moved, memory held while it runs.
+
+    cost_of(func, args, kwargs, results) -> OpCost          aten ops by torch's own FLOP formulas, ours by those below
+    workspace(func, args, results) -> bytes of what the op allocates and frees again
+
+M tokens, N output and K input features (Kp padded to 128), R rank of branch and adapter together. An op of ours that no
+formula covers is counted by its inputs and outputs and marked, so that a report can say so.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+Unit = Literal[
+    "int8", "gemm", "gemm32", "attention", "attention_backward", "fast_attention", "fast_attention_backward", "conv", "memory"
+]  # fmt: skip
+"""What bounds a piece of work: INT8 or 16-bit tensor cores, float32 products, attention by flash-2 or by what is faster
+(cuDNN forward, FlashAttention-4), convolutions, memory alone."""
+OURS = "loragraft::"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of an op that is one kernel, or nearly: `flops` on `unit` while `nbytes` pass through memory."""
+
+    unit: Unit
+    flops: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class OpCost:
+    """One op at one set of shapes."""
+
+    name: str
+    parts: tuple[Part, ...]
+    modelled: bool = True
+
+
+def cost_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], results: Sequence[Tensor]) -> OpCost:
+    """The cost of calling the op overload `func`."""
+    name: str = func._schema.name
+    if name.startswith(OURS):
+        formula = _COSTS.get(name.removeprefix(OURS))
+        if formula is not None:
+            return OpCost(name, tuple(formula(args, results)))
+        return OpCost(name, (Part("memory", 0, _bytes(args) + _bytes(results)),), modelled=False)
+    short = name.removeprefix("aten::")
+    if short in ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"):
+        return OpCost(name, ())
+    flops, unit = _aten_flops(func, short, args, kwargs, results)
+    return OpCost(name, (Part(unit, flops, _bytes(args) + _bytes(kwargs) + _bytes(results)),))
+
+
+def workspace(func: Any, args: tuple[Any, ...], results: Sequence[Tensor]) -> list[int]:
+    """Sizes of what `func` allocates beside its results while it runs on a GPU."""
+    name: str = func._schema.name
+    if name.startswith(OURS):
+        formula = _WORKSPACES.get(name.removeprefix(OURS))
+    else:
+        formula = _WORKSPACES.get(name.removeprefix("aten::"))
+    return [] if formula is None else formula(args, results)
+
+
+def _aten_flops(
+    func: Any, short: str, args: tuple[Any, ...], kwargs: dict[str, Any], results: Sequence[Tensor]
+) -> tuple[int, Unit]:
+    if short == "_scaled_dot_product_flash_attention_for_cpu":
+        return sdpa_flop_count(*(a.shape for a in args[:3])), "attention"
+    if short == "_scaled_dot_product_flash_attention_for_cpu_backward":
+        return sdpa_backward_flop_count(*(a.shape for a in args[:4])), "attention_backward"
+    formula = flop_registry.get(func._overloadpacket)
+    if formula is None:
+        return 0, "memory"
+    flops = int(formula(*args, **kwargs, out_val=results[0] if len(results) == 1 else tuple(results)))
+    if "attention" in short:
+        return flops, "attention_backward" if "backward" in short else "attention"
+    if "conv" in short:
+        return flops, "conv"
+    return flops, "gemm" if results[0].dtype.itemsize == 2 else "gemm32"
+
+
+def _bytes(tree: Any) -> int:
+    """Bytes of the tensors in `tree`; an expanded view counts what it has in memory."""
+    tensors = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+    return sum(min(t.numel() * t.dtype.itemsize, t.untyped_storage().nbytes()) for t in tensors)
+
+
+def _rank(*factors: Tensor | None) -> int:
+    """Rows of [lora_down; adapter_down]."""
+    return sum(factor.shape[0] for factor in factors if factor is not None)
+
+
+def _w4a8(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[Part]:
+    """x is read once, quantized (unless it came with its codes) and multiplied with [D; A]; then codes times codes, the branch
+    in the epilogue."""
+    x, qweight = args[:2]
+    (M, K), (N, R) = x.shape, (qweight.shape[0], _rank(args[5], args[8]))
+    return [
+        Part("memory", 2 * M * K * R, _bytes([x, *results[1:]])),
+        Part("int8", 2 * M * N * K, _bytes([qweight, args[3], *results])),
+        Part("gemm", 2 * M * N * R, 0),
+    ]
+
+
+def _w4a8_dgrad(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[Part]:
+    """dequantized: W_eff is written, then read by one product; int8: dy is quantized, the weight transposed."""
+    dy, _, down, qweight = args[:4]
+    (M, N), (R, K) = dy.shape, down.shape
+    size = dy.dtype.itemsize
+    rank = Part("gemm", 2 * M * N * R, _bytes([dy, results[1]]))
+    if not args[8]:
+        dense = N * K * size
+        return [
+            Part("memory", 2 * N * K * R, _bytes(qweight) + dense),
+            Part("gemm", 2 * M * N * K, _bytes([dy, results[0]]) + dense),
+            rank,
+        ]
+    return [
+        Part("memory", 0, _bytes([dy, qweight]) + M * N + N * K),
+        Part("int8", 2 * M * N * K, M * N + N * K + _bytes(results[0])),
+        rank,
+        Part("gemm", 2 * M * K * R, 0),
+    ]
+
+
+def _w4a4(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[Part]:
+    """x rounded to its groups and the weight, both written in 16 bits with the branch joined on, then one product."""
+    x, qweight = args[:2]
+    (M, K), (N, R) = x.shape, (qweight.shape[0], _rank(args[4], args[7]))
+    joined, dense = M * (K + R) * x.dtype.itemsize, N * (K + R) * x.dtype.itemsize
+    return [
+        Part("gemm", 2 * M * K * R, _bytes([x, *results[1:]])),
+        Part("memory", 0, _bytes([x, qweight]) + joined + dense),
+        Part("gemm", 2 * M * N * (K + R), joined + dense + _bytes(results[0])),
+    ]
+
+
+def _w4a4_dgrad(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[Part]:
+    return _w4a8_dgrad((*args[:4], None, None, None, None, False), results)
+
+
+def _w4a16(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[Part]:
+    x, qweight = args[:2]
+    flops = 2 * x.shape[0] * (qweight.shape[0] * x.shape[1] + results[1].shape[1] * (qweight.shape[0] + x.shape[1]))
+    return [Part("gemm", flops, _bytes(args) + _bytes(results))]
+
+
+def _w4a16_dx(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[Part]:
+    dy, _, down = args[:3]
+    return [
+        Part("gemm", 2 * dy.shape[0] * (dy.shape[1] + down.shape[0]) * down.shape[1], _bytes(args) + _bytes(results))
+    ]
+
+
+def _row_product(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[Part]:
+    left, right = args[:2]
+    return [Part("memory", 2 * left.shape[0] * left.shape[1] * right.shape[1], _bytes(args) + _bytes(results))]
+
+
+def _attention(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[Part]:
+    q, k, v = (a.transpose(1, 2).shape for a in args[:3])
+    return [Part("fast_attention", sdpa_flop_count(q, k, v), _bytes(args) + _bytes(results))]
+
+
+def _attention_backward(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[Part]:
+    shapes = [a.transpose(1, 2).shape for a in args[:4]]
+    unit: Unit = "fast_attention_backward" if args[6] == "flash_attn_4" else "attention_backward"
+    return [Part(unit, sdpa_backward_flop_count(*shapes), _bytes(args) + _bytes(results))]
+
+
+def _elementwise(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[Part]:
+    return [Part("memory", 0, _bytes(args) + _bytes(results))]
+
+
+_COSTS: dict[str, Callable[[tuple[Any, ...], Sequence[Tensor]], list[Part]]] = {
+    "w4a8_linear": _w4a8,
+    "w4a8_dgrad": _w4a8_dgrad,
+    "w4a4_linear": _w4a4,
+    "w4a4_dgrad": _w4a4_dgrad,
+    "w4a16_linear": _w4a16,
+    "w4a16_dx": _w4a16_dx,
+    "quantize_activation": _elementwise,
+    "attention": _attention,
+    "attention_backward": _attention_backward,
+    "row_product": _row_product,
+    "dry_rms_norm": _elementwise,
+    "dry_rms_norm_backward": _elementwise,
+}
+
+
+def _factors(dtype: torch.dtype, *tensors: Tensor | None) -> list[int]:
+    """Factors in the compute dtype and joined ([D; A] or [U, B]): each cast that changes a dtype, then the result."""
+    there = [t for t in tensors if t is not None]
+    casts = [t.numel() * dtype.itemsize for t in there if t.dtype != dtype]
+    return [*casts, sum(t.numel() for t in there) * dtype.itemsize]
+
+
+def _w4a8_space(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[int]:
+    dtype = args[0].dtype
+    return _factors(dtype, args[5], args[8]) + _factors(dtype, args[6], args[9])
+
+
+def _w4a8_dgrad_space(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[int]:
+    """W_eff [N, K] in 16 bits and dy [U, B] before it is copied; or codes of dy and of the weight's transpose."""
+    dy, up, down, qweight = args[:4]
+    (M, N), K = dy.shape, down.shape[1]
+    if not args[8]:
+        return [N * K * up.dtype.itemsize, M * up.shape[1] * dy.dtype.itemsize]
+    padded_N = -(-N // 128) * 128
+    return [M * padded_N, 4 * M, 2 * qweight.shape[1] * padded_N, 4 * N, 4 * K]
+
+
+def _w4a4_space(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[int]:
+    x, qweight = args[:2]
+    width = (2 * qweight.shape[1] + -(-_rank(args[4], args[7]) // 8) * 8) * x.dtype.itemsize
+    return [*_factors(x.dtype, args[5], args[8]), qweight.shape[0] * width, x.shape[0] * width]
+
+
+def _w4a4_dgrad_space(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[int]:
+    dy, _, down = args[:3]
+    return [dy.shape[1] * down.shape[1] * dy.dtype.itemsize]
+
+
+def _row_product_space(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[int]:
+    """float32 partial sums of up to 512 programs."""
+    (M, R), C = args[0].shape, args[1].shape[1]
+    blocks = -(-C // 64)
+    splits = max(1, min(512 // blocks, -(-M // 64)))
+    return [splits * R * C * 4]
+
+
+def _attention_backward_space(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[int]:
+    """Flash-2 adds up dq in float32, and keeps one float per row of the softmax; rows padded to 128, heads to 32."""
+    return _dq_space(*args[1].shape)
+
+
+def _our_attention_backward_space(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[int]:
+    batch, rows, heads, width = args[1].shape
+    return _dq_space(batch, heads, rows, width)
+
+
+def _dq_space(batch: int, heads: int, rows: int, width: int) -> list[int]:
+    padded = batch * heads * (-(-rows // 128) * 128)
+    return [padded * (-(-width // 32) * 32) * 4, padded * 4]
+
+
+def _convolution_space(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[int]:
+    """cuDNN's tensor cores want channels last: it transposes what it reads and writes."""
+    there = [a for a in args[:3] if isinstance(a, Tensor) and a.dim() == 4]
+    if any(t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in there):
+        return []
+    return [_bytes(there) + _bytes([r for r in results if r.dim() == 4])]
+
+
+_WORKSPACES: dict[str, Callable[[tuple[Any, ...], Sequence[Tensor]], list[int]]] = {
+    "w4a8_linear": _w4a8_space,
+    "w4a8_dgrad": _w4a8_dgrad_space,
+    "w4a4_linear": _w4a4_space,
+    "w4a4_dgrad": _w4a4_dgrad_space,
+    "row_product": _row_product_space,
+    "attention_backward": _our_attention_backward_space,
+    "_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward_space,
+    "convolution": _convolution_space,
+    "convolution_backward": _convolution_space,
+}

@@ -1,0 +1,206 @@
+"""`loragraft preflight RECIPE [key=value ...]`: what a run will take, before it starts.
+
+    loragraft preflight marketing
+    loragraft preflight marketing base=flux1-dev weights.random=true train.batch_size=1
+    loragraft preflight marketing base=flux1-dev weights.random=true --fit 12GiB
+    loragraft preflight --calibrate                              on the machine that will train, once
+
+The real step runs on fake tensors on one CPU core: nothing is loaded that a FLUX.1 would need, and no GPU. The data set is looked
+through as well. Times are measured figures of this machine's GPU where `--calibrate` ran, else the usual ones of known cards.
+"""
+
+import argparse
+import json
+import re
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from loragraft.backbones.load import find_spec
+from loragraft.data.cache import default_cache_root
+from loragraft.data.scan import Scan, scan_samples
+from loragraft.data.sources import open_source
+from loragraft.recipes.load import load_recipe
+from loragraft.recipes.schema import Recipe
+from loragraft.train.dry_run import KINDS
+from loragraft.train.machine_calibration import calibrate
+from loragraft.train.preflight import CARDS_GIB, GIB, Preflight, preflight, what_fits
+from loragraft.train.roofline import CARDS, Machine, machine_for, run_seconds, save_machine, seconds
+
+MAKERS = 6
+"""Ops that are named as makers of what the forward pass keeps."""
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:(gib|gb|g)|(mib|mb|m))?", re.IGNORECASE)
+
+
+def run(arguments: list[str]) -> int:
+    """The command. Returns 0, or 1 where --fit finds nothing that fits."""
+    args = _parse(arguments)
+    cache_root = default_cache_root()
+    if args.calibrate:
+        machine = calibrate(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        print(f"{machine.name}: {save_machine(machine, cache_root)}")
+        print("\n".join(_machine_lines(machine)))
+        if args.recipe is None:
+            return 0
+    if args.recipe is None:
+        raise ValueError("name a recipe (`loragraft recipe` lists them), or give --calibrate alone")
+    recipe = load_recipe(args.recipe, args.overrides)
+    started = time.perf_counter()
+    found = preflight(recipe, cache_root, processes=args.processes)
+    machines = known_machines(cache_root, args.card)
+    print("\n".join(report_lines(recipe, found, machines, time.perf_counter() - started)))
+    if not args.no_data:
+        print("\n".join(data_lines(recipe, found.resolution, cache_root, args.processes)))
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(to_dict(found, machines), indent=1) + "\n")
+    return 0 if args.fit is None else _fit(recipe, found, args.fit, cache_root)
+
+
+def _fit(recipe: Recipe, found: Preflight, card: int, cache_root: Path) -> int:
+    print(f"\nto fit {card / GIB:g} GiB:")
+    fitting = what_fits(recipe, found, card, cache_root, lambda line: print(f"  tried {line}", flush=True))
+    if fitting is None:
+        print("  nothing that a recipe can change is enough; the weights alone need a larger card")
+        return 1
+    overrides, changed = fitting
+    if not overrides:
+        print(f"  it fits as it is: {changed.needed / GIB:.1f} GiB needed")
+        return 0
+    print(f"  add: {overrides}\n  {changed.needed / GIB:.1f} GiB needed")
+    return 0
+
+
+def known_machines(cache_root: Path, card: str | None = None) -> list[Machine]:
+    """The card asked for or the GPU that is here, if its rates are known; without either every known card."""
+    if card is None and torch.cuda.is_available():
+        card = torch.cuda.get_device_name()
+    if card is None:
+        return [machine_for(known.name, cache_root) or known for known in CARDS]
+    found = machine_for(card, cache_root)
+    return [] if found is None else [found]
+
+
+def report_lines(recipe: Recipe, found: Preflight, machines: list[Machine], took: float) -> list[str]:
+    """The report as text."""
+    config = recipe.train
+    batch = f"{config.batch_size}" + (f" x {config.accumulation}" if config.accumulation > 1 else "")
+    lines = [
+        f"{recipe.name} on {recipe.base} ({recipe.numerics}): {found.resolution} px, batch {batch}, checkpointing "
+        f"{config.checkpointing}, rank {recipe.adapter.rank} ({found.adapter_parameters:,} parameters), {recipe.optim.name}",
+        "",
+        "stage              peak GiB",
+    ]
+    largest = max(found.stages, key=lambda stage: stage.peak)
+    lines += [
+        f"{stage.name:18s} {stage.peak / GIB:8.2f}{'   decides' if stage is largest else ''}" for stage in found.stages
+    ]
+    lines += ["", "at the peak of a training step"]
+    lines += [f"  {kind:16s} {found.train.at_peak[kind] / GIB:8.3f}" for kind in KINDS]
+    makers = list(found.train.saved_by.items())[:MAKERS]
+    kept = ", ".join(f"{name.rpartition('::')[2]} {size / GIB:.2f}" for name, size in makers)
+    lines += [f"  kept by the forward pass {found.train.saved / GIB:.2f} GiB, as made by: {kept}"]
+    fits = [card for card in CARDS_GIB if found.fits(card * GIB)]
+    cards = f"fits cards of {fits[0]} GiB and more" if fits else f"fits no card of up to {CARDS_GIB[-1]} GiB"
+    lines += ["", f"needed {found.needed / GIB:.1f} GiB with CUDA's own: {cards}"]
+    for name in found.unknown:
+        lines.append(f"not modelled: time and workspace of {name}")
+    lines += ["", f"{'':24s}s/step  s/image ({found.passes} passes, {found.images} at a time)"]
+    for machine in machines:
+        step = run_seconds(found.train, machine, host=not found.captured)
+        image = seconds(found.image_ops(), machine)
+        mark = "" if machine.calibrated else "  not calibrated"
+        lines.append(f"  {machine.name:20s} {step:8.3f} {image:8.2f}{mark}")
+    if not machines:
+        lines.append("  this card is not known: run `loragraft preflight --calibrate` on it once for its times")
+    return [*lines, f"predicted in {took:.0f} s"]
+
+
+def data_lines(recipe: Recipe, resolution: int, cache_root: Path, processes: int = 1) -> list[str]:
+    """The data set, looked through; a generated one is not drawn for that."""
+    config = recipe.data
+    if config.domain is not None:
+        return [
+            "",
+            f"data: {config.count} images of the domain {config.domain!r}, drawn at {resolution} px when training starts",
+        ]
+    samples = open_source(config, resolution, cache_root)
+    per_step = recipe.train.batch_size * recipe.train.accumulation * processes
+    return scan_lines(scan_samples(samples, resolution, cache_root, readable=_readable(recipe), per_step=per_step))
+
+
+def _readable(recipe: Recipe) -> Callable[[str], str] | None:
+    """How far the base's tokenizer reads, where its files are on this machine."""
+    spec, cpu = find_spec(recipe.base), torch.device("cpu")
+    if spec.load_encoders is not None:
+        return spec.load_encoders(cpu, torch.float32).readable
+    pipeline = Path(recipe.weights.encoders or recipe.weights.path or "-")
+    if spec.external is None or not (pipeline / "model_index.json").is_file():
+        return None
+    return spec.external.open_encoders(pipeline, cpu, torch.bfloat16).readable
+
+
+def scan_lines(scan: Scan) -> list[str]:
+    """The findings as text."""
+    splits = ", ".join(f"{count} {split}" for split, count in scan.splits.items())
+    sizes = ", ".join(f"{count} of {size}" for size, count in list(scan.sizes.items())[:4])
+    more = f" and {len(scan.sizes) - 4} other sizes" if len(scan.sizes) > 4 else ""
+    return ["", f"data: {splits}; images {sizes}{more}", *(f"  {line}" for line in scan.findings or ("nothing amiss",))]
+
+
+def to_dict(found: Preflight, machines: list[Machine]) -> dict[str, object]:
+    """JSON-able figures."""
+    return {
+        "peak": found.peak,
+        "stages": {stage.name: stage.peak for stage in found.stages},
+        "needed": found.needed,
+        "train": {"peak": found.train.peak, "reserved": found.train.reserved, "at_peak": found.train.at_peak},
+        "machines": [
+            {
+                "name": machine.name,
+                "calibrated": machine.calibrated,
+                "seconds_per_step": run_seconds(found.train, machine, host=not found.captured),
+                "seconds_per_image": seconds(found.image_ops(), machine),
+            }
+            for machine in machines
+        ],
+    }
+
+
+def _machine_lines(machine: Machine) -> list[str]:
+    figures = asdict(machine)
+    rates = [f"  {unit:20s} {rate / 1e12:8.1f} T/s" for unit, rate in figures["rates"].items()]
+    return [
+        *rates,
+        f"  {'memory':20s} {machine.bandwidth / 1e9:8.0f} GB/s",
+        f"  host: {machine.host_op * 1e6:.1f} us an op, {machine.host_custom * 1e6:.1f} us one of ours; a block takes "
+        f"{machine.correction:.2f} of what its ops do alone",
+    ]
+
+
+def _size(text: str) -> int:
+    """`12GiB`, `12GB`, `12` or `11000MiB` -> bytes; GB on a card's box means GiB."""
+    matched = SIZE.fullmatch(text.strip())
+    if matched is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: write 12GiB")
+    return round(float(matched[1]) * (2**20 if matched[3] else GIB))
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="loragraft preflight", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipe", nargs="?", help="a shipped recipe's name or a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe overrides")
+    parser.add_argument("--fit", type=_size, metavar="SIZE", help="a card, such as 12GiB: find overrides that fit it")
+    parser.add_argument(
+        "--calibrate", action="store_true", help="measure this machine's GPU first, and keep the figures"
+    )
+    parser.add_argument("--no-data", action="store_true", help="leave the data set alone")
+    parser.add_argument("--processes", type=int, default=1, help="GPUs that will train together (default 1)")
+    parser.add_argument("--card", metavar="NAME", help="times for this card alone, by the name that torch reports")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    return parser.parse_intermixed_args(arguments)
