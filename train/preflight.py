@@ -163,7 +163,7 @@ def preflight(recipe: Recipe, cache_root: Path, subject: Subject | None = None, 
     Compiled blocks are predicted as they are written: compiled, they keep up to a tenth less.
     """
     subject = open_subject(recipe, cache_root) if subject is None else subject
-    resolution = recipe.data.resolution or subject.spec.resolution
+    resolution = max(recipe.data.edges(subject.spec.resolution))
     captured = recipe.train.cuda_graph != "never" and processes == 1
     train, parameters = train_run(recipe, subject, resolution, captured=captured)
     sample, decode, count = sample_runs(recipe, subject, resolution)

@@ -13,14 +13,16 @@ import argparse
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from loragraft.backbones.load import find_spec
+from loragraft.data.buckets import BucketReport, Sizes
 from loragraft.data.cache import default_cache_root
+from loragraft.data.sample import Sample
 from loragraft.data.scan import Scan, scan_samples
 from loragraft.data.sources import open_source
 from loragraft.recipes.load import load_recipe
@@ -127,9 +129,26 @@ def data_lines(recipe: Recipe, resolution: int, cache_root: Path, processes: int
             "",
             f"data: {config.count} images of the domain {config.domain!r}, drawn at {resolution} px when training starts",
         ]
+    if config.streaming:
+        return ["", f"data: the first {config.limit} rows of a stream, read and encoded when training starts"]
     samples = open_source(config, resolution, cache_root)
     per_step = recipe.train.batch_size * recipe.train.accumulation * processes
-    return scan_lines(scan_samples(samples, resolution, cache_root, readable=_readable(recipe), per_step=per_step))
+    smallest = min(config.edges(resolution))
+    lines = scan_lines(scan_samples(samples, smallest, cache_root, readable=_readable(recipe), per_step=per_step))
+    return [*lines, *bucket_lines(recipe, samples, resolution, processes)]
+
+
+def bucket_lines(recipe: Recipe, samples: Sequence[Sample], resolution: int, processes: int) -> list[str]:
+    """Images and batches of every size, where a recipe asks for buckets or several resolutions."""
+    sizes = Sizes.asked(recipe.data, resolution)
+    if sizes is None or not (recipe.data.buckets or recipe.data.resolutions):
+        return []
+    try:
+        shapes = [shape for sample in samples if sample.split == "train" for shape in sizes.of(sample)]
+    except ValueError as error:
+        return [f"  buckets: not counted, {error}"]
+    report = BucketReport.of(shapes, recipe.train.batch_size, recipe.train.accumulation, processes)
+    return ["", *report.table().splitlines()]
 
 
 def _readable(recipe: Recipe) -> Callable[[str], str] | None:

@@ -18,7 +18,9 @@ from loragraft.recipes.load import load_recipe
 from loragraft.train.batches import Batches, MicroBatch, ReadAhead
 from loragraft.train.loop import validation_loss
 
-BACKBONE: Any = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
+BACKBONE: Any = SimpleNamespace(
+    device=torch.device("cpu"), dtype=torch.float32, spec=SimpleNamespace(training_guidance=None)
+)
 
 
 def _text(prompts: list[str]) -> dict[str, Tensor]:
@@ -99,7 +101,7 @@ def test_variants_come_in_turn(cache: LatentCache) -> None:
 def test_validation_takes_buckets_one_after_the_other(cache: LatentCache, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, ...]] = []
 
-    def loss(model: object, latents: Tensor, *_: object) -> Tensor:
+    def loss(model: object, latents: Tensor, *_: object, **__: object) -> Tensor:
         seen.append(tuple(latents.shape))
         return torch.tensor(float(len(latents)))
 

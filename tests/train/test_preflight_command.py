@@ -1,0 +1,40 @@
+"""What the preflight says about a data set of mixed sizes, without reading more than headers of it."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from loragraft.data.sources import open_source
+from loragraft.recipes.load import load_recipe
+from loragraft.recipes.schema import Recipe
+from loragraft.train.preflight_command import bucket_lines, data_lines
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    """Ten pictures, every second one wide, in buckets."""
+    for i in range(10):
+        image = Image.new("RGB", (200, 100) if i % 2 else (140, 140), (i * 20, 0, 0))
+        image.save(tmp_path / f"disc number {i} x.png")
+    options = ["data.domain=null", f"data.folder={tmp_path}", "data.buckets=true", "data.validation_fraction=0"]
+    return load_recipe("marketing", [*options, "data.short_captions=0", "data.test_fraction=0", "train.batch_size=2"])
+
+
+def test_buckets_are_counted_against_batches(recipe: Recipe, tmp_path: Path) -> None:
+    samples = open_source(recipe.data, 128, tmp_path / "cache")
+    told = "\n".join(bucket_lines(recipe, samples, 128, processes=3))
+    assert "128 x 128           5" in told
+    assert "10 images in 2 buckets: an epoch is 1.67 batches of 6" in told
+    assert "fewer images than a batch" in told
+    plain = load_recipe("marketing")
+    assert bucket_lines(plain, samples, 128, 1) == []
+
+
+def test_a_damaged_header_is_said_and_a_stream_is_left_for_training(recipe: Recipe, tmp_path: Path) -> None:
+    samples = open_source(recipe.data, 128, tmp_path / "cache")
+    samples[3].image.write_text("no image")
+    assert "buckets: not counted" in bucket_lines(recipe, samples, 128, 1)[0]
+    options = ["data.domain=null", "data.dataset=./rows.parquet", "data.streaming=true", "data.limit=700"]
+    stream = load_recipe("marketing", [*options, "data.short_captions=0"])
+    assert "the first 700 rows of a stream" in "".join(data_lines(stream, 128, tmp_path / "cache"))
