@@ -160,8 +160,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, dy_MN: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    h_MR, x_MK, codes_MK, scale_M1, *quantized, smooth, lora_down, lora_up = ctx.saved_tensors[:-4]
-    adapter_down, adapter_up, joined_down, joined_up = ctx.saved_tensors[-4:]
+    saved = ctx.saved_tensors  # once: a checkpointed block unpacks each tensor a single time
+    h_MR, x_MK, codes_MK, scale_M1, *quantized, smooth, lora_down, lora_up = saved[:-4]
+    adapter_down, adapter_up, joined_down, joined_up = saved[-4:]
     dy_MN = dy_MN.contiguous()
     up_NR = branch.join(lora_up, adapter_up, 1, dy_MN.dtype) if joined_up is None else joined_up
     dx_MK, g_MR, grad_down, grad_up = None, None, None, None

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from loragraft.adapters.inject import inject_adapter
+from loragraft.adapters.joined import JoinedFactors
 from loragraft.backbones import attention
 from loragraft.backbones.architectures import FOLDER_RANK, folder_settings
 from loragraft.backbones.flow import flow_loss, predict_velocity
@@ -145,11 +146,12 @@ def open_subject(recipe: Recipe, cache_root: Path) -> Subject:
 
         assert isinstance(vae, nn.Module)
         return Subject(spec, build, vae, text, tuple(part for part in modules if part is not vae))
-    external, profile = spec.external, recipe.numerics
+    external, plan = spec.external, None
     with init_empty_weights():
         encoders = external.random_encoders(0, torch.device("cpu"), DTYPE)
-    main = folder_settings(profile, calibrated=False, rank=FOLDER_RANK)
-    plan = partial(plan_architecture, spec, main)
+    if recipe.numerics != "16bit":
+        main = folder_settings(recipe.numerics, calibrated=False, rank=FOLDER_RANK)
+        plan = partial(plan_architecture, spec, main)
     build = partial(meta_transformer, spec.transformer_class, external.config, plan)
     return Subject(spec, build, encoders.pipeline_parts["vae"], encoders.encode_text(["a"]), ())
 
@@ -192,6 +194,8 @@ def train_run(recipe: Recipe, subject: Subject, resolution: int, *, captured: bo
     with mock.patch.object(attention, "check_backend"):  # it asks for a GPU
         attention.set_attention(model, config.attention)
     parameters = inject_adapter(model, recipe.adapter, subject.spec.lora_targets)
+    if captured:
+        JoinedFactors(model, DTYPE)  # as `step.graph_step` does; it leaves them on the layers
     with _dry_offload():
         memory.set_checkpointing(
             model, config.checkpointing, config.checkpoint_blocks, offload=config.offload_activations

@@ -14,7 +14,11 @@ from loragraft.recipes.schema import AdapterConfig
 def model() -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     made = nn.ModuleDict({"norm": nn.LayerNorm(4)})  # PEFT wants a parameter somewhere
-    for name, (N, K), numerics in (("first", (96, 128), "w4a8"), ("second", (64, 96), "w4a8"), ("third", (32, 64), "w4a4")):
+    for name, (N, K), numerics in (
+        ("first", (96, 128), "w4a8"),
+        ("second", (64, 96), "w4a8"),
+        ("third", (32, 64), "w4a4"),
+    ):
         linear = nn.Linear(K, N)
         linear.weight.data = torch.randn(N, K, generator=generator) / K**0.5
         layer, _ = SVDQuantLinear.from_linear(linear, None, QuantSettings(numerics=numerics, rank=8, smoothing="none"))  # type: ignore[arg-type]

@@ -60,12 +60,14 @@ def test_every_stage_is_there_and_the_largest_decides(found: Preflight) -> None:
     assert not found.fits(found.needed - 1)
 
 
-def test_pockets_weights_are_counted_exactly(found: Preflight, recipe: Recipe, tmp_path: Path) -> None:
-    model = open_subject(recipe, tmp_path).transformer()
+def test_pockets_weights_are_counted_exactly(recipe: Recipe, tmp_path: Path) -> None:
+    subject = open_subject(recipe, tmp_path)
+    run, parameters = train_run(recipe, subject, 128)
+    model = subject.transformer()
     nn.Module.to(model, dtype=torch.bfloat16)
     nbytes = sum(-(-t.nbytes // 512) * 512 for t in (*model.parameters(), *model.buffers()))
-    assert found.train.at_peak["INT4 weights"] + found.train.at_peak["16-bit weights"] == nbytes
-    assert found.adapter_parameters * 4 == pytest.approx(found.train.at_peak["adapter"], rel=0.02)
+    assert run.at_peak["INT4 weights"] + run.at_peak["16-bit weights"] == nbytes
+    assert parameters * 4 == pytest.approx(run.at_peak["adapter"], rel=0.02)
 
 
 def test_the_knobs_of_a_recipe_turn_the_prediction(recipe: Recipe, tmp_path: Path) -> None:
