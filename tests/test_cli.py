@@ -87,9 +87,9 @@ def test_preflight_counts_what_a_run_takes(
     monkeypatch.setenv("LORAGRAFT_CACHE", str(tmp_path))
     assert cli.main(["preflight", "marketing", "data.count=12"]) == 0
     text = capsys.readouterr().out
-    assert "w4a8" in text
-    assert "'train': " in text
-    assert "parameters), and as much again for its gradient" in text
+    assert "at the peak of a training step" in text
+    assert "rank 16 (1,044,480 parameters), adamw" in text
+    assert "data: 12 images of the domain 'marketing'" in text
 
 
 def test_demo_without_gradio_says_how_to_get_it(

@@ -140,7 +140,7 @@ def test_figures_are_kept_per_card(tmp_path: Path) -> None:
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("LORAGRAFT_CACHE", str(tmp_path))
     report = tmp_path / "report.json"
     assert cli.main(["preflight", "marketing", "train.batch_size=2", "--fit", "8GiB", "--json", str(report)]) == 0
     text = capsys.readouterr().out
