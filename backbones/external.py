@@ -22,7 +22,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNot
 from torch import nn
 from tqdm import tqdm
 
-from loragraft.backbones.architectures import FOLDER_RANK, folder_settings, open_model, quantize_files
+from loragraft.backbones.architectures import FOLDER_RANK, NUMERICS, folder_settings, open_model, quantize_files
 from loragraft.backbones.skeleton import meta_transformer, plan_architecture, randomize
 from loragraft.backbones.spec import BaseSpec, External, Profile, Weights
 from loragraft.quantization.checkpoint import (
@@ -44,7 +44,10 @@ INDEX = "model_index.json"
 HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+)/([\w./-]+\.safetensors)")
 HUB_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 PIPELINE_FILES = (INDEX, "scheduler/*", "text_encoder*/*", "tokenizer*/*", "vae/*", "transformer/*")
-PROFILES: dict[str, Profile] = {"native": "native", "interchange": "interchange"}
+"""Of a repository: the published ones also hold the same weights in one more file, at their root."""
+TRANSFORMER_FILES = ("*.json", "*.safetensors")
+"""Of a repository that is no pipeline."""
+PROFILES: dict[str, Profile] = {profile: profile for profile in NUMERICS}
 
 
 @dataclass(frozen=True)
@@ -72,11 +75,12 @@ def check_weights(spec: BaseSpec, weights: Weights | None) -> None:
 
 def locate(spec: BaseSpec, external: External, weights: Weights) -> Located:
     """Finds, and on request fetches, what `weights` names. Raises ValueError saying what is not there, and the nearest that is."""
-    path = find(weights.path, weights.allow_download, PIPELINE_FILES)
+    path = find(weights.path, weights.allow_download, (*PIPELINE_FILES, CONFIG_NAME))
     if (path / INDEX).is_file():
         _check_pipeline(spec, external, path)
         transformer, around = path / "transformer", path
     else:
+        path = find(weights.path, weights.allow_download, TRANSFORMER_FILES)
         transformer, around = path, path.parent
     if weights.encoders:
         pipeline = find(weights.encoders, weights.allow_download, PIPELINE_FILES[:-1])

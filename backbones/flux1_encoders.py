@@ -4,14 +4,17 @@
     pooled_prompt_embeds = CLIP-L's pooled output of the first 77 tokens                        [B, 768]
     latents = (mean of the posterior - shift) * scale                                          [B, 16, H/8, W/8]
 
-transformers' and diffusers' own classes compute them. On a GPU nothing of this stays there: T5 (8.9 GiB) is copied layer by layer
-during its forward pass, the autoencoder comes for each call. `encode_text` loads the text encoders when it is first called, so
-a run whose captions are cached never does. Source of the conventions: diffusers' FluxPipeline.
+transformers' and diffusers' own classes compute them. On a GPU nothing of this stays there: T5 (8.9 GiB) is copied layer by
+layer during its forward pass, the autoencoder is there only while pictures are encoded or decoded. `encode_text` loads the text
+encoders when it is first called, so a run that finds all captions in its cache never does. Source of the conventions: diffusers'
+FluxPipeline.
 """
 
+import contextlib
 import gc
 import hashlib
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,8 +26,8 @@ from torch import Tensor, nn
 from loragraft.backbones.resting import rest, rest_between_calls, stream_layers
 from loragraft.quantization.tensor_file import CheckpointError
 
-CAPTIONS_TOGETHER = 16
-"""Captions in one forward pass of T5: 2.7 GiB of activations at 512 tokens."""
+CAPTIONS_TOGETHER = 8
+"""Captions in one forward pass of T5, whose attention takes most of 2.4 GiB at 512 tokens."""
 PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae")
 RELEASED = "the text encoders were released: encode captions before release_text()"
 _WHOLE, _SAMPLES, _SAMPLE = 2**24, 64, 2**16
@@ -42,9 +45,12 @@ class _Pictures:
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """[B, 3, H, W] in [-1, 1] -> (mean - shift) * scale, [B, C, H/8, W/8]: about unit variance."""
+        """[B, 3, H, W] in [-1, 1] -> (mean - shift) * scale, [B, C, H/8, W/8]: about unit variance.
+
+        The autoencoder stays on the device for the next picture; it leaves before captions are encoded, and with
+        `release_text`.
+        """
         mean = self.vae.encode(pixels.to(self._device, self.vae.dtype)).latent_dist.mode()
-        rest(self.vae)
         latents: Tensor = (mean - self.vae.config.shift_factor) * self.vae.config.scaling_factor
         return latents
 
@@ -109,13 +115,15 @@ class Flux1Encoders(_Pictures):
     def encode_text(self, captions: list[str]) -> dict[str, Tensor]:
         """B captions -> `prompt_embeds` [B, T, D] and `pooled_prompt_embeds` [B, P], on the CPU."""
         text = self._loaded_text()
+        rest(self.vae)
         states, pooled = [], []
-        for start in range(0, len(captions), CAPTIONS_TOGETHER):
-            found = text.encode_prompt(
-                captions[start : start + CAPTIONS_TOGETHER], device=self._device, max_sequence_length=self.tokens
-            )
-            states.append(found[0].cpu())
-            pooled.append(found[1].cpu())
+        with _without_warnings():
+            for start in range(0, len(captions), CAPTIONS_TOGETHER):
+                found = text.encode_prompt(
+                    captions[start : start + CAPTIONS_TOGETHER], device=self._device, max_sequence_length=self.tokens
+                )
+                states.append(found[0].cpu())
+                pooled.append(found[1].cpu())
         return {"prompt_embeds": torch.cat(states), "pooled_prompt_embeds": torch.cat(pooled)}
 
     def _loaded_text(self) -> FluxPipeline:
@@ -135,11 +143,27 @@ class Flux1Encoders(_Pictures):
         return self._text
 
     def release_text(self) -> None:
-        """Frees both text encoders, and on a GPU what their activations held."""
+        """Frees both text encoders, and on a GPU what the activations of all encoders held."""
         self._text, self._released = None, True
+        rest(self.vae)
         gc.collect()  # accelerate's hooks and the modules point at each other
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """diffusers and transformers warn of every caption that is longer than CLIP's 77 tokens, which is as it should be; one that
+    is longer than T5 reads is `readable`'s matter."""
+    loggers = [logging.getLogger(name) for name in ("diffusers.pipelines.flux", "transformers.tokenization_utils_base")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 class RandomFlux1Encoders(_Pictures):
@@ -186,5 +210,6 @@ class RandomFlux1Encoders(_Pictures):
         }
 
     def release_text(self) -> None:
-        """Nothing to free."""
+        """There is none to free; the autoencoder leaves the device."""
         self._released = True
+        rest(self.vae)

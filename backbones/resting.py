@@ -10,7 +10,7 @@ from torch import nn
 
 
 def rest_between_calls(model: nn.Module, device: torch.device) -> None:
-    """`model` (of diffusers) stays on the CPU; its next `encode` or `decode` brings it to `device`, until `rest`."""
+    """`model` (of diffusers) goes to the CPU; its next `encode` or `decode` brings it to `device`, until `rest`."""
     if device.type == "cuda":
         cpu_offload_with_hook(model, device)
 

@@ -37,7 +37,7 @@ from loragraft.backbones.skeleton import meta_transformer, plan_architecture, ra
 from loragraft.quantization.linear import SVDQuantLinear
 from loragraft.quantization.settings import QuantSettings
 from loragraft.recipes.schema import AdapterConfig
-from loragraft.train.memory import set_checkpointing
+from loragraft.train.memory import Checkpointing, set_checkpointing
 from loragraft.train.step import compile_blocks, graph_step
 
 GIB = 2**30
@@ -59,16 +59,17 @@ class Variant:
     resolution: int = 1024
     compiled: bool = True
     attention: Attention = "sdpa"
-    checkpointing: bool = False
+    checkpointing: Checkpointing = "none"
     dgrad: Literal["dequantized", "int8"] = "dequantized"
     infer: bool = False
 
 
 VARIANTS = {
-    "ours_1024": Variant(attention="flash_attn_4"),
-    "ours_1024_sdpa": Variant(),
-    "ours_1024_int8_dgrad": Variant(attention="flash_attn_4", dgrad="int8"),
-    "ours_1024_ckpt": Variant(attention="flash_attn_4", checkpointing=True),
+    "ours_1024": Variant(attention="flash_attn_4", checkpointing="cheap"),
+    "ours_1024_keep_all": Variant(attention="flash_attn_4"),
+    "ours_1024_sdpa": Variant(checkpointing="cheap"),
+    "ours_1024_int8_dgrad": Variant(attention="flash_attn_4", checkpointing="cheap", dgrad="int8"),
+    "ours_1024_ckpt": Variant(attention="flash_attn_4", checkpointing="block"),
     "ours_512": Variant(resolution=512, attention="flash_attn_4"),
     "bf16_eager_1024": Variant("bf16", compiled=False),
     "bf16_compiled_1024": Variant("bf16"),
@@ -197,7 +198,7 @@ def train(variant: Variant, profile: bool) -> dict[str, Any]:
         for module in transformer.modules():
             if isinstance(module, SVDQuantLinear):
                 module.dgrad = variant.dgrad
-    set_checkpointing(transformer, "block" if variant.checkpointing else "none")
+    set_checkpointing(transformer, variant.checkpointing)
     if variant.compiled:
         if ours:
             compile_blocks(transformer)

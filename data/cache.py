@@ -1,7 +1,8 @@
 """Encoded samples on disk: safetensors shards, found by what went into them.
 
 A sample's key is sha256(image bytes, caption, resolution, encoder id, transform version), so a changed caption, image or
-encoder is another key and nothing is ever stale. Samples of one encoder, resolution and transform share a store:
+encoder is another key and nothing is ever stale. Samples of one encoder, resolution and transform share a store; where
+images and captions are cached apart, the latents of one encoder share one, whatever their sizes, and its texts another:
 
     <cache root>/encoded/<store id>/<shard id>.safetensors     stacked bf16 tensors, row i = sample i
     <cache root>/encoded/<store id>/<shard id>.json            its manifest: sha256 of the shard, keys, encoder
@@ -15,9 +16,10 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
@@ -44,6 +46,17 @@ def sample_key(image: bytes, caption: str, resolution: int, encoder_id: str) -> 
     return hashlib.sha256(hashlib.sha256(image).digest() + rest.encode()).hexdigest()
 
 
+def latent_key(digest: bytes, shape: tuple[int, int], encoder_id: str) -> str:
+    """sha256 (hex) over the image's own sha256, (H, W) in pixels, encoder id and transform version."""
+    rest = json.dumps([*shape, encoder_id, TRANSFORM_VERSION])
+    return hashlib.sha256(digest + rest.encode()).hexdigest()
+
+
+def text_key(caption: str, encoder_id: str) -> str:
+    """sha256 (hex) over caption and encoder id."""
+    return hashlib.sha256(json.dumps(["text", caption, encoder_id]).encode()).hexdigest()
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """Where one sample lies."""
@@ -53,13 +66,13 @@ class Row:
 
 
 class ShardStore:
-    """The shards of one encoder at one resolution.
+    """The shards of one encoder at one resolution, or its `latents` or `texts` where the two are cached apart.
 
-    Opening it reads the manifests; `verify` reads the shards that are needed. Two processes may write to the same store:
-    at worst both encode the same sample.
+    Opening it reads the manifests; `verify` reads the shards that are needed, once. Rows are read through memory maps, so
+    what is held is the operating system's to drop. Several processes may write to it: `claims.py` keeps them apart.
     """
 
-    def __init__(self, cache_root: Path, encoder_id: str, resolution: int) -> None:
+    def __init__(self, cache_root: Path, encoder_id: str, resolution: int | Literal["latents", "texts"]) -> None:
         self.encoder_id = encoder_id
         self.resolution = resolution
         store_id = hashlib.sha256(
@@ -71,18 +84,24 @@ class ShardStore:
         self._hashes: dict[Path, str] = {}
         self._rows: dict[str, Row] = {}
         self._verified: set[Path] = set()
+        self.refresh()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._rows
+
+    def refresh(self) -> None:
+        """Reads the manifests that other processes have written since."""
         for manifest in sorted(self.folder.glob("*.json")):
-            self._read_manifest(manifest)
+            if manifest.with_suffix(".safetensors") not in self._hashes:
+                self._read_manifest(manifest)
 
     def verify(self, keys: Sequence[str]) -> set[str]:
         """The keys of `keys` that are here and whole. A shard whose bytes differ from its manifest is dropped, with a
         warning, and its samples count as absent."""
-        for shard in {self._rows[key].shard for key in keys if key in self._rows} - self._verified:
-            try:
-                with shard.open("rb") as handle:
-                    found = hashlib.file_digest(handle, "sha256").hexdigest()
-            except FileNotFoundError:
-                found = "no such file"
+        shards = sorted({self._rows[key].shard for key in keys if key in self._rows} - self._verified)
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing lets other threads run; gigabytes of it
+            digests = list(pool.map(_digest, shards))
+        for shard, found in zip(shards, digests, strict=True):
             if found == self._hashes[shard]:
                 self._verified.add(shard)
             else:
@@ -133,5 +152,14 @@ class ShardStore:
     def _drop(self, shard: Path, reason: str) -> None:
         _log.warning("cache shard %s is not usable: %s; its samples will be encoded again", shard, reason)
         self._rows = {key: row for key, row in self._rows.items() if row.shard != shard}
+        self._hashes.pop(shard, None)
         shard.with_suffix(".json").unlink(missing_ok=True)
         shard.unlink(missing_ok=True)
+
+
+def _digest(shard: Path) -> str:
+    try:
+        with shard.open("rb") as handle:
+            return hashlib.file_digest(handle, "sha256").hexdigest()
+    except FileNotFoundError:
+        return "no such file"

@@ -1,8 +1,8 @@
-"""Encoded samples in memory's reach: `LatentCache` -> `LatentDataset` of a split -> batches in a stateless order."""
+"""Encoded samples in memory's reach: `LatentCache` -> `LatentDataset` of a split -> batches."""
 
-import functools
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TypedDict
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from loragraft.data.cache import ShardStore
-from loragraft.data.sources import Sample
+from loragraft.data.sample import Sample, Shape
 from loragraft.data.splits import Split
 
 Item = dict[str, Tensor | str]
@@ -28,67 +28,81 @@ class Batch(TypedDict, total=False):
     caption: list[str]
 
 
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A sample at one size, as it lies in the cache. A sample at several resolutions has several."""
+
+    sample: Sample
+    shape: Shape
+    """(H, W) of its pixels."""
+    key: str
+    """Of its latents, or of everything where image and caption are cached together."""
+    texts: tuple[str, ...] = ()
+    """Keys of its captions' embeddings where they are cached apart."""
+
+    def variant(self, epoch: int) -> int:
+        """Which of its captions epoch `epoch` shows: all in turn, each sample beginning elsewhere."""
+        return (int(self.key[:8], 16) + epoch) % len(self.texts)
+
+
 class LatentDataset(Dataset[Item]):
     """Samples of one split. Rows are read from disk on demand (the page cache keeps them), so it pickles for workers."""
 
-    def __init__(self, store: ShardStore, keys: Sequence[str], samples: Sequence[Sample]) -> None:
-        self.store = store
-        self.keys = list(keys)
-        self.samples = list(samples)
+    def __init__(self, store: ShardStore, texts: ShardStore | None, entries: Sequence[Entry]) -> None:
+        self.store, self.texts = store, texts
+        self.entries = list(entries)
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self.entries)
 
     def __getitem__(self, index: int) -> Item:
-        return {**self.store.read(self.keys[index]), "caption": self.samples[index].caption}
+        return self.item(index, 0)
 
-    def batch(self, indices: Sequence[int]) -> Batch:
-        """The samples at `indices`, collated."""
-        return collate([self[index] for index in indices])
+    @property
+    def samples(self) -> list[Sample]:
+        """The sample of every entry."""
+        return [entry.sample for entry in self.entries]
+
+    @property
+    def shapes(self) -> list[Shape]:
+        """(H, W) of every entry's pixels."""
+        return [entry.shape for entry in self.entries]
+
+    def item(self, index: int, epoch: int) -> Item:
+        """Sample `index` as epoch `epoch` shows it."""
+        entry = self.entries[index]
+        item: Item = {**self.store.read(entry.key)}
+        if self.texts is None:
+            return {**item, "caption": entry.sample.caption}
+        variant = entry.variant(epoch)
+        return {**item, **self.texts.read(entry.texts[variant]), "caption": entry.sample.said[variant]}
+
+    def batch(self, indices: Sequence[int], epochs: Sequence[int] = ()) -> Batch:
+        """The samples at `indices`, each as its epoch (0 unless given) shows it, collated; all must be of one shape."""
+        return collate([self.item(i, e) for i, e in zip(indices, epochs or [0] * len(indices), strict=True)])
 
 
 class LatentCache:
     """All samples of a run, encoded. `empty` holds the text tensors of the empty prompt, without batch dimension."""
 
-    def __init__(self, store: ShardStore, keys: Sequence[str], samples: Sequence[Sample], empty_key: str) -> None:
-        self.store = store
-        self.keys = list(keys)
-        self.samples = list(samples)
-        self.empty = store.read(empty_key)
+    def __init__(self, store: ShardStore, texts: ShardStore | None, entries: Sequence[Entry], empty_key: str) -> None:
+        """texts: where captions lie that are cached apart from their images."""
+        self.store, self.texts = store, texts
+        self.entries = list(entries)
+        self.empty = (texts or store).read(empty_key)
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self.entries)
 
     def split(self, name: Split) -> LatentDataset:
         """The samples of a split, in the source's order; it may be empty."""
-        chosen = [i for i, sample in enumerate(self.samples) if sample.split == name]
-        return LatentDataset(self.store, [self.keys[i] for i in chosen], [self.samples[i] for i in chosen])
+        return LatentDataset(self.store, self.texts, [e for e in self.entries if e.sample.split == name])
 
     @property
     def fingerprint(self) -> str:
         """sha256 (hex) over keys and splits: the same data under the same encoder, whatever its order."""
-        lines = sorted(f"{key} {sample.split}" for key, sample in zip(self.keys, self.samples, strict=True))
+        lines = sorted(f"{'+'.join((entry.key, *entry.texts))} {entry.sample.split}" for entry in self.entries)
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def batch_indices(step: int, batch_size: int, n: int, seed: int) -> list[int]:
-    """Indices of batch `step` (counted from 0) of an endless walk over n samples, a new permutation every epoch.
-
-    Position p = step * batch_size + i lies in epoch p // n. A pure function, so a resumed run needs no sampler state.
-    With accumulation or several processes, `step` counts their small batches. Raises ValueError for n < 1.
-    """
-    if n < 1:
-        raise ValueError("no samples to draw batches from")
-    positions = range(step * batch_size, (step + 1) * batch_size)
-    return [_permutation(n, seed, position // n)[position % n] for position in positions]
-
-
-@functools.lru_cache(maxsize=4)
-def _permutation(n: int, seed: int, epoch: int) -> list[int]:
-    mixed = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()[:8]
-    generator = torch.Generator().manual_seed(int.from_bytes(mixed, "little") >> 1)  # manual_seed wants 63 bits
-    order: list[int] = torch.randperm(n, generator=generator).tolist()
-    return order
 
 
 def collate(items: Sequence[Item]) -> Batch:

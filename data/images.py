@@ -1,4 +1,4 @@
-"""One image file -> pixels for an encoder: upright, on white, square, at the resolution asked for; and back to a file."""
+"""One image file -> pixels for an encoder: upright, on white, at the size asked for; and back to a file."""
 
 import io
 from pathlib import Path
@@ -15,19 +15,20 @@ TRANSFORM_VERSION = 1
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 
 
-def load_pixels(path: Path, resolution: int) -> Tensor:
-    """float32 [3, resolution, resolution] in [-1, 1].
+def load_pixels(path: Path, size: int | tuple[int, int]) -> Tensor:
+    """float32 [3, H, W] in [-1, 1]; size: (H, W), or one number for both.
 
-    EXIF orientation is applied, transparency is laid on white, the largest central square is resized with Lanczos.
-    Raises ValueError naming the file where it cannot be decoded to its end.
+    EXIF orientation is applied, transparency is laid on white, the largest central part of the size's aspect ratio is resized
+    with Lanczos. Raises ValueError naming the file where it cannot be decoded to its end.
     """
+    height, width = (size, size) if isinstance(size, int) else size
     try:
         with Image.open(path) as opened:
             image = ImageOps.exif_transpose(opened)
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 rgba = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-            image = ImageOps.fit(image.convert("RGB"), (resolution, resolution), Image.Resampling.LANCZOS)
+            image = ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what PIL's decoders raise
         raise ValueError(f"{path} is not a readable image ({error}); repair it, or take it out of the set") from error
     # numpy, not torch: waking torch's thread pool costs 20 times the arithmetic of one small image

@@ -37,12 +37,13 @@ _COSINES = np.cos(np.pi / EDGE * (_N + 0.5) * np.arange(8)[:, None])
 def check_overlap(samples: Sequence[Sample], config: DataConfig, cache_root: Path) -> None:
     """Raises DataError where a held-out image is also in the training split, unless `data.allow_overlap`.
 
-    A generated domain is exempt: its layouts are near-duplicates on purpose, and its concepts are split. What was found is
-    kept in `cache_root`/overlap, by the bytes of all images.
+    Of a stream, whose images are gone, only equal bytes are found. A generated domain is exempt: its layouts are
+    near-duplicates on purpose, and its concepts are split. What was found is kept in `cache_root`/overlap, by the bytes of all
+    images.
     """
     if config.domain is not None:
         return
-    leaks, repeats = find_overlap(samples, cache_root)
+    leaks, repeats = find_overlap(samples, cache_root, streamed=config.streaming)
     if repeats:
         _log.warning("%d pairs of training images are the same or almost: %s", len(repeats), _listed(repeats))
     if leaks and config.allow_overlap:
@@ -56,13 +57,16 @@ def check_overlap(samples: Sequence[Sample], config: DataConfig, cache_root: Pat
 
 
 def find_overlap(
-    samples: Sequence[Sample], cache_root: Path
+    samples: Sequence[Sample], cache_root: Path, *, streamed: bool = False
 ) -> tuple[list[tuple[Sample, Sample]], list[tuple[Sample, Sample]]]:
-    """(pairs of a training and a held-out sample, pairs of training samples) with the same picture, or almost."""
+    """(pairs of a training and a held-out sample, pairs of training samples) with the same picture, or almost; of
+    `streamed` ones the bytes are compared alone."""
     members: dict[str, list[Sample]] = {}
     for sample in samples:
-        members.setdefault(hashlib.sha256(sample.image.read_bytes()).hexdigest(), []).append(sample)
-    near = _near_pairs({digest: group[0].image for digest, group in members.items()}, cache_root)
+        digest = sample.digest.hex() or hashlib.sha256(sample.image.read_bytes()).hexdigest()
+        members.setdefault(digest, []).append(sample)
+    images = {digest: group[0].image for digest, group in members.items()}
+    near = [] if streamed else _near_pairs(images, cache_root)
     leaks: list[tuple[Sample, Sample]] = []
     repeats: list[tuple[Sample, Sample]] = []
     for one, other in [*((digest, digest) for digest in sorted(members)), *near]:

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from loragraft.data.captions import dressed
 from loragraft.data.domains import domain
 from loragraft.data.errors import DataError
-from loragraft.data.sources import open_source, with_trigger
+from loragraft.data.sources import open_source
 from loragraft.data.splits import split_concepts
 from loragraft.recipes.schema import DataConfig
 
@@ -62,7 +63,7 @@ def _of_domain(config: DataConfig, count: int) -> list[Prompt]:
         concept, composed = next(stream)
         if composed.caption not in seen and composed.short not in seen:
             seen |= {composed.caption, composed.short}
-            long, short = (with_trigger(text, config.trigger) for text in (composed.caption, composed.short))
+            long, short = (dressed(text, config) for text in (composed.caption, composed.short))
             found.append(Prompt(long, short, concept))
         if len(found) == count:
             return found

@@ -6,23 +6,24 @@ any model is loaded, and each error names the files at fault.
 
 import csv
 import difflib
-import hashlib
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from loragraft.data.captions import as_shown, caption_lines
 from loragraft.data.domains import build_domain
 from loragraft.data.errors import DataError
 from loragraft.data.images import SUFFIXES
+from loragraft.data.sample import Sample
 from loragraft.data.splits import SPLITS, Split, split_concepts
 from loragraft.recipes.schema import DataConfig
 
-__all__ = ["DataError", "Sample", "check_source", "open_source", "with_trigger"]
+__all__ = ["DataError", "Sample", "check_source", "open_source"]
 
 _SPLIT_NAMES: dict[str, Split] = {
     **{split: split for split in SPLITS},
@@ -34,28 +35,19 @@ _SPLIT_NAMES: dict[str, Split] = {
 _CAMERA_NAME = re.compile(r"(img|dsc|dscn|dscf|pxl|image|photo|picture|screenshot|p)?[\W\d_]*", re.IGNORECASE)
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One image and what is known about it."""
-
-    image: Path
-    caption: str
-    split: Split
-    concept: str
-    licence: str
-    short: str = ""
-    """The caption as a lazy person would type it; empty where the data set has none."""
-
-
 def open_source(config: DataConfig, resolution: int, cache_root: Path) -> list[Sample]:
     """The samples of a recipe's data, in a fixed order; a domain is drawn first where the cache lacks it.
 
-    resolution: edge in pixels at which a domain is drawn, that is `config.resolution or` the base's own.
-    Raises DataError.
+    resolution: edge in pixels at which a domain is drawn, the largest of `config.edges`. Of a stream, it is what an earlier
+    run has read, the training images without their files. Raises DataError.
     """
     check_source(config)
     if config.domain is not None:
         folder = build_domain(config, resolution, cache_root)
+    elif config.streaming:
+        from loragraft.data.stream import stored_stream
+
+        return stored_stream(config, cache_root)
     elif config.dataset is not None:
         from loragraft.data.hub import build_dataset  # `datasets` takes a second to import
 
@@ -64,11 +56,8 @@ def open_source(config: DataConfig, resolution: int, cache_root: Path) -> list[S
     else:
         folder = Path(config.folder or "")
     samples = _read_folder(folder, config)
-    samples = [
-        replace(s, caption=with_trigger(s.caption, config.trigger), short=with_trigger(s.short, config.trigger))
-        for s in samples
-    ]
-    return _limit(_shortened(samples, config, folder), config.limit)
+    _check_short(samples, config, folder)
+    return as_shown(_limit(samples, config.limit), config)
 
 
 def check_source(config: DataConfig) -> None:
@@ -99,30 +88,12 @@ def check_source(config: DataConfig) -> None:
         raise DataError(f"data.folder {folder} does not exist{remedy}")
 
 
-def with_trigger(text: str, trigger: str) -> str:
-    """A caption or a prompt behind the trigger, unless it says it already; an empty one stays empty."""
-    return text if not trigger or not text or trigger in text else f"{trigger}, {text}"
-
-
-def _shortened(samples: list[Sample], config: DataConfig, folder: Path) -> list[Sample]:
-    """`short_captions` of the training samples show their short caption: those whose sha256(seed, file name, caption)
-    says so. Held-out samples keep the long one."""
-    if not config.short_captions:
-        return samples
-    if not any(sample.short for sample in samples if sample.split == "train"):
+def _check_short(samples: list[Sample], config: DataConfig, folder: Path) -> None:
+    if config.short_captions and not any(sample.short for sample in samples if sample.split == "train"):
         raise DataError(
             f"data.short_captions is {config.short_captions:g}, but no training image of {folder} has a short caption; "
             "add a column `short` to its metadata, or set data.short_captions=0"
         )
-
-    def chosen(sample: Sample) -> bool:
-        digest = hashlib.sha256(f"{config.seed}/{sample.image.name}/{sample.caption}".encode()).digest()
-        return int.from_bytes(digest[:8], "big") < config.short_captions * 2**64
-
-    return [
-        replace(sample, caption=sample.short) if sample.split == "train" and sample.short and chosen(sample) else sample
-        for sample in samples
-    ]
 
 
 def _read_folder(folder: Path, config: DataConfig) -> list[Sample]:
@@ -191,7 +162,13 @@ def _rows_of_metadata(path: Path, images: list[Path], config: DataConfig) -> lis
             near = difflib.get_close_matches(column, row, n=1)
             remedy = f"did you mean {near[0]}?" if near else f"it has {', '.join(row)}"
             raise DataError(f"{place} has no column {column!r}; {remedy} Choose with data.caption_column")
-        rows.append({**row, "image": image, "caption": str(row[column] or "").strip()})
+        text = row[column] if isinstance(row[column], list) else str(row[column] or "")
+        captions = caption_lines(text)
+        if captions is None:
+            raise DataError(f"{place}: {column} must be text or a list of texts, not {row[column]!r}")
+        rows.append(
+            {**row, "image": image, "caption": captions[0] if captions else "", "captions": tuple(captions[1:])}
+        )
     missing = sorted(set(images) - {row["image"] for row in rows})
     if missing:
         raise DataError(f"{len(missing)} images are not listed in {path}: {_listed(missing, path.parent)}")
@@ -239,7 +216,9 @@ def _with_splits(rows: list[dict[str, Any]], folder: Path, config: DataConfig) -
             raise DataError(f"{row['image']}: unknown split {name!r}; use one of {', '.join(SPLITS)}")
         licence = str(row.get("licence") or row.get("license") or config.licence)
         short = str(row.get("short") or "").strip()
-        samples.append(Sample(row["image"], row["caption"], _SPLIT_NAMES[name], concept, licence, short))
+        more = row.get("captions") or ()
+        captions = (row["caption"], *more) if more else ()
+        samples.append(Sample(row["image"], row["caption"], _SPLIT_NAMES[name], concept, licence, short, captions))
     if not any(sample.split == "train" for sample in samples):
         raise DataError(f"{folder} has no image in the train split; lower data.validation_fraction and test_fraction")
     return samples

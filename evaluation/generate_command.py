@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from loragraft.backbones.spec import Profile
     from loragraft.recipes.schema import WeightsConfig
 
-PROFILES = ("native", "interchange", "16bit")
+PROFILES = ("native", "interchange", "weight-only", "16bit")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -69,8 +69,10 @@ def run(args: argparse.Namespace, device: str) -> int:
     backbone = load_backbone(
         spec.name, profile, device, default_cache_root(), _weights(args, spec.external is not None), True
     )
-    trained_at = trained.get("recipe", {}).get("data", {}).get("resolution")
-    backbone.resolution = args.resolution or trained_at or spec.resolution
+    data = trained.get("recipe", {}).get("data", {})
+    backbone.resolution = (
+        args.resolution or max((data.get("resolution", 0), *data.get("resolutions", ()))) or spec.resolution
+    )
     settings = [
         Settings(
             prompt=prompt,

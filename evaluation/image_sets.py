@@ -89,7 +89,8 @@ def render_missing(backbone: Backbone, wanted: Sequence[ImageSet], root: Path) -
         entry.name: [i for i in range(entry.count) if not (folders[entry.name] / f"{i:04d}.png").exists()]
         for entry in wanted
     }
-    batch = BATCH.get(backbone.device.type, 16)
+    share = min(1, 128**2 / backbone.resolution**2)  # `BATCH` is of small images; of large ones each takes long
+    batch = max(16, int(BATCH.get(backbone.device.type, 16) * share))
     with tqdm(total=sum(map(len, missing.values())), desc="rendering", unit="image") as bar:
         for entry in wanted:
             indices, folder = missing[entry.name], folders[entry.name]

@@ -114,13 +114,15 @@ def _products() -> list[Build]:
 
 
 def _transients() -> list[Build]:
-    flags = {"HADAMARD": True, "HAS_SMOOTH": True, "BN": 128, "BR": 64}
-    native = {"p_q": "*u8", "p_words": "*i32", "p_scale": "*fp32", "s_ur": "i32"}
+    flags = {"HADAMARD": True, "HAS_SMOOTH": True, "ONE_RANK_BLOCK": True, "BN": 64, "BR": 64, "TILES": 4}
+    native = {"p_q": "*u8", "p_words": "*i32", "p_scale": "*fp32", "p_hadamard": "*fp16", "s_ur": "i32"}
     return [
         Build(unpack.transposed_int8_kernel, {"BN": 64}, {"p_q": "*u8", "p_words": "*i32", "p_out": "*i8"}, quick=True),
         Build(unpack.effective_weight_kernel, {"W4A8": True, **flags}, native, quick=True),
         Build(
-            unpack.effective_weight_kernel, {"W4A8": False, **flags, "HADAMARD": False}, {**native, "p_words": "None"}
+            unpack.effective_weight_kernel,
+            {"W4A8": False, **flags, "HADAMARD": False},
+            {**native, "p_words": "None", "p_hadamard": "None"},
         ),
     ]
 

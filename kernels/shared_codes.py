@@ -3,7 +3,7 @@
 Unsmoothed layers with equal rotation have equal codes of the same x. In eager mode the last result is remembered under the
 identity and version of x, for as long as x lives; in a compiled graph nothing is remembered, as equal calls of one op on
 equal arguments become one call there (AOT autograd's common subexpressions). Either way autograd holds one tensor
-[M, K] of INT8 where it held one per layer: 2.1 GiB less for FLUX.1-dev at 1024 px without checkpointing.
+[M, K] of INT8 where it held one per layer: 2.0 GiB less for FLUX.1-dev at 1024 px without checkpointing.
 """
 
 import weakref

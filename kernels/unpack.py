@@ -7,21 +7,24 @@
 * `joined_weight`: [deq(q), U] [N, Kp + Rp] of a W4A4 weight: with [x', h] on the other side, y is one such product too.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from loragraft.kernels.layout import on_device, padded
-from loragraft.kernels.tiles import hadamard_tile, load_nibbles
+from loragraft.kernels.layout import hadamard64, on_device, padded
+from loragraft.kernels.tiles import load_nibbles
 
 
 @triton.jit
 def _load_tile(p_q, p_words, o_n, tile, N, KP):
     """Bytes [BN, 64] of columns 128 tile .., low nibbles the first 64 of them, and the words [BN] of their scales and zeros."""
+    m_n = (o_n < N) & (tile * 128 < KP)
     p_tile = p_q + o_n.to(tl.int64)[:, None] * (KP // 2) + tile * 64 + tl.arange(0, 64)[None, :]
-    b_byte = tl.load(p_tile, mask=(o_n < N)[:, None], other=0).to(tl.int32)
-    return b_byte, tl.load(p_words + tile * N + o_n, mask=o_n < N, other=0x80008000 - 0x100000000)
+    b_byte = tl.load(p_tile, mask=m_n[:, None], other=0).to(tl.int32)
+    return b_byte, tl.load(p_words + tile * N + o_n, mask=m_n, other=0x80008000 - 0x100000000)
 
 
 @triton.jit
@@ -44,38 +47,47 @@ def transposed_int8_kernel(p_q, p_words, p_out, N, NP, KP, BN: tl.constexpr):
 
 @triton.jit
 def effective_weight_kernel(
-    p_q, p_words, p_scale, p_smooth, p_up, p_down, p_out, N, K, KP, R, s_un, s_ur, s_dr, s_out,
-    W4A8: tl.constexpr, HADAMARD: tl.constexpr, HAS_SMOOTH: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+    p_q, p_words, p_scale, p_smooth, p_hadamard, p_up, p_down, p_out, N, K, KP, R, s_un, s_ur, s_dr, s_out,
+    W4A8: tl.constexpr, HADAMARD: tl.constexpr, HAS_SMOOTH: tl.constexpr, ONE_RANK_BLOCK: tl.constexpr,
+    BN: tl.constexpr, BR: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Rows of BN, one tile of 128 columns. p_scale: row scales [N] of W4A8, group scales [Kp/64, N] of W4A4."""
-    o_n, tile = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1)
-    if W4A8:
-        b_byte, b_word = _load_tile(p_q, p_words, o_n, tile, N, KP)
+    """Rows of BN, TILES tiles of 128 columns. p_scale: row scales [N] of W4A8, group scales [Kp/64, N] of W4A4."""
+    o_n, o_64, o_r = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, 64), tl.arange(0, BR)
     if HADAMARD:
-        b_hadamard = hadamard_tile().to(tl.float16)
-    for half in tl.static_range(2):
-        group = 2 * tile + half
-        o_k = group * 64 + tl.arange(0, 64)
+        b_hadamard = tl.load(p_hadamard + o_64[:, None] * 64 + o_64[None, :])
+    if ONE_RANK_BLOCK:
+        p_u = p_up + o_n[:, None] * s_un + o_r[None, :] * s_ur
+        b_up = tl.load(p_u, mask=(o_n < N)[:, None] & (o_r < R)[None, :], other=0.0)
+    for step in range(TILES):
+        tile = tl.program_id(1) * TILES + step
         if W4A8:
-            b_codes = _half_int8(b_byte, b_word, half)
-            b_scale = tl.load(p_scale + o_n, mask=o_n < N, other=0.0)
-        else:
-            b_codes = (load_nibbles(p_q, o_n, group * 64, N, KP, 64) ^ 8) - 8
-            b_scale = tl.load(p_scale + group * N + o_n, mask=o_n < N, other=0.0).to(tl.float32)
-        # Codes and +-1/8 are exact in float16, their sums in float32: the rotation rounds nothing.
-        b_w = tl.dot(b_codes.to(tl.float16), b_hadamard) if HADAMARD else b_codes.to(tl.float32)
-        b_w *= b_scale[:, None]
-        if HAS_SMOOTH:
-            b_w *= (1.0 / tl.load(p_smooth + o_k, mask=o_k < K, other=1.0).to(tl.float32))[None, :]
-        for r in range(0, R, BR):
-            o_r = r + tl.arange(0, BR)
-            p_u = p_up + o_n[:, None] * s_un + o_r[None, :] * s_ur
-            b_up = tl.load(p_u, mask=(o_n < N)[:, None] & (o_r < R)[None, :], other=0.0)
-            p_d = p_down + o_r[:, None] * s_dr + o_k[None, :]
-            b_down = tl.load(p_d, mask=(o_r < R)[:, None] & (o_k < K)[None, :], other=0.0)
-            b_w = tl.dot(b_up, b_down, b_w, input_precision="ieee")
-        p_tile = p_out + o_n.to(tl.int64)[:, None] * s_out + o_k[None, :]
-        tl.store(p_tile, b_w.to(p_out.dtype.element_ty), mask=(o_n < N)[:, None] & (o_k < K)[None, :])
+            b_byte, b_word = _load_tile(p_q, p_words, o_n, tile, N, KP)
+        for half in tl.static_range(2):
+            group = 2 * tile + half
+            o_k = group * 64 + o_64
+            m_out = (o_n < N)[:, None] & (o_k < K)[None, :]
+            if W4A8:
+                b_codes = _half_int8(b_byte, b_word, half)
+                b_scale = tl.load(p_scale + o_n, mask=o_n < N, other=0.0)
+            else:
+                b_codes = (load_nibbles(p_q, o_n, group * 64, tl.where(group * 64 < KP, N, 0), KP, 64) ^ 8) - 8
+                b_scale = tl.load(p_scale + group * N + o_n, mask=(o_n < N) & (group * 64 < KP), other=0.0).to(
+                    tl.float32
+                )
+            # Codes and +-1/8 are exact in float16, their sums in float32: the rotation rounds nothing.
+            b_w = tl.dot(b_codes.to(tl.float16), b_hadamard) if HADAMARD else b_codes.to(tl.float32)
+            b_w *= b_scale[:, None]
+            if HAS_SMOOTH:
+                b_w *= (1.0 / tl.load(p_smooth + o_k, mask=o_k < K, other=1.0).to(tl.float32))[None, :]
+            for r in range(0, R, BR):
+                if not ONE_RANK_BLOCK:
+                    p_u = p_up + o_n[:, None] * s_un + (r + o_r)[None, :] * s_ur
+                    b_up = tl.load(p_u, mask=(o_n < N)[:, None] & (r + o_r < R)[None, :], other=0.0)
+                p_d = p_down + (r + o_r)[:, None] * s_dr + o_k[None, :]
+                b_down = tl.load(p_d, mask=(r + o_r < R)[:, None] & (o_k < K)[None, :], other=0.0)
+                b_w = tl.dot(b_up, b_down, b_w, input_precision="ieee")
+            p_tile = p_out + o_n.to(tl.int64)[:, None] * s_out + o_k[None, :]
+            tl.store(p_tile, b_w.to(p_out.dtype.element_ty), mask=m_out)
 
 
 def transposed_int8(qweight: Tensor, words: Tensor) -> Tensor:
@@ -93,15 +105,30 @@ def effective_weight(
 ) -> Tensor:  # fmt: skip
     """W_eff [N, K] in the dtype of the branch. W4A8 with its words and row scales [N], W4A4 with group scales [Kp/64, N]."""
     (N, R), K = up_NR.shape, down_RK.shape[1]
-    KP = 2 * qweight.shape[1]
     out = up_NR.new_empty((N, K))
-    with on_device(qweight):
-        effective_weight_kernel[(triton.cdiv(N, 128), KP // 128)](
-            qweight, words, scale, smooth, up_NR, down_RK, out, N, K, KP, R, *up_NR.stride(), down_RK.stride(0),
-            out.stride(0), W4A8=words is not None, HADAMARD=hadamard, HAS_SMOOTH=smooth is not None, BN=128,
-            BR=_rank_block(R), num_warps=8,
-        )  # fmt: skip
+    _write_weight(out, qweight, words, scale, smooth, hadamard, up_NR, down_RK, R, K)
     return out
+
+
+def _write_weight(
+    out: Tensor, qweight: Tensor, words: Tensor | None, scale: Tensor, smooth: Tensor | None, hadamard: bool,
+    up_NR: Tensor, down_RK: Tensor, R: int, K: int,
+) -> None:  # fmt: skip
+    """W_eff into the first K columns of `out`; R = 0 leaves the branch out."""
+    N, KP = qweight.shape[0], 2 * qweight.shape[1]
+    rank_block, tiles = min(64, max(16, triton.next_power_of_2(R))), 4
+    matrix = _half_hadamard(qweight.device) if hadamard else None
+    with on_device(qweight):
+        effective_weight_kernel[(triton.cdiv(N, 64), triton.cdiv(KP // 128, tiles))](
+            qweight, words, scale, smooth, matrix, up_NR, down_RK, out, N, K, KP, R, *up_NR.stride(), down_RK.stride(0),
+            out.stride(0), W4A8=words is not None, HADAMARD=hadamard, HAS_SMOOTH=smooth is not None,
+            ONE_RANK_BLOCK=rank_block >= R, BN=64, BR=rank_block, TILES=tiles, num_warps=4, num_stages=2,
+        )  # fmt: skip
+
+
+@functools.cache
+def _half_hadamard(device: torch.device) -> Tensor:
+    return hadamard64(torch.float16, device)
 
 
 def joined_weight(qweight: Tensor, wscale: Tensor, up_NR: Tensor) -> Tensor:
@@ -110,14 +137,5 @@ def joined_weight(qweight: Tensor, wscale: Tensor, up_NR: Tensor) -> Tensor:
     out = up_NR.new_empty((N, KP + (R + 7) // 8 * 8))
     out[:, KP:] = 0
     out[:, KP : KP + R] = up_NR
-    with on_device(qweight):
-        effective_weight_kernel[(triton.cdiv(N, 128), KP // 128)](
-            qweight, None, wscale, None, up_NR, up_NR, out, N, KP, KP, 0, *up_NR.stride(), 0, out.stride(0),
-            W4A8=False, HADAMARD=False, HAS_SMOOTH=False, BN=128, BR=16, num_warps=8,
-        )  # fmt: skip
+    _write_weight(out, qweight, None, wscale, None, False, up_NR, up_NR, 0, KP)
     return out
-
-
-def _rank_block(rank: int) -> int:
-    """Columns of U that one product takes: all of them up to 64."""
-    return min(64, max(16, triton.next_power_of_2(rank)))

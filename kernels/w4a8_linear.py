@@ -160,7 +160,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, dy_MN: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors  # once: a checkpointed block unpacks each tensor a single time
+    saved = ctx.saved_tensors  # read once: under checkpointing the first reading computes them again
     h_MR, x_MK, codes_MK, scale_M1, *quantized, smooth, lora_down, lora_up = saved[:-4]
     adapter_down, adapter_up, joined_down, joined_up = saved[-4:]
     dy_MN = dy_MN.contiguous()

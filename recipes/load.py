@@ -1,7 +1,8 @@
 """YAML and `key=value` overrides -> `Recipe`; and a recipe's dictionary and hash.
 
 Layers, later ones win:  parent of `extends` (recursively)  <  the file  <  overrides.  Each layer is checked by itself
-before it is merged, so that an error names the file, the dotted key and the nearest right one.
+before it is merged, so that an error names the file, the dotted key and the nearest right one. Where a layer names a base that
+has defaults of its own, `_on-<base>.yaml`, they come right below that layer: what was tuned for another base gives way.
 """
 
 import dataclasses
@@ -59,8 +60,10 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     """
     path = _locate(str(name_or_path), relative_to=Path.cwd())
     merged, origins = _load_layer(path, chain=())
-    for override in overrides:
-        layer = _parse_override(override)
+    layers = {override: _parse_override(override) for override in overrides}
+    for layer in layers.values():
+        _merge_base_defaults(merged, layer, origins)
+    for override, layer in layers.items():
         _merge(merged, layer, origins, f"override {override!r}")
     merged.setdefault("name", path.stem)
     try:
@@ -127,8 +130,16 @@ def _load_layer(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], di
         merged, origins = _load_layer(parent_path, (*chain, path))
         merged.pop("name", None)  # a child that gives no name is called after its own file
     _resolve_paths(layer, path.parent)
+    _merge_base_defaults(merged, layer, origins)
     _merge(merged, layer, origins, str(path))
     return merged, origins
+
+
+def _merge_base_defaults(target: dict[str, Any], layer: Mapping[str, Any], origins: dict[str, str]) -> None:
+    """Lay the defaults of the base that `layer` names, if it names one that has any, over `target`."""
+    file = _SHIPPED / f"_on-{str(layer.get('base')).replace('_', '-')}.yaml"
+    if file.is_file():
+        _merge(target, _parse(file.read_text(encoding="utf-8"), str(file)), origins, str(file))
 
 
 def _parse(text: str, origin: str) -> dict[str, Any]:
@@ -152,7 +163,8 @@ def _parse_override(override: str) -> dict[str, Any]:
     try:
         value = yaml.load(text, Loader=_Loader) if text.strip() else ""
     except yaml.YAMLError as error:
-        raise RecipeError(f"override {override!r}: the value is not valid YAML: {error}") from error
+        hint = " (a text that begins with a brace or a bracket stands in quotes)" if text.lstrip()[:1] in "{[" else ""
+        raise RecipeError(f"override {override!r}: the value is not valid YAML{hint}: {error}") from error
     layer: Any = value
     for part in reversed(parts):
         layer = {part: layer}
@@ -262,16 +274,16 @@ def _block(cls: type, values: Mapping[str, Any]) -> Any:
 
 
 def _with_trigger(recipe: Recipe) -> Recipe:
-    """`{trigger}` replaced in the constant caption and the sample prompts. Raises RecipeError without a trigger."""
-    texts = (recipe.data.caption, *recipe.sample.prompts)
+    """`{trigger}` replaced in constant caption, template and sample prompts. Raises RecipeError without a trigger."""
+    texts = (recipe.data.caption, recipe.data.caption_template, *recipe.sample.prompts)
     if not any("{trigger}" in text for text in texts):
         return recipe
     if not recipe.data.trigger:
         raise RecipeError("a text says {trigger}, but data.trigger is empty: give the words", "data.trigger")
-    caption, *prompts = (text.replace("{trigger}", recipe.data.trigger) for text in texts)
+    caption, template, *prompts = (text.replace("{trigger}", recipe.data.trigger) for text in texts)
     return dataclasses.replace(
         recipe,
-        data=dataclasses.replace(recipe.data, caption=caption),
+        data=dataclasses.replace(recipe.data, caption=caption, caption_template=template),
         sample=dataclasses.replace(recipe.sample, prompts=tuple(prompts)),
     )
 

@@ -8,24 +8,13 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from loragraft.recipes.data_config import DataConfig as DataConfig
+from loragraft.recipes.data_config import PriorConfig as PriorConfig
+from loragraft.recipes.ranges import RecipeError as RecipeError
+from loragraft.recipes.ranges import check_range as _check_range
+
 Numerics = Literal["native", "interchange", "weight-only", "16bit"]
 Switch = Literal["auto", "always", "never"]
-
-
-class RecipeError(ValueError):
-    """A recipe that cannot be used; `key` is the dotted key at fault, or "" where no single key is."""
-
-    def __init__(self, message: str, key: str = "") -> None:
-        super().__init__(message)
-        self.key = key
-
-
-def _check_range(key: str, value: float, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
-    """Raise RecipeError unless low <= value <= high (low < value where `open_low`)."""
-    if not (low < value if open_low else low <= value) or not value <= high or math.isnan(value):
-        lower = f"greater than {low:g}" if open_low else f"at least {low:g}"
-        upper = "" if high == math.inf else f" and at most {high:g}"
-        raise RecipeError(f"{key} must be {lower}{upper}, not {value:g}", key)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,110 +47,6 @@ class WeightsConfig:
             raise RecipeError(
                 "weights.encoders goes with the transformer that weights.path names, and weights.path is empty",
                 "weights.encoders",
-            )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PriorConfig:
-    """Prior preservation (Ruiz et al., "DreamBooth", 2023): half of every batch shows the base's own images of the class,
-    so that the adapter learns one thing and keeps the rest. loss = mean over the batch of w l, w = 1 or `weight`."""
-
-    prompt: str = ""
-    """The class in words that the base knows, without the trigger: `mug icon`."""
-    images: int = 0
-    """Class images; the frozen base draws them before training, once. 0 = no prior preservation."""
-    weight: float = 1.0
-    """Weight of a class image in the loss; 0 to 100."""
-    steps: int = 20
-    """Euler steps of a class image; 1 to 1000."""
-    guidance: float = 3.0
-    """Classifier-free guidance of a class image; 1 to 100."""
-    seed: int = 0
-    """Class image i is drawn from seed + i."""
-
-    def __post_init__(self) -> None:
-        _check_range("data.prior.images", self.images, 0, 1_000_000)
-        _check_range("data.prior.weight", self.weight, 0, 100)
-        _check_range("data.prior.steps", self.steps, 1, 1000)
-        _check_range("data.prior.guidance", self.guidance, 1, 100)
-        _check_range("data.prior.seed", self.seed, 0)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DataConfig:
-    """Where images and captions come from: exactly one of `domain`, `folder` and `dataset`."""
-
-    domain: str | None = None
-    """A built-in generated domain, such as `marketing`: a module of `data/` that builds it from installed packages."""
-    folder: str | None = None
-    """A folder of images with captions: `metadata.jsonl`, or a `.txt` beside each image, or file names as captions.
-    A relative path starts at the recipe's own folder (at the working directory when given on the command line).
-    Empty = yours to give: the recipe loads, and training asks for it."""
-    dataset: str | None = None
-    """A data set that Hugging Face's `datasets` reads and that has an image and a caption column: what `save_to_disk`
-    wrote, a folder or file of parquet, an image folder, or a hub's `user/name` (see `allow_download`).
-    A relative path starts where that of `folder` does."""
-    dataset_split: str = "train"
-    """The split of `dataset` to read; its concepts are then divided as a folder's are."""
-    image_column: str = ""
-    """Column of `dataset` that holds the images; empty = its only image column."""
-    allow_download: bool = False
-    """Whether `dataset` may be fetched from a hub; otherwise nothing is, whatever its name."""
-    count: int = 2400
-    """Images that a domain generates; 1 to 1,000,000. Ignored for own data."""
-    seed: int = 0
-    """Seed of the generator and of the split; any non-negative integer."""
-    caption_column: str = ""
-    """Field of `metadata.jsonl`, or column of `dataset`, that holds the caption; empty = `text`, else `caption`."""
-    caption: str = ""
-    """One caption for every image that has none of its own, such as `a photo in sks style`; file names are then not
-    read as captions. `{trigger}` stands for the trigger. Empty = an image without caption is an error."""
-    trigger: str = ""
-    """Words put before every caption that lacks them, so that a prompt can call the style by name; empty = none.
-    `{trigger}` in `data.caption` and in `sample.prompts` stands for them."""
-    short_captions: float = 0.0
-    """Share of the training samples that are shown with their short caption (column `short`) instead of the long one,
-    chosen by hash, so that short prompts become enough; 0 to 1."""
-    long_captions: Literal["error", "cut"] = "error"
-    """What to do with captions longer than the base's text encoder reads (`pocket`: 32 word pieces, about 20 words):
-    refuse them, naming the words that would be lost, or cut them, with a warning."""
-    validation_fraction: float = 0.1
-    """Share of the concepts kept for the validation loss; 0 to 0.5."""
-    test_fraction: float = 0.1
-    """Share of the concepts kept for evaluation; 0 to 0.5."""
-    resolution: int = 0
-    """Edge of the square image in pixels, a multiple of 16; 0 = the base's own."""
-    limit: int = 0
-    """Use at most this many samples, evenly spaced over each split; 0 = all."""
-    licence: str = "unspecified"
-    """Licence of your own images (an SPDX name where there is one), written into the adapter's card.
-    A domain knows its own."""
-    allow_overlap: bool = False
-    """Whether an image of your own may stand in the training split and, the same or almost, in a held-out one. It makes
-    validation and score too good; otherwise it is an error."""
-    prior: PriorConfig = PriorConfig()
-    """Images of the class beside those of the one thing."""
-
-    def __post_init__(self) -> None:
-        given = {key: value for key in ("domain", "folder", "dataset") if (value := getattr(self, key)) is not None}
-        if len(given) != 1:
-            found = " and ".join(f"{key}={value!r}" for key, value in given.items()) or "none"
-            raise RecipeError(
-                f"data needs exactly one of data.domain, data.folder and data.dataset, and got {found}; "
-                "set one, and clear an inherited one with `null`",
-                "data",
-            )
-        _check_range("data.count", self.count, 1, 1_000_000)
-        _check_range("data.seed", self.seed, 0)
-        _check_range("data.short_captions", self.short_captions, 0, 1)
-        _check_range("data.validation_fraction", self.validation_fraction, 0, 0.5)
-        _check_range("data.test_fraction", self.test_fraction, 0, 0.5)
-        _check_range("data.resolution", self.resolution, 0, 8192)
-        _check_range("data.limit", self.limit, 0)
-        if self.resolution % 16:
-            raise RecipeError(
-                f"data.resolution must be a multiple of 16, or 0 for the base's own, not {self.resolution}",
-                "data.resolution",
             )
 
 
@@ -212,10 +97,11 @@ class TrainConfig:
     attention: Literal["sdpa", "cudnn_forward", "flash_attn_4"] = "sdpa"
     """What computes attention: torch's SDPA (flash-2 on a GPU); cuDNN forward and flash-2 backward (16-bit GPUs from compute
     capability 8.0); FlashAttention-4 (from 9.0, needs the extra `flash-attn-4`)."""
-    checkpointing: Literal["none", "block", "selective"] = "none"
-    """Gradient checkpointing: `block` keeps the input of each block and computes the rest again in the backward pass (least
-    memory, about a third more time); `selective` does so for the first `checkpoint_blocks` blocks only. The result is the
-    same."""
+    checkpointing: Literal["none", "cheap", "block", "selective"] = "none"
+    """Gradient checkpointing: `cheap` computes again what takes little time for its bytes, norms, RoPE, GELU and the layer
+    before it (a third less memory for a twentieth more time); `block` keeps the input of each block and computes the rest
+    again in the backward pass (least memory, about a third more time); `selective` does so for the first `checkpoint_blocks`
+    blocks only. The result is the same."""
     checkpoint_blocks: int = 0
     """Blocks that `checkpointing: selective` applies to, counted from the first; at least 1 with it, 0 otherwise."""
     offload_activations: bool = False
@@ -376,7 +262,8 @@ class Recipe:
     name: str
     """Name of the run's family; the recipe file's name unless the file says otherwise."""
     base: str = "pocket"
-    """Base model: a module of `backbones/`."""
+    """Base model: a module of `backbones/`. Naming one that has defaults of its own (`recipes/_on-<base>.yaml`) sets them,
+    below what stands beside the name."""
     weights: WeightsConfig = WeightsConfig()
     """Where its weights are, unless they travel with the package."""
     numerics: Numerics = "native"

@@ -7,7 +7,6 @@ would.
 """
 
 import contextlib
-import hashlib
 import math
 import signal
 import time
@@ -22,16 +21,18 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from loragraft.backbones.flow import flow_loss, sample_timesteps
+from loragraft.backbones.flow import flow_loss
 from loragraft.backbones.spec import Backbone
-from loragraft.data.dataset import Batch, LatentCache, LatentDataset, batch_indices, collate
+from loragraft.data.dataset import LatentCache, LatentDataset
+from loragraft.data.order import pure_chunks
 from loragraft.recipes.schema import Recipe, TrainConfig
+from loragraft.train.batches import Batches, seeded
 from loragraft.train.early_stop import EarlyStop
 from loragraft.train.optim import build_optimizer, state_bytes
 from loragraft.train.previews import Previews
 from loragraft.train.run_folder import RunFolder
 from loragraft.train.sharding import average_gradients, shard_base, shard_digest, shards_base
-from loragraft.train.step import EagerStep, GraphStep, Loss, choose_step, uncompiled
+from loragraft.train.step import EagerStep, GraphStep, Loss, captures, choose_step, uncompiled
 from loragraft.train.tracking import Tracking
 
 VALIDATION_SAMPLES = 64
@@ -54,18 +55,19 @@ def train(
     """
     config = recipe.train
     optimizer, schedule = build_optimizer(parameters, recipe.optim, config.steps)
-    transformer, sharded, base_before = backbone.transformer, shards_base(accelerator), ""
+    transformer, sharded, base_before = backbone.transformer, shards_base(), ""
+    averages = sharded or (accelerator.num_processes > 1 and captures(config, accelerator))
     if sharded:
         shard_base(transformer, parameters, accelerator.device)
         base_before = shard_digest(transformer)
-    else:
+    elif not averages:  # otherwise every process has drawn or restored the same adapter, and DDP has nothing to do
         transformer, optimizer = accelerator.prepare(transformer, optimizer)
     if folder.checkpoint is not None:
         _restore(folder.checkpoint, parameters, optimizer, schedule)
         folder.summary = dict(folder.checkpoint["summary"])
     batches = Batches(cache.split("train"), cache.empty, recipe, backbone, accelerator, prior)
     loss = micro_batch_loss(transformer, batches, config, backbone.spec.training_guidance)
-    step = choose_step(config, accelerator, transformer, parameters, loss)
+    step = choose_step(config, accelerator, transformer, parameters, loss, len(batches.order.buckets))
     validation = cache.split("validation")
     early = _early_stop(config.patience, validation, folder.checkpoint)
     started, elapsed_before = time.perf_counter(), float((folder.checkpoint or {}).get("elapsed_seconds", 0.0))
@@ -97,11 +99,11 @@ def train(
     bar = tqdm(
         total=config.steps, initial=folder.step, desc="train", unit="step", disable=not accelerator.is_main_process
     )
-    with _stop_on_signal() as stop, bar:
+    with _stop_on_signal() as stop, bar, batches:
         while not finished():
             clock = time.perf_counter()
             metrics = _one_step(
-                accelerator, step, optimizer, schedule, batches, parameters, recipe, folder.step, sharded
+                accelerator, step, optimizer, schedule, batches, parameters, recipe, folder.step, averages
             )
             folder.step += 1
             last = folder.step == config.steps
@@ -158,66 +160,9 @@ def distributed() -> list[KwargsHandler]:
     """How several processes work together: the frozen base, which is all buffers, is never broadcast again, and the others
     wait for the first while it draws, encodes and quantizes."""
     return [
-        DistributedDataParallelKwargs(broadcast_buffers=False),
+        DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),  # one copy of gradients
         InitProcessGroupKwargs(timeout=timedelta(hours=12)),
     ]
-
-
-class Batches:
-    """Step number -> this process's part of the step's batches. Holds no state that a resume would have to restore.
-
-    With `prior`, every second sample of a batch is one of its images, whatever the number of processes; `weights` [B]
-    then says how much each sample counts in the loss.
-    """
-
-    def __init__(
-        self,
-        dataset: LatentDataset,
-        empty_text: dict[str, Tensor],
-        recipe: Recipe,
-        backbone: Backbone,
-        accelerator: Accelerator,
-        prior: LatentDataset | None = None,
-    ) -> None:
-        self.dataset, self.empty_text, self.config, self.prior = dataset, empty_text, recipe.train, prior
-        self.device, self.dtype = backbone.device, backbone.dtype
-        self.total = recipe.train.batch_size * accelerator.num_processes
-        self.mine = slice(accelerator.process_index, None, accelerator.num_processes)
-        self.weights: Tensor | None = None
-        if prior is not None:
-            weights = [recipe.data.prior.weight if place % 2 else 1.0 for place in range(self.total)]
-            self.weights = torch.tensor(weights[self.mine], device=self.device)
-
-    def __call__(self, step: int) -> Iterator[tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]]:
-        """Yields (latents [B, C, h, w], noise, times [B], text) for each of `accumulation` micro-batches."""
-        for micro in range(self.config.accumulation):
-            number = step * self.config.accumulation + micro
-            generator = seeded(self.config.seed, "step", number)
-            batch = self._samples(number)
-            latents = batch["latents"].float()
-            times = sample_timesteps(self.total, generator)[self.mine]
-            noise = torch.randn(self.total, *latents.shape[1:], generator=generator)[self.mine]
-            dropped = (torch.rand(self.total, generator=generator) < self.config.text_dropout)[self.mine]
-            text = {
-                key: torch.where(dropped.view(-1, *[1] * empty.dim()), empty.float(), batch[key].float())  # type: ignore[literal-required]
-                for key, empty in self.empty_text.items()
-            }
-            yield (
-                latents.to(self.device, self.dtype),
-                noise.to(self.device, self.dtype),
-                times.to(self.device),
-                {key: value.to(self.device, self.dtype) for key, value in text.items()},
-            )
-
-    def _samples(self, number: int) -> Batch:
-        """This process's samples of micro-batch `number`."""
-        seed = self.config.seed
-        if self.prior is None:
-            return self.dataset.batch(batch_indices(number, self.total, len(self.dataset), seed)[self.mine])
-        own = batch_indices(number, self.total - self.total // 2, len(self.dataset), seed)
-        of_class = batch_indices(number, self.total // 2, len(self.prior), seed)
-        places = range(self.total)[self.mine]
-        return collate([self.prior[of_class[p // 2]] if p % 2 else self.dataset[own[p // 2]] for p in places])
 
 
 def micro_batch_loss(
@@ -242,14 +187,17 @@ def _one_step(
     parameters: list[nn.Parameter],
     recipe: Recipe,
     number: int,
-    sharded: bool = False,
+    averages: bool = False,
 ) -> dict[str, float]:
-    """Step `number`, counted from 0. The CPU waits for the GPU once, at its end."""
+    """Step `number`, counted from 0. The CPU waits for the GPU once, at its end.
+
+    averages: nothing exchanges gradients during the backward pass, so it is done here.
+    """
     count = recipe.train.accumulation
     total = torch.zeros((), device=accelerator.device)
     for micro, (latents, noise, times, text) in enumerate(batches(number)):
         total += step({"latents": latents, "noise": noise, "times": times, **text}, last=micro == count - 1)
-    if sharded:
+    if averages:
         average_gradients(parameters)
     limit = recipe.train.max_grad_norm or math.inf
     norm = accelerator.clip_grad_norm_(parameters, limit)
@@ -281,8 +229,7 @@ def validation_loss(transformer: nn.Module, backbone: Backbone, dataset: LatentD
     order = torch.randperm(count, generator=generator)
     times = (order + 0.5) / count
     total = 0.0
-    for start in range(0, count, recipe.train.batch_size):
-        chosen = range(start, min(start + recipe.train.batch_size, count))
+    for chosen in pure_chunks(dataset.shapes[:count], recipe.train.batch_size):
         batch = dataset.batch(chosen)
         latents = batch["latents"].float()
         noise = torch.randn(latents.shape, generator=generator)
@@ -293,18 +240,12 @@ def validation_loss(transformer: nn.Module, backbone: Backbone, dataset: LatentD
             transformer,
             latents.to(backbone.device, backbone.dtype),
             noise.to(backbone.device, backbone.dtype),
-            times[chosen.start : chosen.stop].to(backbone.device),
+            times[chosen].to(backbone.device),
             text,
             guidance=backbone.spec.training_guidance,
         )
         total += float(loss) * len(chosen)
     return total / count
-
-
-def seeded(seed: int, purpose: str, number: int) -> torch.Generator:
-    """A CPU generator that depends on its arguments alone (sha256 of them, 63 bits)."""
-    digest = hashlib.sha256(f"{seed}/{purpose}/{number}".encode()).digest()
-    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def memory_in_use(device: torch.device) -> str:

@@ -16,6 +16,7 @@ traceback of its own to 2 and 130; `accelerate launch --quiet` does not (and mak
 """
 
 import argparse
+import functools
 import os
 import sys
 from pathlib import Path
@@ -26,9 +27,10 @@ from accelerate import Accelerator
 from loragraft.adapters.checkpoint import save_adapter
 from loragraft.adapters.inject import inject_adapter, remove_adapter
 from loragraft.backbones.load import find_spec, load_backbone
+from loragraft.data.buckets import BucketReport, Sizes, warn_enlarged
 from loragraft.data.cache import default_cache_root
 from loragraft.data.dataset import LatentCache
-from loragraft.data.encode import check_captions, encode_dataset
+from loragraft.data.encode import check_captions, encode_dataset, not_encoded
 from loragraft.data.overlap import check_overlap
 from loragraft.data.sources import Sample, check_source, open_source
 from loragraft.outcome import guarded
@@ -40,7 +42,7 @@ from loragraft.train.metadata import adapter_metadata
 from loragraft.train.previews import Previews
 from loragraft.train.prior import prior_samples
 from loragraft.train.run_folder import RunFolder
-from loragraft.train.sharding import shards_base
+from loragraft.train.sharding import check_sharding, shards_base
 from loragraft.train.tracking import Tracking
 
 __all__ = ["main"]
@@ -55,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(reason)
     check_source(recipe.data)
     accelerator = Accelerator(cpu=args.cpu, log_with=None, kwargs_handlers=distributed())
-    shards_base(accelerator)  # refuses early what it would refuse later
+    check_sharding(accelerator, recipe.train)
     if accelerator.device.type == "cpu":
         # accelerate launch sets OMP_NUM_THREADS=1, which is right for many ranks and wrong for one.
         torch.set_num_threads(recipe.train.threads or max(1, (os.cpu_count() or 1) // accelerator.num_processes))
@@ -69,9 +71,10 @@ def main(argv: list[str] | None = None) -> int:
             recipe.base, recipe.numerics, accelerator.device, default_cache_root(), recipe.weights, True
         )
     backbone.set_training_numerics(recipe.train.save_x, recipe.train.dgrad)
-    resolution = backbone.resolution = recipe.data.resolution or backbone.spec.resolution
+    resolution = backbone.resolution = max(recipe.data.edges(backbone.spec.resolution))
+    sizes = Sizes.asked(recipe.data, backbone.spec.resolution)
     with accelerator.main_process_first():
-        samples = open_source(recipe.data, resolution, default_cache_root())
+        samples = [] if recipe.data.streaming else open_source(recipe.data, resolution, default_cache_root())
         check_overlap(samples, recipe.data, default_cache_root())
         first = accelerator.is_main_process
         path = Path(args.out or f"runs/{recipe.name}")
@@ -85,14 +88,28 @@ def main(argv: list[str] | None = None) -> int:
     def encode(samples: list[Sample]) -> LatentCache:
         check_captions(samples, encoders.readable, cut=recipe.data.long_captions == "cut")
         return encode_dataset(
-            samples, encoders.encode_images, encoders.encode_text, encoders.id, resolution, default_cache_root()
-        )
+            samples, encoders.encode_images, encoders.encode_text, encoders.id, resolution, default_cache_root(),
+            progress=accelerator.is_main_process and not recipe.data.streaming, sizes=sizes,
+            readers=4 if accelerator.device.type == "cuda" else 0,
+        )  # fmt: skip
 
-    with accelerator.main_process_first():
-        cache = encode(samples)
-        prior = None
-        if recipe.data.prior.images:
-            prior = encode(prior_samples(recipe.data.prior, backbone, default_cache_root())).split("train")
+    if recipe.data.streaming and sizes is not None:
+        from loragraft.data.stream import read_stream  # `datasets` takes a second to import
+
+        lacking = functools.partial(not_encoded, encoder_id=encoders.id, cache_root=default_cache_root(), sizes=sizes)
+        samples = read_stream(recipe.data, default_cache_root(), encode, lacking)
+        check_overlap(samples, recipe.data, default_cache_root())
+    cache = encode(samples)  # all processes at once, each a part
+    prior = None
+    if recipe.data.prior.images:
+        with accelerator.main_process_first():
+            class_images = prior_samples(recipe.data.prior, backbone, default_cache_root())
+        prior = encode(class_images).split("train")
+    if sizes is not None and accelerator.is_main_process:
+        shown = cache.split("train")
+        warn_enlarged(shown.samples, shown.shapes)
+        plan = (recipe.train.batch_size, recipe.train.accumulation, accelerator.num_processes)
+        print(BucketReport.of(shown.shapes, *plan).table())
     previews = Previews.prepare(recipe.sample, backbone, cache)
     encoders.release_text()  # memory back before the first step
     backbone.onto_device()
@@ -115,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
             metadata = adapter_metadata(recipe, backbone, cache, folder)
             adapter_file = save_adapter(backbone.transformer, folder.adapter_folder, metadata)
             remove_adapter(backbone.transformer)
-            if not shards_base(accelerator) and backbone.fingerprint() != base_before:  # parts are compared by `train`
+            if not shards_base() and backbone.fingerprint() != base_before:  # parts are compared by `train`
                 raise RuntimeError(f"the frozen base changed during training: do not use {adapter_file}")
             tracking.log_adapter(adapter_file)
             folder.finish()

@@ -19,10 +19,11 @@ from accelerate import Accelerator
 from accelerate.utils.environment import parse_flag_from_env
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from loragraft.quantization.linear import SVDQuantLinear
+from loragraft.recipes.schema import TrainConfig
 from loragraft.train.memory import block_paths
 
 REFUSED = {
@@ -31,18 +32,25 @@ REFUSED = {
 }
 
 
-def shards_base(accelerator: Accelerator) -> bool:
-    """Whether the launcher asked for FSDP. Raises ValueError for a kind of it that is not done here."""
-    if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        return False
+def shards_base() -> bool:
+    """Whether the launcher asked for FSDP."""
+    return bool(parse_flag_from_env("ACCELERATE_USE_FSDP"))
+
+
+def check_sharding(accelerator: Accelerator, config: TrainConfig) -> None:
+    """Call it before anything is loaded. Raises ValueError for a kind of FSDP that is not done here."""
+    if not shards_base():
+        return
     if os.environ.get("FSDP_VERSION", "1") != "2":
         raise ValueError("FSDP 1 flattens the weights of a block into one tensor of one dtype: add --fsdp_version 2")
     if accelerator.num_processes < 2:
         raise ValueError("--use_fsdp divides the base among processes, and this is the only one: add --num_processes")
+    if config.compile == "always":
+        raise ValueError("train.compile=always: a divided base runs uncompiled; leave train.compile at auto")
     for flag, remedy in REFUSED.items():
         if parse_flag_from_env(flag):
             raise ValueError(f"{flag} is set: {remedy}")
-    return True
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # transformers would load encoders on the first process only
 
 
 def shard_base(transformer: nn.Module, adapter: Sequence[nn.Parameter], device: torch.device) -> None:
@@ -86,6 +94,9 @@ def held_bytes(transformer: nn.Module) -> int:
 
 def shard_digest(transformer: nn.Module) -> str:
     """sha256 of this process's part of the frozen base: equal before and after training, or the base changed."""
+    for module in transformer.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # after a forward pass without a backward one the last unit is still gathered
     digest = hashlib.sha256()
     for name, tensor in sorted([*transformer.named_parameters(), *transformer.named_buffers()]):
         if not tensor.requires_grad:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from loragraft.adapters.joined import JoinedFactors
 from loragraft.quantization.linear import SVDQuantLinear
 from loragraft.recipes.schema import TrainConfig
+from loragraft.train.sharding import shards_base
 from loragraft.train.warm import token_counts, warm_layers
 
 Loss = Callable[[dict[str, Tensor]], Tensor]
@@ -62,7 +63,7 @@ class GraphStep:
     """Captures forward and backward once per shape of input, then replays: the launch costs one call.
 
     All graphs share one memory pool, so several shapes take the memory of the largest. What is captured may not read a
-    value back to the CPU. Single process: gradients are not exchanged.
+    value back to the CPU. Processes do not exchange gradients here (`sharding.average_gradients` does, after the last replay).
     """
 
     assigns = False
@@ -131,23 +132,44 @@ class GraphStep:
 
 
 def choose_step(
-    config: TrainConfig, accelerator: Accelerator, model: nn.Module, parameters: Sequence[nn.Parameter], loss: Loss
+    config: TrainConfig,
+    accelerator: Accelerator,
+    model: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    loss: Loss,
+    shapes: int = 1,
 ) -> EagerStep | GraphStep:
-    """The step that `train.compile` and `train.cuda_graph` ask for. Raises ValueError where that cannot be had."""
+    """The step that `train.compile` and `train.cuda_graph` ask for. Raises ValueError where that cannot be had.
+
+    shapes: how many shapes of latents there will be; each is compiled and captured once.
+    """
     cuda = accelerator.device.type == "cuda"
     if config.compile == "always" or (config.compile == "auto" and cuda and _large(model)):
-        compiled = compile_blocks(accelerator.unwrap_model(model))
+        compiled = compile_blocks(accelerator.unwrap_model(model), shapes)
         if config.compile == "always" and not compiled:
             raise ValueError(
                 f"train.compile=always: this model's blocks are of more than {MOST_KINDS} kinds (rotated, smoothed, ...), or "
                 "it has no repeated blocks; train with train.compile=never"
             )
-    alone = accelerator.num_processes == 1
-    if config.cuda_graph == "always" and not (cuda and alone):
-        raise ValueError("train.cuda_graph=always needs one process on a CUDA GPU; leave it at auto")
-    if config.cuda_graph != "never" and cuda and alone:
+    if captures(config, accelerator):
         return graph_step(accelerator.unwrap_model(model), loss, parameters)
     return EagerStep(loss, accelerator, model)
+
+
+def captures(config: TrainConfig, accelerator: Accelerator) -> bool:
+    """Whether steps are replayed from CUDA graphs: then the model must not be wrapped by DDP, whose hooks a graph lacks.
+
+    Raises ValueError where `train.cuda_graph=always` cannot be had.
+    """
+    obstacles = {
+        "needs a CUDA GPU": accelerator.device.type != "cuda",
+        "cannot capture the gathering of a divided base (--use_fsdp)": shards_base(),
+        "cannot allocate the host's memory (train.offload_activations)": config.offload_activations,
+    }
+    found = [what for what, there in obstacles.items() if there]
+    if config.cuda_graph == "always" and found:
+        raise ValueError(f"train.cuda_graph=always {'; it '.join(found)}: leave it at auto")
+    return config.cuda_graph != "never" and not found
 
 
 def graph_step(transformer: nn.Module, loss: Loss, parameters: Sequence[nn.Parameter]) -> GraphStep:
@@ -173,10 +195,10 @@ def uncompiled() -> Iterator[None]:
         yield
 
 
-def compile_blocks(transformer: nn.Module) -> int:
+def compile_blocks(transformer: nn.Module, shapes: int = 1) -> int:
     """Compiles the transformer's repeated blocks in place (diffusers' regional compilation); returns how many.
 
-    Blocks of one class share compiled code as long as their quantized layers are set up alike. With more than
+    Blocks of one class share compiled code as long as their quantized layers are set up alike and see one of the `shapes`. With more than
     `MOST_KINDS` kinds nothing is compiled, and the result is 0: compiling would take minutes.
     """
     names = getattr(transformer, "_repeated_blocks", None) or []
@@ -184,7 +206,7 @@ def compile_blocks(transformer: nn.Module) -> int:
     kinds = Counter(_kind(block) for block in blocks)
     if not blocks or len(kinds) > MOST_KINDS:
         return 0
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(kinds))
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(kinds) * shapes)
     for block in blocks:
         block.compile(fullgraph=True, dynamic=False)
     return len(blocks)

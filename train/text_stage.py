@@ -10,6 +10,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import T5Config, T5EncoderModel
 
+from loragraft.backbones.flux1_encoders import CAPTIONS_TOGETHER
 from loragraft.backbones.spec import BaseSpec
 from loragraft.train.dry_run import dry_infer
 
@@ -18,8 +19,6 @@ T5_XXL = T5Config(
 )
 CLIP_BYTES = 246_144_000
 """CLIP-L's text model in 16 bits."""
-CAPTIONS = 16
-"""Captions that are encoded together."""
 
 
 def text_stage(spec: BaseSpec, encoders: Sequence[nn.Module]) -> int:
@@ -29,6 +28,6 @@ def text_stage(spec: BaseSpec, encoders: Sequence[nn.Module]) -> int:
     with init_empty_weights():
         t5 = nn.Module.to(T5EncoderModel(T5_XXL), dtype=torch.bfloat16).requires_grad_(False)
     tokens = 256 if "schnell" in spec.name else 512
-    run = dry_infer(t5, lambda: t5(torch.zeros(CAPTIONS, tokens, dtype=torch.long)))
+    run = dry_infer(t5, lambda: t5(torch.zeros(CAPTIONS_TOGETHER, tokens, dtype=torch.long)))
     layers = [sum(p.nbytes for p in block.parameters()) for block in t5.encoder.block]
     return run.peak - run.static + max(layers) + CLIP_BYTES

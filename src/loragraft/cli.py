@@ -94,13 +94,13 @@ def _score(args: argparse.Namespace) -> int:
     controls = [open_control(Path(entry)) for entry in args.control]
     images = args.images or (max(FULL_IMAGES, recipe.eval.images) if args.full else recipe.eval.images)
     backbone = load_backbone(recipe.base, recipe.numerics, _device(), default_cache_root(), recipe.weights, True)
-    resolution = backbone.resolution = recipe.data.resolution or backbone.spec.resolution
+    resolution = backbone.resolution = max(recipe.data.edges(backbone.spec.resolution))
     samples = open_source(recipe.data, resolution, default_cache_root())
     plan = ScorePlan(
         adapter=adapter,
         config=dataclasses.replace(recipe.eval, images=images),
         held_out=tuple(s for s in samples if s.split == recipe.eval.split),
-        train=tuple(s for s in samples if s.split == "train"),
+        train=() if recipe.data.streaming else tuple(s for s in samples if s.split == "train"),  # their images are gone
         controls=tuple(controls),
         references=args.references,
         full=args.full,

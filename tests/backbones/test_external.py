@@ -172,7 +172,7 @@ def test_dev_and_schnell_are_not_confused(flux_folder: Path, schnell_folder: Pat
 
 def test_a_damaged_cache_says_that_it_may_be_deleted(flux_folder: Path, flux_cache: Path, tmp_path: Path) -> None:
     root = shutil.copytree(flux_cache, tmp_path / "cache")
-    (file,) = (root / "bases").rglob("diffusion_pytorch_model.safetensors")
+    (file,) = (root / "bases").glob("flux1-dev-*/diffusion_pytorch_model.safetensors")
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="is a cache: delete it"):
         opened(flux_folder, root)
@@ -215,5 +215,14 @@ def test_what_the_hub_gives_is_used(flux_folder: Path, monkeypatch: pytest.Monke
     )
     assert external.find("nobody/FLUX.1-dev", True, external.PIPELINE_FILES) == flux_folder
     assert seen["name"] == "nobody/FLUX.1-dev" and "transformer/*" in seen["allow_patterns"]  # type: ignore[operator]
+    asked: list[object] = []
+    given = WeightsConfig(path="nobody/int4", encoders=str(flux_folder), allow_download=True)
+    bare = flux_folder / "transformer"
+    monkeypatch.setattr(
+        external, "snapshot_download", lambda _, allow_patterns, **how: (asked.append(allow_patterns), bare)[1]
+    )
+    spec = find_spec("flux1-dev")
+    assert external.locate(spec, spec.external, given).transformer == bare  # type: ignore[arg-type]
+    assert "*.safetensors" not in asked[0] and "*.safetensors" in asked[1], "a pipeline's second copy would be fetched"  # type: ignore[operator]
     monkeypatch.setattr(external, "hf_hub_download", lambda name, file, **_: f"/cache/{name}/{file}")
     assert external.find("a/b/c/d.safetensors", True, ()) == Path("/cache/a/b/c/d.safetensors")

@@ -9,8 +9,12 @@ from diffusers import FluxPipeline
 from transformers import T5Config, T5EncoderModel
 
 from loragraft.backbones.flux1_encoders import CAPTIONS_TOGETHER, Flux1Encoders, RandomFlux1Encoders
+from loragraft.backbones.load import find_spec, load_backbone
 from loragraft.backbones.resting import rest, stream_layers
+from loragraft.backbones.sampler import generate_images
+from loragraft.kernels.layout import relative_rms
 from loragraft.quantization.tensor_file import CheckpointError
+from loragraft.recipes.schema import WeightsConfig
 
 CPU = torch.device("cpu")
 
@@ -32,6 +36,11 @@ def test_text_is_what_the_pipeline_makes_of_it(encoders: Flux1Encoders, flux_fol
         torch.testing.assert_close(found["prompt_embeds"][i : i + 1], states)
         torch.testing.assert_close(found["pooled_prompt_embeds"][i : i + 1], pooled)
     assert not torch.equal(found["prompt_embeds"][0], found["prompt_embeds"][1])
+
+
+def test_clips_77_tokens_are_nobodys_warning(encoders: Flux1Encoders, caplog: pytest.LogCaptureFixture) -> None:
+    encoders.encode_text(["abc " * 40])
+    assert "longer than" not in caplog.text and "truncated" not in caplog.text
 
 
 def test_a_caption_is_read_as_far_as_t5s_tokens_reach(encoders: Flux1Encoders) -> None:
@@ -132,3 +141,42 @@ def test_random_encoders_have_the_shapes_and_depend_on_caption_and_seed(flux_fol
     encoders.release_text()
     with pytest.raises(RuntimeError, match="released"):
         encoders.encode_text(["a"])
+
+
+def test_the_true_autoencoder_has_its_published_size() -> None:
+    encoders = find_spec("flux1-dev").external.random_encoders(0, CPU, torch.float32)  # type: ignore[union-attr]
+    vae = encoders.pipeline_parts["vae"]
+    assert sum(p.numel() for p in vae.parameters()) == 83_819_683
+    assert encoders.encode_images(torch.zeros(1, 3, 32, 32)).shape == (1, 16, 4, 4)
+    assert encoders.pipeline_parts["scheduler"].config.use_dynamic_shifting
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_every_encoder_leaves_it(flux_folder: Path) -> None:
+    before = torch.cuda.memory_allocated()
+    encoders = Flux1Encoders(flux_folder, torch.device("cuda"), torch.bfloat16, 64)
+    assert torch.cuda.memory_allocated() == before
+    latents = encoders.encode_images(torch.zeros(2, 3, 64, 64)).cpu()
+    assert encoders.vae.device.type == "cuda"
+    on_gpu = encoders.encode_text(["a white heart", ""])
+    assert encoders.vae.device.type == "cpu"
+    assert not any(tensor.is_cuda for tensor in on_gpu.values())
+    encoders.release_text()
+    assert torch.cuda.memory_allocated() == before
+    on_cpu = Flux1Encoders(flux_folder, CPU, torch.float32, 64)
+    for key, tensor in on_cpu.encode_text(["a white heart", ""]).items():
+        assert relative_rms(on_gpu[key].float(), tensor) < 0.03
+    assert relative_rms(latents.float(), on_cpu.encode_images(torch.zeros(2, 3, 64, 64))) < 0.03
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_drawing_leaves_the_transformer_alone_there(flux_folder: Path, flux_cache: Path) -> None:
+    backbone = load_backbone("flux1-dev", "native", "cuda", flux_cache, WeightsConfig(path=str(flux_folder)), True)
+    assert backbone.transformer.device.type == "cpu"
+    backbone.resolution = 64
+    (image,) = generate_images(backbone, ["a white heart"], [0], steps=2)
+    assert image.size == (64, 64)
+    assert backbone.transformer.device.type == "cuda"
+    assert backbone.encoders.pipeline_parts["vae"].device.type == "cpu"

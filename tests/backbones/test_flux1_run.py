@@ -91,7 +91,7 @@ def test_generate_finds_the_weights_of_the_run(events: list[str], at_place: Path
     with Image.open("drawn/0000.png") as image:
         about = json.loads(image.info["loragraft"])
         assert image.size == (64, 64)
-    assert (about["base"], about["guidance"], about["true_guidance"], about["steps"]) == ("flux1-dev", 3.0, 1.0, 1)
+    assert (about["base"], about["guidance"], about["true_guidance"], about["steps"]) == ("flux1-dev", 3.5, 1.0, 1)
     assert Path("drawn/before_after.png").exists()
 
 

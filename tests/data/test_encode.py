@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from loragraft.data.cache import default_cache_root
-from loragraft.data.dataset import LatentCache, batch_indices, collate
+from loragraft.data.dataset import LatentCache, collate
 from loragraft.data.encode import encode_dataset
+from loragraft.data.order import batch_indices
 from loragraft.data.sources import Sample
 
 
@@ -123,7 +124,7 @@ def test_damaged_shard_is_encoded_again(tmp_path: Path, damage: str, caplog: pyt
     samples = _samples(tmp_path, 8)
     before = _encode(samples, tmp_path / "cache", Encoder())
     expected = [before.split("train")[i]["latents"] for i in range(7)]
-    shard = before.store._rows[before.keys[0]].shard
+    shard = before.store._rows[before.entries[0].key].shard
     content = bytearray(shard.read_bytes())
     if damage == "flip":
         content[-1] ^= 1

@@ -97,6 +97,28 @@ def test_one_tensor_of_codes_is_kept(device):
 
 
 @pytest.mark.not_interpreted
+def test_opcheck_with_codes_from_outside(device):
+    x, (inputs, *_) = layers(device)
+    codes, scale = shared_codes(x, True)
+    for name in ("adapter_down", "adapter_up"):
+        inputs[name].requires_grad_()
+    names = (
+        "qweight",
+        "row_scale",
+        "group_words",
+        "smooth",
+        "lora_down",
+        "lora_up",
+        "bias",
+        "adapter_down",
+        "adapter_up",
+    )
+    weights = [inputs[name] for name in names]
+    arguments = (x.clone().requires_grad_(), *weights, True, "quantized", "dequantized", codes, scale)
+    torch.library.opcheck(torch.ops.loragraft.w4a8_linear.default, arguments)
+
+
+@pytest.mark.not_interpreted
 def test_a_compiled_graph_quantizes_once_too(device):
     x, made = layers(device)
     counts = []

@@ -1,5 +1,6 @@
 """Every shipped recipe loads; layers merge as documented; every mistake is named with its place and its remedy."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -186,3 +187,22 @@ def test_weights_that_contradict_each_other_are_refused(tmp_path: Path, override
     (tmp_path / "mine.yaml").write_text(f"extends: marketing\n{override}\n")
     with pytest.raises(RecipeError, match=expected):
         load_recipe(tmp_path / "mine.yaml")
+
+
+def test_naming_a_base_sets_its_defaults_below_what_stands_beside_it(tmp_path: Path) -> None:
+    plain, large = load_recipe("marketing"), load_recipe("marketing", ["base=flux1-dev"])
+    assert (plain.train.batch_size, large.train.batch_size) == (16, 1)
+    assert large.optim.learning_rate == 2e-4 and large.train.checkpointing == "block"
+    assert large.sample.prompts == plain.sample.prompts
+    for order in (["train.batch_size=2", "base=flux1_dev"], ["base=flux1_dev", "train.batch_size=2"]):
+        assert load_recipe("marketing", order).train == dataclasses.replace(large.train, batch_size=2)
+    (tmp_path / "mine.yaml").write_text("extends: marketing\nbase: flux1-dev\ntrain: {steps: 7}\n")
+    mine = load_recipe(tmp_path / "mine.yaml")
+    assert mine.train == dataclasses.replace(large.train, steps=7)
+    assert load_recipe(tmp_path / "mine.yaml", ["optim.learning_rate=1e-5"]).optim.learning_rate == 1e-5
+
+
+def test_a_resolved_recipe_of_a_large_base_comes_back_as_it_was(tmp_path: Path) -> None:
+    recipe = load_recipe("marketing", ["base=flux1-dev", "train.batch_size=3", "sample.guidance=2"])
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_to_dict(recipe)))
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from loragraft.recipes.load import load_recipe
-from loragraft.train.loop import Batches, seeded
+from loragraft.train.batches import Batches, seeded
 
 
 class Dataset:
@@ -15,7 +15,9 @@ class Dataset:
     def __len__(self) -> int:
         return 10
 
-    def batch(self, indices: list[int]) -> Any:
+    shapes = ((4, 4),) * 10
+
+    def batch(self, indices: list[int], epochs: list[int]) -> Any:
         return {
             "latents": torch.stack([torch.full((2, 4, 4), float(i)) for i in indices]),
             "prompt_embeds": torch.stack([torch.full((3, 5), float(i)) for i in indices]),

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from loragraft.kernels.layout import relative_rms
 from loragraft.recipes.load import RecipeError, load_recipe
 from loragraft.train.memory import block_paths, offloaded_inputs, set_checkpointing
 
@@ -47,6 +48,22 @@ def test_gradients_are_the_same_bits(smoothing: str, tiny_flux: Any, loss_of: An
             assert torch.equal(one, two), policy
 
 
+@pytest.mark.slow
+def test_compiled_blocks_checkpoint_too(tiny_flux: Any, loss_of: Any) -> None:
+    """Traced and partitioned as for Inductor, run by torch: the same loss, gradients up to the order of sums."""
+    model, parameters = tiny_flux()
+    plain = step(model, parameters, loss_of)
+    model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    seen = []
+    for policy, blocks in (("none", 0), ("block", 0), ("selective", 2)):
+        set_checkpointing(model, policy, blocks)
+        seen.append(step(model, parameters, loss_of))
+    for compiled in seen:
+        for one, two, three in zip(plain, compiled, seen[0], strict=True):
+            assert torch.equal(two, three)
+            assert relative_rms(two, one) < 1e-5
+
+
 def test_the_blocks_are_found_in_the_order_they_run(tiny_flux: Any, loss_of: Any) -> None:
     model, _ = tiny_flux()
     assert block_paths(model) == BLOCKS
@@ -59,6 +76,22 @@ def test_the_blocks_are_found_in_the_order_they_run(tiny_flux: Any, loss_of: Any
     set_checkpointing(model, "selective", 2)
     loss_of(model).backward()
     assert ran == [*BLOCKS, BLOCKS[1], BLOCKS[0]]  # the first two again, last first
+
+
+def test_dropout_is_drawn_once(tiny_flux: Any, loss_of: Any) -> None:
+    """No model here has any; one that had would see the same mask again when a block is computed again."""
+    model, parameters = tiny_flux()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.3
+            module.train()
+    seen = []
+    for policy in ("none", "block"):
+        set_checkpointing(model, policy)  # type: ignore[arg-type]
+        torch.manual_seed(0)
+        seen.append(step(model, parameters, loss_of))
+    for one, two in zip(*seen, strict=True):
+        assert torch.equal(one, two)
 
 
 def test_less_is_kept(tiny_flux: Any, loss_of: Any) -> None:

@@ -14,7 +14,7 @@ from loragraft import cli
 from loragraft.backbones.flow import flow_loss
 from loragraft.recipes.load import RecipeError, load_recipe
 from loragraft.recipes.schema import PriorConfig
-from loragraft.train.loop import Batches
+from loragraft.train.batches import Batches
 from loragraft.train.prior import prior_samples
 
 BASE = SimpleNamespace(base_id="b" * 64, profile="native", resolution=16)
@@ -57,11 +57,15 @@ class Dataset:
 
     def __init__(self, *values: float) -> None:
         self.values = values
+        self.shapes = [(4, 4) for _ in values]
 
     def __len__(self) -> int:
         return len(self.values)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return self.item(index, 0)
+
+    def item(self, index: int, epoch: int) -> dict[str, torch.Tensor]:
         return {"latents": torch.full((2, 4, 4), self.values[index]), **EMPTY}
 
 

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,23 +13,9 @@ import torch
 from accelerate import Accelerator
 
 from loragraft.backbones.flow import flow_loss
-from loragraft.train.sharding import shards_base
-
-sys.path.insert(0, str(Path(__file__).parent))
-from conftest import build_tiny_flux  # type: ignore[import-not-found]
-from two_ranks import samples, steps_of  # type: ignore[import-not-found]
-
-HERE = Path(__file__).parent
-
-
-def two_ranks(folder: Path, plan: str, **environment: str) -> list[dict[str, Any]]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*command, str(HERE / "two_ranks.py"), str(folder), plan], capture_output=True, text=True, timeout=300, check=False,
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", **environment},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+from loragraft.recipes.schema import TrainConfig
+from loragraft.train.sharding import check_sharding, shards_base
+from loragraft.train.step import captures
 
 
 def assert_same(one: dict[str, Any], two: dict[str, Any], rel: float) -> None:
@@ -40,53 +26,86 @@ def assert_same(one: dict[str, Any], two: dict[str, Any], rel: float) -> None:
 
 
 @pytest.fixture(scope="module")
-def alone() -> dict[str, Any]:
+def alone(two_ranks: ModuleType) -> dict[str, Any]:
     """One process, all four samples at once."""
-    model, parameters = build_tiny_flux(quantized=False)
-    return steps_of(Accelerator(cpu=True), model, parameters, 1, sharded=False)  # type: ignore[no-any-return]
+    model, parameters = two_ranks.build_tiny_flux(quantized=False)
+    return two_ranks.steps_of(Accelerator(cpu=True), model, parameters, 1, wrapped=True)  # type: ignore[no-any-return]
 
 
-def test_a_step_is_the_mean_over_its_samples(alone: dict[str, Any]) -> None:
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two processes (gloo, CPU) found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    script = Path(__file__).with_name("two_ranks.py")
+    done = subprocess.run(
+        [*command, str(script), str(folder)], capture_output=True, text=True, timeout=300, check=False,
+        env={**os.environ, **environment},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def test_a_step_is_the_mean_over_its_samples(alone: dict[str, Any], two_ranks: ModuleType) -> None:
     """Against autograd itself, without the loop."""
-    model, parameters = build_tiny_flux(quantized=False)
-    loss = flow_loss(model, *samples(0))
+    model, parameters = two_ranks.build_tiny_flux(quantized=False)
+    loss = flow_loss(model, *two_ranks.samples(0))
     gradients = torch.autograd.grad(loss, parameters)
     norm = torch.stack([g.norm() for g in gradients]).norm()
     assert alone["metrics"][0]["loss"] == pytest.approx(float(loss.detach()), rel=1e-6)
     assert alone["metrics"][0]["grad_norm"] == pytest.approx(float(norm), rel=1e-5)
 
 
-def test_accumulation_is_a_larger_batch(alone: dict[str, Any]) -> None:
+def test_accumulation_is_a_larger_batch(alone: dict[str, Any], two_ranks: ModuleType) -> None:
     for accumulation in (2, 4):
-        model, parameters = build_tiny_flux(quantized=False)
-        assert_same(steps_of(Accelerator(cpu=True), model, parameters, accumulation, sharded=False), alone, 1e-5)
+        model, parameters = two_ranks.build_tiny_flux(quantized=False)
+        steps = two_ranks.steps_of(Accelerator(cpu=True), model, parameters, accumulation, wrapped=True)
+        assert_same(steps, alone, 1e-5)
 
 
-def test_two_processes_with_and_without_accumulation(alone: dict[str, Any], tmp_path: Path) -> None:
-    ranks = two_ranks(tmp_path, "plain")
-    assert ranks[0] == ranks[1]
+@pytest.mark.slow
+def test_two_processes_with_and_without_accumulation(alone: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
     for divided in ("2 x 1", "2 x 2"):
+        assert ranks[0][divided] == ranks[1][divided]
         assert_same(ranks[0][divided], alone, 1e-5)
 
 
-def test_a_divided_int4_base_trains_to_the_same_bits(tmp_path: Path) -> None:
-    ranks = two_ranks(tmp_path, "sharded", ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
+@pytest.mark.slow
+def test_gradients_averaged_after_the_step_are_ddps(ranks: list[dict[str, Any]]) -> None:
+    """As CUDA graphs need it, and the divided base."""
     for rank in ranks:
-        assert rank["fsdp"] == rank["ddp"]
+        assert rank["averaged"] == rank["ddp"]
+
+
+@pytest.mark.slow
+def test_a_divided_int4_base_trains_to_the_same_bits(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert rank["fsdp none"] == rank["fsdp block"] == rank["ddp"]
         assert rank["unchanged"]
         assert rank["fsdp bytes"] < 0.6 * rank["ddp bytes"]
 
 
 def test_what_is_not_done_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     two: Any = SimpleNamespace(num_processes=2)
-    assert not shards_base(two)
+    check_sharding(two, TrainConfig())
+    assert not shards_base()
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match=r"add --fsdp_version 2"):
-        shards_base(two)
+        check_sharding(two, TrainConfig())
     monkeypatch.setenv("FSDP_VERSION", "2")
-    assert shards_base(two)
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")  # as `accelerate launch` sets it
+    check_sharding(two, TrainConfig())
+    assert shards_base()
+    assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"
     with pytest.raises(ValueError, match=r"this is the only one: add --num_processes"):
-        shards_base(SimpleNamespace(num_processes=1))  # type: ignore[arg-type]
+        check_sharding(SimpleNamespace(num_processes=1), TrainConfig())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"a divided base runs uncompiled"):
+        check_sharding(two, TrainConfig(compile="always"))
+    on_gpu: Any = SimpleNamespace(device=torch.device("cuda"), num_processes=2)
+    assert not captures(TrainConfig(), on_gpu)
+    with pytest.raises(ValueError, match=r"cuda_graph=always cannot capture .*--use_fsdp.*: leave it at auto"):
+        captures(TrainConfig(cuda_graph="always"), on_gpu)
     monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "true")
     with pytest.raises(ValueError, match=r"train\.checkpointing=block instead"):
-        shards_base(two)
+        check_sharding(two, TrainConfig())

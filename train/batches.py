@@ -1,0 +1,152 @@
+"""Step number -> what the transformer sees in that step, on every process its part; and reading ahead of a GPU."""
+
+import functools
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from loragraft.backbones.flow import sample_timesteps
+from loragraft.backbones.spec import Backbone
+from loragraft.data.dataset import Batch, LatentDataset, collate
+from loragraft.data.order import BatchOrder, batch_indices
+from loragraft.recipes.schema import Recipe
+
+MicroBatch = tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]
+"""latents [B, C, h, w], noise of the same shape, times [B], text."""
+
+
+class Batches:
+    """Step number -> this process's part of the step's batches. Holds no state that a resume would have to restore.
+
+    Every micro-batch is of one bucket, the same on all processes (`data/order.py`); on a GPU, a thread reads ahead.
+
+    With `prior`, every second sample of a batch is one of its images, whatever the number of processes; `weights` [B]
+    then says how much each sample counts in the loss.
+    """
+
+    def __init__(
+        self,
+        dataset: LatentDataset,
+        empty_text: dict[str, Tensor],
+        recipe: Recipe,
+        backbone: Backbone,
+        accelerator: Accelerator,
+        prior: LatentDataset | None = None,
+    ) -> None:
+        self.dataset, self.empty_text, self.config, self.prior = dataset, empty_text, recipe.train, prior
+        self.device, self.dtype = backbone.device, backbone.dtype
+        self.total = recipe.train.batch_size * accelerator.num_processes
+        self.mine = slice(accelerator.process_index, None, accelerator.num_processes)
+        own = self.total if prior is None else self.total - self.total // 2
+        self.order = BatchOrder(dataset.shapes, own, recipe.train.seed)
+        self.weights: Tensor | None = None
+        if prior is not None:
+            weights = [recipe.data.prior.weight if place % 2 else 1.0 for place in range(self.total)]
+            self.weights = torch.tensor(weights[self.mine], device=self.device)
+        depth = recipe.data.prefetch if self.device.type == "cuda" else 0
+        self.ahead = ReadAhead(self.read, depth, recipe.train.steps * recipe.train.accumulation, self.device)
+
+    def __call__(self, step: int) -> Iterator[MicroBatch]:
+        """Yields each of `accumulation` micro-batches, on the device."""
+        for micro in range(self.config.accumulation):
+            latents, noise, times, text = self.ahead(step * self.config.accumulation + micro)
+            yield (
+                latents.to(self.device, self.dtype, non_blocking=True),
+                noise.to(self.device, self.dtype, non_blocking=True),
+                times.to(self.device, non_blocking=True),
+                {key: value.to(self.device, self.dtype, non_blocking=True) for key, value in text.items()},
+            )
+
+    def read(self, number: int) -> MicroBatch:
+        """This process's part of micro-batch `number`, in host memory: pinned, and of the compute dtype, for a GPU."""
+        generator = seeded(self.config.seed, "step", number)
+        batch = self._samples(number)
+        latents = batch["latents"]
+        times = sample_timesteps(self.total, generator)[self.mine]
+        noise = torch.randn(self.total, *latents.shape[1:], generator=generator)[self.mine]
+        dropped = (torch.rand(self.total, generator=generator) < self.config.text_dropout)[self.mine]
+        text = {
+            key: torch.where(dropped.view(-1, *[1] * empty.dim()), empty, batch[key])  # type: ignore[literal-required]
+            for key, empty in self.empty_text.items()
+        }
+        if self.device.type != "cuda":
+            return latents, noise, times, text
+        return (
+            latents.to(self.dtype).pin_memory(),
+            noise.to(self.dtype).pin_memory(),
+            times.pin_memory(),
+            {key: value.to(self.dtype).pin_memory() for key, value in text.items()},
+        )
+
+    def __enter__(self) -> "Batches":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.ahead.close()
+
+    def _samples(self, number: int) -> Batch:
+        """This process's samples of micro-batch `number`."""
+        draw = self.order(number)
+        if self.prior is None:
+            mine = draw.part(self.mine)
+            return self.dataset.batch(mine.indices, mine.epochs)
+        of_class = batch_indices(number, self.total // 2, len(self.prior), self.config.seed)
+        own = list(zip(draw.indices, draw.epochs, strict=True))
+        places = range(self.total)[self.mine]
+        return collate([self.prior[of_class[p // 2]] if p % 2 else self.dataset.item(*own[p // 2]) for p in places])
+
+
+class ReadAhead:
+    """Results of `read(number)` for number = first, first + 1, ... < `end`, `depth` of them computed ahead by one thread.
+
+    What comes out depends on the number alone, so neither a resume nor an interruption can tell it from calling `read`.
+    An error of `read` is raised where its number is asked for. Another number than the next one starts afresh.
+    """
+
+    def __init__(
+        self, read: Callable[[int], MicroBatch], depth: int, end: int, device: torch.device | None = None
+    ) -> None:
+        """depth 0: no thread. device: the GPU whose context pins the thread's memory."""
+        self._read, self._depth, self._end = read, depth, end
+        choose = None
+        if device is not None and device.type == "cuda":
+            # A new thread starts on GPU 0, where pinning would make a context of half a gigabyte for every process.
+            index = torch.cuda.current_device() if device.index is None else device.index
+            choose = functools.partial(torch.cuda.set_device, index)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches", initializer=choose) if depth else None
+        self._waiting: deque[tuple[int, Future[MicroBatch]]] = deque()
+
+    def __call__(self, number: int) -> MicroBatch:
+        if self._pool is None:
+            return self._read(number)
+        if self._waiting and self._waiting[0][0] != number:
+            self._forget()
+        following = self._waiting[-1][0] + 1 if self._waiting else number
+        for ahead in range(following, max(number + 1, min(number + 1 + self._depth, self._end))):
+            self._waiting.append((ahead, self._pool.submit(self._read, ahead)))
+        return self._waiting.popleft()[1].result()
+
+    def close(self) -> None:
+        """Drops what was read ahead and ends the thread."""
+        self._forget()
+        if self._pool is not None:
+            self._pool.shutdown(wait=True)
+
+    def _forget(self) -> None:
+        for _, future in self._waiting:
+            future.cancel()
+        self._waiting.clear()
+
+
+def seeded(seed: int, purpose: str, number: int) -> torch.Generator:
+    """A CPU generator that depends on its arguments alone (sha256 of them, 63 bits)."""
+    digest = hashlib.sha256(f"{seed}/{purpose}/{number}".encode()).digest()
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
