@@ -162,7 +162,7 @@ def preflight(recipe: Recipe, cache_root: Path, subject: Subject | None = None, 
     Compiled blocks are predicted as they are written: compiled, they keep up to a tenth less.
     """
     subject = open_subject(recipe, cache_root) if subject is None else subject
-    resolution = recipe.data.resolution or subject.spec.resolution
+    resolution = max(recipe.data.edges(subject.spec.resolution))
     captured = recipe.train.cuda_graph != "never" and processes == 1
     train, parameters = train_run(recipe, subject, resolution, captured=captured)
     sample, decode, count = sample_runs(recipe, subject, resolution)
@@ -286,7 +286,7 @@ def suggestions(recipe: Recipe, resolution: int) -> Iterator[tuple[str, Recipe]]
     def changed(block: str, **values: Any) -> tuple[str, Recipe]:
         nonlocal recipe
         recipe = replace(recipe, **{block: replace(getattr(recipe, block), **values)})
-        typed.extend(f"{block}.{key}={value}" for key, value in values.items())
+        typed.extend(f"{block}.{key}={'[]' if value == () else value}" for key, value in values.items())
         return " ".join(typed), recipe
 
     if recipe.train.checkpointing != "block":
@@ -304,7 +304,7 @@ def suggestions(recipe: Recipe, resolution: int) -> Iterator[tuple[str, Recipe]]
     if not recipe.train.offload_activations:
         yield changed("train", offload_activations=True)
     while (resolution := resolution * 3 // 4 // 64 * 64) >= 256:
-        yield changed("data", resolution=resolution)
+        yield changed("data", **({"resolutions": ()} if recipe.data.resolutions else {}), resolution=resolution)
     while recipe.adapter.rank > 4:
         yield changed("adapter", rank=recipe.adapter.rank // 2, alpha=recipe.adapter.alpha / 2)
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from loragraft.backbones.load import find_spec
+from loragraft.data.buckets import BucketReport, Sizes
 from loragraft.data.cache import default_cache_root
 from loragraft.data.scan import Scan, scan_samples
 from loragraft.data.sources import open_source
@@ -129,7 +130,14 @@ def data_lines(recipe: Recipe, resolution: int, cache_root: Path, processes: int
         ]
     samples = open_source(config, resolution, cache_root)
     per_step = recipe.train.batch_size * recipe.train.accumulation * processes
-    return scan_lines(scan_samples(samples, resolution, cache_root, readable=_readable(recipe), per_step=per_step))
+    scan = scan_samples(samples, resolution, cache_root, readable=_readable(recipe), per_step=per_step)
+    lines = scan_lines(scan)
+    sizes = Sizes.asked(config, find_spec(recipe.base).resolution)
+    if sizes is None or sum(scan.sizes.values()) < len(samples):  # plain squares, or files that cannot be read
+        return lines
+    shapes = [shape for sample in samples if sample.split == "train" for shape in sizes.of(sample)]
+    plan = (recipe.train.batch_size, recipe.train.accumulation, processes)
+    return [*lines, *BucketReport.of(shapes, *plan).table().splitlines()]
 
 
 def _readable(recipe: Recipe) -> Callable[[str], str] | None:

@@ -3,8 +3,10 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from loragraft import cli
@@ -23,7 +25,7 @@ from loragraft.train.preflight import (
     train_run,
     what_fits,
 )
-from loragraft.train.preflight_command import run
+from loragraft.train.preflight_command import data_lines, run
 from loragraft.train.roofline import (
     CARDS,
     FLOOR,
@@ -154,6 +156,20 @@ def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
         assert expected in text
     assert "2400 images of the domain 'marketing'" in text
     assert '"seconds_per_step"' in report.read_text()
+
+
+def test_own_images_are_looked_through_and_sorted_into_buckets(tmp_path: Path) -> None:
+    for i, size in enumerate([(160, 128), (128, 160), (160, 128), (64, 64)]):
+        low = np.random.default_rng(i).integers(0, 255, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(low).resize(size).save(tmp_path / f"red bicycle number {'abcd'[i]}.png")
+    overrides = [f"data.folder={tmp_path}", "data.domain=null", "data.buckets=true", "train.batch_size=2"]
+    recipe = load_recipe(
+        "marketing", [*overrides, "data.test_fraction=0", "data.validation_fraction=0", "data.short_captions=0"]
+    )
+    text = "\n".join(data_lines(recipe, 128, tmp_path / "cache"))
+    assert "data: 4 train" in text
+    assert "1 images have an edge below 128 pixels" in text
+    assert "bucket (W x H)" in text
 
 
 def test_mistakes_are_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
