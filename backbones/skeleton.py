@@ -40,7 +40,7 @@ def meta_transformer(
     """A frozen diffusers model of `config` on the meta device, the planned linears replaced by empty `SVDQuantLinear`.
 
     plan: layer -> settings, or what makes one of the 16-bit model (`plan_architecture`); None leaves all in 16 bits. A layer
-    is rotated where its settings say "hadamard". Buffers that a model computes for itself (positions) are real, as ever.
+    is rotated where its settings say "hadamard", and smoothed unless they say that or "none". Buffers that a model computes for itself (positions) are real, as ever.
     Raises ValueError naming the nearest layers for a planned path that is no linear layer.
     """
     with init_empty_weights(include_buffers=False):
@@ -66,7 +66,7 @@ def plan_architecture(
 
 def _empty_like(linear: nn.Module, settings: QuantSettings) -> SVDQuantLinear:
     assert isinstance(linear, nn.Linear)  # its path is one of linear_paths
-    return SVDQuantLinear.empty(
+    layer = SVDQuantLinear.empty(
         linear.in_features,
         linear.out_features,
         settings.numerics,
@@ -75,6 +75,8 @@ def _empty_like(linear: nn.Module, settings: QuantSettings) -> SVDQuantLinear:
         group_size=settings.group_size,
         hadamard=settings.smoothing_mode == "hadamard" and linear.in_features % GROUP == 0,
     )
+    layer.smoothed = layer.smooth is not None and settings.smoothing_mode not in ("hadamard", "none")
+    return layer
 
 
 @torch.no_grad()
@@ -131,7 +133,7 @@ def _fill_quantized(layer: SVDQuantLinear, generator: torch.Generator) -> None:
         layer.wscale = (uniform(groups, 0.75, 1.25) * unit).to(layer.wscale.dtype)
         layer.wzero = (layer.wscale.float() * -7.5).to(layer.wzero.dtype)
     if layer.smooth is not None:
-        smooth = torch.ones(K, device=device) if layer.hadamard else uniform((K,), 0.75, 1.25)
+        smooth = uniform((K,), 0.75, 1.25) if layer.smoothed else torch.ones(K, device=device)
         layer.smooth = smooth.to(layer.smooth.dtype)
     layer.lora_down = _normal((R, K), K, generator).to(layer.lora_down.dtype)
     layer.lora_up = (_normal((N, R), max(R, 1), generator) * BRANCH_SHARE).to(layer.lora_up.dtype)

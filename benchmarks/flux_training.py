@@ -65,10 +65,11 @@ class Variant:
 
 
 VARIANTS = {
-    "ours_1024": Variant(attention="flash_attn_4", checkpointing="cheap"),
+    "ours_1024": Variant(attention="flash_attn_4", checkpointing="gelu"),
     "ours_1024_keep_all": Variant(attention="flash_attn_4"),
-    "ours_1024_sdpa": Variant(checkpointing="cheap"),
-    "ours_1024_int8_dgrad": Variant(attention="flash_attn_4", checkpointing="cheap", dgrad="int8"),
+    "ours_1024_cheap": Variant(attention="flash_attn_4", checkpointing="cheap"),
+    "ours_1024_sdpa": Variant(checkpointing="gelu"),
+    "ours_1024_int8_dgrad": Variant(attention="flash_attn_4", checkpointing="gelu", dgrad="int8"),
     "ours_1024_ckpt": Variant(attention="flash_attn_4", checkpointing="block"),
     "ours_512": Variant(resolution=512, attention="flash_attn_4"),
     "bf16_eager_1024": Variant("bf16", compiled=False),

@@ -97,11 +97,11 @@ class TrainConfig:
     attention: Literal["sdpa", "cudnn_forward", "flash_attn_4"] = "sdpa"
     """What computes attention: torch's SDPA (flash-2 on a GPU); cuDNN forward and flash-2 backward (16-bit GPUs from compute
     capability 8.0); FlashAttention-4 (from 9.0, needs the extra `flash-attn-4`)."""
-    checkpointing: Literal["none", "cheap", "block", "selective"] = "none"
-    """Gradient checkpointing: `cheap` computes again what takes little time for its bytes, norms, RoPE, GELU and the layer
-    before it (a third less memory for a twentieth more time); `block` keeps the input of each block and computes the rest
-    again in the backward pass (least memory, about a third more time); `selective` does so for the first `checkpoint_blocks`
-    blocks only. The result is the same."""
+    checkpointing: Literal["none", "gelu", "cheap", "block", "selective"] = "none"
+    """Gradient checkpointing: `gelu` computes GELU and the layer before it again (a quarter less memory, a twentieth more
+    time), `cheap` norms and RoPE as well (a third less memory, a twelfth more time); `block` keeps the input of each block and
+    computes the rest again in the backward pass (least memory, about a third more time); `selective` does so for the first
+    `checkpoint_blocks` blocks only. The result is the same."""
     checkpoint_blocks: int = 0
     """Blocks that `checkpointing: selective` applies to, counted from the first; at least 1 with it, 0 otherwise."""
     offload_activations: bool = False

@@ -87,8 +87,8 @@ def test_preflight_counts_what_a_run_takes(
     monkeypatch.setenv("LORAGRAFT_CACHE", str(tmp_path))
     assert cli.main(["preflight", "marketing", "data.count=12"]) == 0
     text = capsys.readouterr().out
-    assert "w4a8" in text
-    assert "rank 16 (1,044,480 parameters)" in text
+    assert "at the peak of a training step" in text
+    assert "rank 16 (1,044,480 parameters), adamw" in text
     assert "data: 12 images of the domain 'marketing'" in text
 
 

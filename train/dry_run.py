@@ -32,6 +32,8 @@ from loragraft.train.op_cost import OpCost, cost_of, workspace
 KINDS = ("INT4 weights", "16-bit weights", "adapter", "gradients", "optimizer", "activations", "workspace")
 """What memory holds. Activations: made by the forward pass and alive, until the backward pass lets go of them. Workspace: made
 in the backward pass or the optimizer and neither a gradient nor a state, blocks computed again included."""
+JOINED = ("joined_down", "joined_up")
+"""Buffers that hold the base's branch beside a 16-bit copy of the adapter (`adapters.joined`): they count as INT4 weights."""
 LIBRARY_WORKSPACE = 32 * MIB
 """What cuBLAS takes per thread that calls it, on sm_90; the backward pass has a thread of its own."""
 
@@ -141,8 +143,13 @@ def _gradients(parameters: Sequence[nn.Parameter], tracker: "StorageTracker") ->
 
 
 def swap_tensors(model: nn.Module, tracker: "StorageTracker | None" = None) -> None:
-    """Every parameter and buffer of `model` for a new one of its shape and dtype on the CPU; under FakeTensorMode, fake ones."""
+    """Every parameter and buffer of `model` for a new one of its shape and dtype on the CPU; under FakeTensorMode, fake ones.
+
+    Tensors that share a storage (tied weights, views) share the new one.
+    """
+    storages: dict[int, Tensor] = {}
     replaced: dict[int, Tensor] = {}
+    replacing: list[Tensor] = []  # alive until the end: their addresses are keys
     for module in model.modules():
         quantized = isinstance(module, SVDQuantLinear)
         for owned in (module._parameters, module._buffers):
@@ -150,14 +157,22 @@ def swap_tensors(model: nn.Module, tracker: "StorageTracker | None" = None) -> N
                 if old is None:
                     continue
                 if tracker is not None:
-                    frozen = "INT4 weights" if quantized else "16-bit weights"
+                    frozen = "INT4 weights" if quantized or name in JOINED else "16-bit weights"
                     tracker.kind = "adapter" if old.requires_grad else frozen
                 if id(old) not in replaced:
-                    new: Tensor = torch.empty(old.shape, dtype=old.dtype, device="cpu")
-                    if isinstance(old, nn.Parameter):
-                        new = nn.Parameter(new, requires_grad=old.requires_grad)
-                    replaced[id(old)] = new
+                    replaced[id(old)] = _renewed(old, storages)
+                    replacing.append(old)
                 owned[name] = replaced[id(old)]  # type: ignore[assignment]
+
+
+def _renewed(old: Tensor, storages: dict[int, Tensor]) -> Tensor:
+    storage = old.untyped_storage()
+    if storage._cdata not in storages:
+        storages[storage._cdata] = torch.empty(storage.nbytes() // old.dtype.itemsize, dtype=old.dtype, device="cpu")
+    whole = storages[storage._cdata]
+    with torch.no_grad():
+        new = whole.as_strided(old.shape, old.stride(), old.storage_offset())
+    return nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
 
 
 class StorageTracker(TorchDispatchMode):

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 
 GIB = 2**30
 ERRORS, REPORT = "errors.txt", "report.json"
-PATIENCE = 20.0
+PATIENCE = 10.0
 """Seconds that a first step waits for a prediction that is not done."""
 
 

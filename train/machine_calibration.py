@@ -42,6 +42,7 @@ def calibrate(device: torch.device) -> Machine:
             "calibration measures a GPU, and there is none; without it the known cards' usual figures are used"
         )
     properties = torch.cuda.get_device_properties(device)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as training does: its backward pass fails on some drivers
     machine = Machine(properties.name, properties.total_memory, {}, 0.0, 0.0, 0.0, calibrated=True)
     machine = _rates(machine, device)
     machine = _host(machine, device)
@@ -158,7 +159,8 @@ def _timed_step(
     seconds = time_of(step)
     imagined = build()
     inject_adapter(imagined, AdapterConfig(), FLUX.quantize)
-    run = dry_train(imagined, lambda: flux_loss(imagined, "cpu", edge, tokens), torch.optim.AdamW, max_grad_norm=0)
+    optimizer_of = partial(torch.optim.AdamW, fused=True)
+    run = dry_train(imagined, lambda: flux_loss(imagined, "cpu", edge, tokens), optimizer_of, max_grad_norm=0)
     return seconds, run
 
 

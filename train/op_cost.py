@@ -203,15 +203,17 @@ def _factors(dtype: torch.dtype, *tensors: Tensor | None) -> list[int]:
 
 def _w4a8_space(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[int]:
     dtype = args[0].dtype
+    if len(args) > 15 and args[15] is not None:  # joined already
+        return []
     return _factors(dtype, args[5], args[8]) + _factors(dtype, args[6], args[9])
 
 
 def _w4a8_dgrad_space(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[int]:
-    """W_eff [N, K] in 16 bits and dy [U, B] before it is copied; or codes of dy and of the weight's transpose."""
+    """W_eff [N, K] in 16 bits, or codes of dy and of the weight's transpose."""
     dy, up, down, qweight = args[:4]
     (M, N), K = dy.shape, down.shape[1]
     if not args[8]:
-        return [N * K * up.dtype.itemsize, M * up.shape[1] * dy.dtype.itemsize]
+        return [N * K * up.dtype.itemsize]
     padded_N = -(-N // 128) * 128
     return [M * padded_N, 4 * M, 2 * qweight.shape[1] * padded_N, 4 * N, 4 * K]
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from loragraft.adapters.inject import inject_adapter
+from loragraft.adapters.joined import JoinedFactors
 from loragraft.backbones import attention
 from loragraft.backbones.architectures import FOLDER_RANK, folder_settings
 from loragraft.backbones.flow import flow_loss, predict_velocity
@@ -146,10 +147,9 @@ def open_subject(recipe: Recipe, cache_root: Path) -> Subject:
 
         assert isinstance(vae, nn.Module)
         return Subject(spec, build, vae, text, tuple(part for part in modules if part is not vae))
-    external = spec.external
+    external, plan = spec.external, None
     with init_empty_weights():
         encoders = external.random_encoders(0, torch.device("cpu"), DTYPE)
-    plan = None
     if recipe.numerics != "16bit":
         main = folder_settings(recipe.numerics, calibrated=False, rank=FOLDER_RANK)
         plan = partial(plan_architecture, spec, main)
@@ -195,6 +195,8 @@ def train_run(recipe: Recipe, subject: Subject, resolution: int, *, captured: bo
     with mock.patch.object(attention, "check_backend"):  # it asks for a GPU
         attention.set_attention(model, config.attention)
     parameters = inject_adapter(model, recipe.adapter, subject.spec.lora_targets)
+    if captured:
+        JoinedFactors(model, DTYPE)  # as `step.graph_step` does; it leaves them on the layers
     with _dry_offload():
         memory.set_checkpointing(
             model, config.checkpointing, config.checkpoint_blocks, offload=config.offload_activations
@@ -287,7 +289,7 @@ def suggestions(recipe: Recipe, resolution: int) -> Iterator[tuple[str, Recipe]]
     def changed(block: str, **values: Any) -> tuple[str, Recipe]:
         nonlocal recipe
         recipe = replace(recipe, **{block: replace(getattr(recipe, block), **values)})
-        typed.extend(f"{block}.{key}={value}" for key, value in values.items())
+        typed.extend(f"{block}.{key}={'[]' if value == () else value}" for key, value in values.items())
         return " ".join(typed), recipe
 
     if recipe.train.checkpointing != "block":
@@ -305,7 +307,7 @@ def suggestions(recipe: Recipe, resolution: int) -> Iterator[tuple[str, Recipe]]
     if not recipe.train.offload_activations:
         yield changed("train", offload_activations=True)
     while (resolution := resolution * 3 // 4 // 64 * 64) >= 256:
-        yield changed("data", resolution=resolution)
+        yield changed("data", **({"resolutions": ()} if recipe.data.resolutions else {}), resolution=resolution)
     while recipe.adapter.rank > 4:
         yield changed("adapter", rank=recipe.adapter.rank // 2, alpha=recipe.adapter.alpha / 2)
 

@@ -108,10 +108,11 @@ class GraphStep:
     def _capture(self, tensors: dict[str, Tensor]) -> _Captured:
         beside = self.prepare(tensors) if self.prepare is not None else None
         inputs = {name: value.clone() for name, value in tensors.items()}
+        # What earlier micro-batches left waits in host memory; most captures find nothing.
+        before = [None if parameter.grad is None else parameter.grad.cpu() for parameter in self.parameters]
         for parameter in self.parameters:  # a captured backward adds to what is there; to None it would assign
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        before = [parameter.grad.clone() for parameter in self.parameters if parameter.grad is not None]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # compiles, tunes and allocates whatever must not happen inside a capture
@@ -127,7 +128,7 @@ class GraphStep:
             loss = self._run(inputs)
         for parameter, kept in zip(self.parameters, before, strict=True):
             assert parameter.grad is not None
-            parameter.grad.copy_(kept)
+            parameter.grad.zero_() if kept is None else parameter.grad.copy_(kept)
         return _Captured(graph, inputs, loss)
 
 

@@ -94,6 +94,16 @@ def test_random_weights_train_and_travel(tmp_path: Any) -> None:
     assert sum(float(g.norm()) for g in gradients if g is not None) > 0
 
 
+@pytest.mark.parametrize(("smoothing", "smoothed"), [("auto", True), ("hadamard", False), ("none", False)])
+def test_smoothing_is_known_before_the_values(smoothing: Any, smoothed: bool) -> None:
+    """Layers without smoothing share the codes of their input, which memory predictions must see."""
+    model = _skeleton(QuantSettings(rank=8, smoothing=smoothing))
+    layer: Any = model.get_submodule("transformer_blocks.0.attn.to_q")
+    assert layer.smoothed is smoothed
+    randomize(model, "cpu", torch.float32)
+    assert layer.smoothed is smoothed
+
+
 def test_seeds_decide() -> None:
     def ids_and_codes(seed: int) -> tuple[str, torch.Tensor]:
         model = randomize(_skeleton(QuantSettings(rank=8)), "cpu", torch.bfloat16, seed)

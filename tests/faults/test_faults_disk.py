@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from loragraft.data.sources import open_source
+from loragraft.recipes.load import load_recipe
+
 if TYPE_CHECKING:
     from conftest import User
 
@@ -95,11 +98,10 @@ def test_limits_on_every_file_in_turn(user: "User", limit_file_size: Callable[[i
 def test_a_domain_that_does_not_fit(user: "User", disk: Callable[[str, str], None]) -> None:
     cache = str(user.root / "cache")
     disk(cache, "48k")
-    arguments = ["preflight", "marketing", "data.count=24"]
-    assert "marketing-" in full(*user.command(*arguments))
+    assert "marketing-" in full(*user.command("train", "--recipe", "marketing", "--cpu", "data.count=24"))
     assert user.tree("cache") == {}
     disk(cache, "8m")
-    assert user.command(*arguments)[0] == 0
+    assert len(open_source(load_recipe("marketing", ["data.count=24"]).data, 128, Path(cache))) == 24
 
 
 def test_a_file_where_the_run_should_be_is_one_sentence(user: "User", loaded: object) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from loragraft.adapters.inject import inject_adapter
+from loragraft.adapters.joined import JoinedFactors
 from loragraft.backbones.architectures import FLUX
 from loragraft.backbones.flow import flow_loss, predict_velocity
 from loragraft.backbones.skeleton import meta_transformer, plan_architecture, randomize
@@ -100,6 +101,24 @@ def test_checkpointing_keeps_less_and_computes_more() -> None:
         for policy, run in runs.items()
     }
     assert linears["none"] == 0 < linears["selective"] < linears["block"]
+
+
+def test_views_of_one_storage_are_counted_once() -> None:
+    """A captured step joins branch and adapter; the base's branch becomes a view."""
+    plain, joined = _flux(), _flux()
+    JoinedFactors(joined, torch.bfloat16)
+    nbytes = {id(model): sum(p.numel() for p in model.parameters() if p.requires_grad) for model in (plain, joined)}
+    runs = [dry_train(model, partial(_loss, model), ADAMW) for model in (plain, joined)]
+    grown = runs[1].static - runs[0].static
+    assert 2 * nbytes[id(joined)] * 0.5 < grown < 2 * nbytes[id(joined)] * 1.5
+
+
+def test_captured_gradients_stay_and_are_copied_once() -> None:
+    plain, captured = _flux(), _flux()
+    eager = dry_train(plain, partial(_loss, plain), ADAMW)
+    graph = dry_train(captured, partial(_loss, captured), ADAMW, captured=True)
+    gradients = sum(p.numel() * 4 for p in captured.parameters() if p.requires_grad)
+    assert graph.peak - eager.peak == pytest.approx(2 * gradients, rel=0.5)
 
 
 def test_accumulation_holds_one_micro_batch_at_a_time() -> None:

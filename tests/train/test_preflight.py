@@ -3,8 +3,10 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from loragraft import cli
@@ -23,7 +25,7 @@ from loragraft.train.preflight import (
     train_run,
     what_fits,
 )
-from loragraft.train.preflight_command import run
+from loragraft.train.preflight_command import data_lines, run
 from loragraft.train.roofline import (
     CARDS,
     FLOOR,
@@ -60,12 +62,14 @@ def test_every_stage_is_there_and_the_largest_decides(found: Preflight) -> None:
     assert not found.fits(found.needed - 1)
 
 
-def test_pockets_weights_are_counted_exactly(found: Preflight, recipe: Recipe, tmp_path: Path) -> None:
-    model = open_subject(recipe, tmp_path).transformer()
+def test_pockets_weights_are_counted_exactly(recipe: Recipe, tmp_path: Path) -> None:
+    subject = open_subject(recipe, tmp_path)
+    run, parameters = train_run(recipe, subject, 128)
+    model = subject.transformer()
     nn.Module.to(model, dtype=torch.bfloat16)
     nbytes = sum(-(-t.nbytes // 512) * 512 for t in (*model.parameters(), *model.buffers()))
-    assert found.train.at_peak["INT4 weights"] + found.train.at_peak["16-bit weights"] == nbytes
-    assert found.adapter_parameters * 4 == pytest.approx(found.train.at_peak["adapter"], rel=0.02)
+    assert run.at_peak["INT4 weights"] + run.at_peak["16-bit weights"] == nbytes
+    assert parameters * 4 == pytest.approx(run.at_peak["adapter"], rel=0.02)
 
 
 def test_the_knobs_of_a_recipe_turn_the_prediction(recipe: Recipe, tmp_path: Path) -> None:
@@ -138,7 +142,7 @@ def test_figures_are_kept_per_card(tmp_path: Path) -> None:
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("LORAGRAFT_CACHE", str(tmp_path))
     report = tmp_path / "report.json"
     assert cli.main(["preflight", "marketing", "train.batch_size=2", "--fit", "8GiB", "--json", str(report)]) == 0
     text = capsys.readouterr().out
@@ -152,6 +156,20 @@ def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
         assert expected in text
     assert "2400 images of the domain 'marketing'" in text
     assert '"seconds_per_step"' in report.read_text()
+
+
+def test_own_images_are_looked_through_and_sorted_into_buckets(tmp_path: Path) -> None:
+    for i, size in enumerate([(160, 128), (128, 160), (160, 128), (64, 64)]):
+        low = np.random.default_rng(i).integers(0, 255, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(low).resize(size).save(tmp_path / f"red bicycle number {'abcd'[i]}.png")
+    overrides = [f"data.folder={tmp_path}", "data.domain=null", "data.buckets=true", "train.batch_size=2"]
+    recipe = load_recipe(
+        "marketing", [*overrides, "data.test_fraction=0", "data.validation_fraction=0", "data.short_captions=0"]
+    )
+    text = "\n".join(data_lines(recipe, 128, tmp_path / "cache"))
+    assert "data: 4 train" in text
+    assert "1 images have an edge below 128 pixels" in text
+    assert "bucket (W x H)" in text
 
 
 def test_mistakes_are_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
