@@ -109,7 +109,7 @@ def _products() -> list[Build]:
         Build(gemm.w4a8_gemm_kernel, {"ASM": True, "BM": 16, "BN": 64, **ranks}, packed),
         Build(gemm.int8_gemm_kernel, {**rotated, "HADAMARD": False, "BN": 128}, plain, num_stages=4, quick=True),
         Build(gemm.int8_gemm_kernel, rotated, plain, num_stages=4),
-        Build(row_product.row_product_kernel, {"HAS_SCALE": True, "BM": 64, "BR": 16, "BC": 64}, skinny, quick=True),
+        Build(row_product.row_product_kernel, {"HAS_SCALE": True, "BM": 64, "BR": 16, "BC": 256}, skinny, quick=True),
     ]
 
 

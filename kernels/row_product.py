@@ -13,7 +13,7 @@ from torch import Tensor
 
 from loragraft.kernels.layout import on_device, uses_triton
 
-PROGRAMS = 512  # about two waves of a large card
+PROGRAMS = {1: 264, 2: 512}  # by bytes of an element: two and four waves of a large card
 CASES = ((77, 5, 130), (1, 40, 64), (300, 16, 192))  # (M, r, C)
 
 
@@ -45,9 +45,10 @@ def _row_product(left_MR: Tensor, right_MC: Tensor, scale_M1: Tensor | None) -> 
         left_MR = left_MR if scale_M1 is None else left_MR * scale_M1.to(left_MR.dtype)
         return (left_MR.T @ right_MC.to(left_MR.dtype)).float()
     (M, R), C = left_MR.shape, right_MC.shape[1]
-    BC, BM = 64, 64
+    size = right_MC.element_size()
+    BC, BM = (256 if size == 1 else 64), 64
     blocks = triton.cdiv(C, BC)
-    rows = triton.cdiv(triton.cdiv(M, max(1, min(PROGRAMS // blocks, triton.cdiv(M, BM)))), BM) * BM
+    rows = triton.cdiv(triton.cdiv(M, max(1, min(PROGRAMS.get(size, 512) // blocks, triton.cdiv(M, BM)))), BM) * BM
     splits = triton.cdiv(M, rows)
     part_SRC = left_MR.new_empty((splits, R, C), dtype=torch.float32)
     with on_device(left_MR):

@@ -85,6 +85,7 @@ def train(
         due = finished() or _due(folder.step, config.sample_every)
         there = lacking_only and previews.file(folder.path, folder.step).exists()
         if due and not there and (sharded or accelerator.is_main_process):  # a divided base runs on all or on none
+            step.pause()
             images = previews.render(backbone, folder.path, folder.step, write=accelerator.is_main_process)
             if accelerator.is_main_process:
                 tracking.log_images(images, step=folder.step)
@@ -108,6 +109,7 @@ def train(
             folder.step += 1
             last = folder.step == config.steps
             if last or _due(folder.step, config.validate_every):
+                step.pause()
                 metrics["validation_loss"] = validation_loss(transformer, backbone, validation, recipe)
                 early.observe(_agreed(metrics["validation_loss"], accelerator), folder.step, parameters)
                 folder.summary["validation_loss_end"] = early.best_loss if early.best else metrics["validation_loss"]

@@ -48,6 +48,9 @@ class EagerStep:
             self.accelerator.backward(loss)
         return loss.detach()
 
+    def pause(self) -> None:
+        """Holds no memory between steps."""
+
     def close(self) -> None:
         """Nothing to undo."""
 
@@ -74,10 +77,11 @@ class GraphStep:
         parameters: Sequence[nn.Parameter],
         joined: JoinedFactors | None = None,
         prepare: Prepare | None = None,
+        fills: bool = False,
     ) -> None:
         """joined: refreshed at the start of every step. prepare: called with the first micro-batch; the capture waits for the
-        thread that it returns."""
-        self.loss, self.parameters, self.joined, self.prepare = loss, parameters, joined, prepare
+        thread that it returns. fills: whether `pause` frees memory."""
+        self.loss, self.parameters, self.joined, self.prepare, self.fills = loss, parameters, joined, prepare, fills
         self._captured: dict[tuple[object, ...], _Captured] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -91,6 +95,15 @@ class GraphStep:
             captured.inputs[name].copy_(value, non_blocking=True)
         captured.graph.replay()
         return captured.loss.clone()  # the pool's memory belongs to whichever graph runs next
+
+    def pause(self) -> None:
+        """Frees the graphs' memory, for validation or images on a card that this model fills; the next step captures anew
+        (some seconds, nothing is compiled again)."""
+        if self.fills and self._captured:
+            torch.cuda.synchronize()
+            self._captured.clear()
+            torch.cuda.empty_cache()
+            self._pool = torch.cuda.graph_pool_handle()
 
     def close(self) -> None:
         """Frees the graphs and takes the layers apart again; the step cannot be used after it."""
@@ -106,7 +119,7 @@ class GraphStep:
         return loss.detach()
 
     def _capture(self, tensors: dict[str, Tensor]) -> _Captured:
-        beside = self.prepare(tensors) if self.prepare is not None else None
+        beside, self.prepare = self.prepare(tensors) if self.prepare is not None else None, None
         inputs = {name: value.clone() for name, value in tensors.items()}
         # What earlier micro-batches left waits in host memory; most captures find nothing.
         before = [None if parameter.grad is None else parameter.grad.cpu() for parameter in self.parameters]
@@ -176,7 +189,8 @@ def captures(config: TrainConfig, accelerator: Accelerator) -> bool:
 def graph_step(transformer: nn.Module, loss: Loss, parameters: Sequence[nn.Parameter]) -> GraphStep:
     """A captured step of `transformer`, its factors joined and its kernels compiled beside the blocks."""
     dtype = next(p for p in transformer.parameters() if not p.requires_grad).dtype
-    return GraphStep(loss, parameters, JoinedFactors(transformer, dtype), partial(prepare_layers, transformer))
+    joined, prepare = JoinedFactors(transformer, dtype), partial(prepare_layers, transformer)
+    return GraphStep(loss, parameters, joined, prepare, fills=_large(transformer))
 
 
 def prepare_layers(transformer: nn.Module, tensors: dict[str, Tensor]) -> Thread:
