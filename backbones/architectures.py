@@ -14,7 +14,7 @@ import torch
 from loragraft.backbones.spec import Profile
 from loragraft.quantization.calibrate import StatsFile
 from loragraft.quantization.names import nearest
-from loragraft.quantization.settings import LayerReport, Numerics, QuantSettings
+from loragraft.quantization.settings import LayerReport, Numerics, QuantSettings, Smoothing
 from loragraft.quantization.stream import plan_source, quantize_stream
 from loragraft.quantization.tensor_file import CheckpointError
 from loragraft.quantization.weight_source import FileSource, WeightSource
@@ -129,16 +129,18 @@ def folder_settings(
     group_size: int = 64,
     gptq: bool = False,
     seed: int = 0,
+    smoothing: Smoothing = "auto",
 ) -> QuantSettings:
     """How a large model's attention and feed-forward layers are quantized: `auto`, by a subsampled search.
 
+    Data-free, `auto` comes to "hadamard" on every one of FLUX.1's: what stands for such a model may say so at once.
     `weight-only` has no smoothing: nothing is rounded that it would help.
     """
     return QuantSettings(
         numerics=NUMERICS[profile],
         rank=FOLDER_RANK if rank is None else rank,
         group_size=group_size,
-        smoothing="none" if profile == "weight-only" else "auto",
+        smoothing="none" if profile == "weight-only" else smoothing,
         iterations=FOLDER_ROUNDS,
         grid=CALIBRATED_GRID if calibrated else DATA_FREE_GRID,
         search="subsampled",

@@ -216,6 +216,6 @@ def random_transformer(
     """The true shapes on `device`, filled from `seed` (`skeleton.randomize`)."""
     plan = None
     if profile is not None:
-        main = folder_settings(profile, calibrated=False, rank=FOLDER_RANK, seed=seed)
+        main = folder_settings(profile, calibrated=False, rank=FOLDER_RANK, seed=seed, smoothing="hadamard")
         plan = partial(plan_architecture, spec, main)
     return randomize(meta_transformer(spec.transformer_class, external.config, plan), device, dtype, seed)

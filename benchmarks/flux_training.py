@@ -25,6 +25,7 @@ from typing import Any, Literal
 import torch
 import triton
 from diffusers import AutoencoderKL, FluxTransformer2DModel
+from frozen_linears import frozen_linear
 from torch import Tensor, nn
 
 from loragraft.adapters.checkpoint import Adapter
@@ -84,41 +85,6 @@ VARIANTS = {
 }
 
 
-class Fp8Linear(nn.Linear):
-    """A frozen linear with rowwise FP8 weights: x is quantized per token, dx is computed from the dequantized weight."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        nn.Module.__init__(self)
-        self.out_features, self.in_features = weight.shape
-        scale = weight.abs().amax(dim=1, keepdim=True).float() / 448
-        self.register_buffer("codes", (weight / scale).to(torch.float8_e4m3fn))
-        self.register_buffer("scale", scale)
-        self.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)  # PEFT reads its dtype and device
-        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., K] -> [..., N]."""
-        y = _Fp8Product.apply(x.reshape(-1, x.shape[-1]), self.codes, self.scale)
-        y = y.view(*x.shape[:-1], -1)
-        return y if self.bias is None else y + self.bias
-
-
-class _Fp8Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward(codes, scale)
-        x_scale = x.abs().amax(dim=1, keepdim=True).float().clamp(min=1e-12) / 448
-        rounded = (x / x_scale).clamp(-448, 448).to(torch.float8_e4m3fn)
-        return torch._scaled_mm(
-            rounded, codes.T, scale_a=x_scale, scale_b=scale.T, out_dtype=torch.bfloat16, use_fast_accum=True
-        )
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        codes, scale = ctx.saved_tensors
-        return dy @ (codes.to(dy.dtype) * scale.to(dy.dtype)), None, None
-
-
 def build_transformer(base: str) -> nn.Module:
     """A FLUX.1-dev-shaped model with random codes, or one of another kind over the same matrices."""
     settings = QuantSettings(numerics="w4a8", rank=FOLDER_RANK, smoothing="hadamard")
@@ -132,29 +98,8 @@ def build_transformer(base: str) -> nn.Module:
     for path, layer in list(model.named_modules()):
         if isinstance(layer, SVDQuantLinear):
             made = "bf16" if path in few_rows else base
-            model.set_submodule(path, _rival(made, layer.dequantized_weight(torch.bfloat16), layer.bias))
+            model.set_submodule(path, frozen_linear(made, layer.dequantized_weight(torch.bfloat16), layer.bias))
     return model
-
-
-def _rival(kind: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
-    bias = None if bias is None else bias.to(torch.bfloat16)
-    if kind == "fp8":
-        return Fp8Linear(weight, bias)
-    if kind == "nf4":
-        import bitsandbytes as bnb
-
-        linear = bnb.nn.Linear4bit(
-            weight.shape[1], weight.shape[0], bias is not None, torch.bfloat16, quant_type="nf4", device="meta"
-        )
-        linear.weight = bnb.nn.Params4bit(weight.cpu(), requires_grad=False, quant_type="nf4", module=linear)
-        if bias is not None:
-            linear.bias = nn.Parameter(bias, requires_grad=False)
-        return linear.to(DEVICE)
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias, requires_grad=False)
-    return linear
 
 
 def batch(resolution: int, step: int) -> dict[str, Tensor]:
@@ -355,19 +300,21 @@ def _random_adapter(transformer: nn.Module) -> Adapter:
     return Adapter("random", {}, pairs)
 
 
-def run(name: str, parts: Path, profile: bool) -> dict[str, Any]:
+def run(name: str, parts: Path, profile: bool, commit: str) -> dict[str, Any]:
     """One variant in this process; its figures go to `parts`/NAME.json."""
     variant = VARIANTS[name]
     torch.manual_seed(0)
     figures = infer(variant) if variant.infer else train(variant, profile)
-    figures = {"variant": name, **asdict(variant), **figures}
+    versions = {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda}
+    made = {"variant": name, "device": torch.cuda.get_device_name(), "versions": versions, "commit": commit}
+    figures = {**made, **asdict(variant), **figures}
     parts.mkdir(parents=True, exist_ok=True)
     (parts / f"{name}.json").write_text(json.dumps(figures, indent=1) + "\n")
     return figures
 
 
-def collect(parts: Path, commit: str) -> dict[str, Any]:
-    """The report's keys from the parts that are there; a figure whose parts are missing is null."""
+def collect(parts: Path, fidelity: Path | None) -> dict[str, Any]:
+    """The report's keys from the parts that are there; a figure whose parts are missing is null. fidelity: `fidelity.py`'s."""
     found = {file.stem: json.loads(file.read_text()) for file in sorted(parts.glob("*.json"))}
 
     def ratio(above: str, below: str, key: str = "step_ms") -> float | None:
@@ -377,9 +324,9 @@ def collect(parts: Path, commit: str) -> dict[str, Any]:
         return found[name][key] if name in found else None
 
     return {
-        "device": torch.cuda.get_device_name(),
-        "versions": {"torch": torch.__version__, "cuda": torch.version.cuda, "python": sys.version.split()[0]},
-        "commit": commit,
+        "device": sorted({part["device"] for part in found.values()}),
+        "versions": next(iter(found.values()))["versions"],
+        "commit": sorted({part["commit"] for part in found.values()}),
         "command": "python benchmarks/flux_training.py all --parts PARTS --out OUT --commit COMMIT",
         "step_1024_vs_eager": ratio("bf16_eager_1024", "ours_1024"),
         "step_1024_vs_compiled": ratio("bf16_compiled_1024", "ours_1024"),
@@ -393,6 +340,16 @@ def collect(parts: Path, commit: str) -> dict[str, Any]:
         "first_step_seconds": figure("ours_1024", "first_step_seconds"),
         "image_20_steps_vs_bf16": ratio("bf16_image", "ours_image", "image_20_steps_seconds"),
         "image_memory_vs_bf16": ratio("ours_image", "bf16_image", "transformer_gib"),
+        "reserved_gib_whole_run_1024": figure("whole_run_1024", "reserved_gib"),
+        "preflight_worst_pct": None,
+        "grad_cosine_min": None if fidelity is None else json.loads(fidelity.read_text())["grad_cosine_min"],
+        "ddp2_scaling": None,
+        "keep_all": {
+            "step_1024_vs_eager": ratio("bf16_eager_1024", "ours_1024_keep_all"),
+            "step_1024_vs_compiled": ratio("bf16_compiled_1024", "ours_1024_keep_all"),
+            "step_1024_vs_compiled_same_attention": ratio("bf16_compiled_1024_same_attention", "ours_1024_keep_all"),
+            "peak_gib_nockpt_1024": figure("ours_1024_keep_all", "peak_gib"),
+        },
         "loss_worst_pct": _loss_difference(found),
         "parts": found,
     }
@@ -413,25 +370,26 @@ def main() -> int:
     parser.add_argument("variant", nargs="*", choices=[*VARIANTS, []], help="default: all of them")
     parser.add_argument("--parts", type=Path, required=True)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--commit", default="")
+    parser.add_argument("--commit", default="", help="commit of the code that runs")
+    parser.add_argument("--fidelity", type=Path, help="JSON of benchmarks/fidelity.py")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--timeout", type=float, default=240, help="seconds for one variant")
     args = parser.parse_args()
     if args.what == "run":
         for name in args.variant:
-            print(json.dumps(run(name, args.parts, args.profile), indent=1))
+            print(json.dumps(run(name, args.parts, args.profile, args.commit), indent=1))
         return 0
     if args.what == "all":
         for name in args.variant or VARIANTS:
             if not (args.parts / f"{name}.json").exists():
                 _in_its_own_process(name, args)
     if args.out is not None:
-        args.out.write_text(json.dumps(collect(args.parts, args.commit), indent=1) + "\n")
+        args.out.write_text(json.dumps(collect(args.parts, args.fidelity), indent=1) + "\n")
     return 0
 
 
 def _in_its_own_process(name: str, args: argparse.Namespace) -> None:
-    command = [sys.executable, __file__, "run", name, "--parts", str(args.parts)]
+    command = [sys.executable, __file__, "run", name, "--parts", str(args.parts), "--commit", args.commit]
     start = time.perf_counter()
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=args.timeout, env=dict(os.environ))

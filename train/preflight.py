@@ -151,7 +151,7 @@ def open_subject(recipe: Recipe, cache_root: Path) -> Subject:
     with init_empty_weights():
         encoders = external.random_encoders(0, torch.device("cpu"), DTYPE)
     if recipe.numerics != "16bit":
-        main = folder_settings(recipe.numerics, calibrated=False, rank=FOLDER_RANK)
+        main = folder_settings(recipe.numerics, calibrated=False, rank=FOLDER_RANK, smoothing="hadamard")
         plan = partial(plan_architecture, spec, main)
     build = partial(meta_transformer, spec.transformer_class, external.config, plan)
     return Subject(spec, build, encoders.pipeline_parts["vae"], encoders.encode_text(["a"]), ())

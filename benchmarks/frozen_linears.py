@@ -1,0 +1,63 @@
+"""Frozen linear layers of other precisions that pass gradients to x, for LoRA over bf16, FP8 and NF4 bases."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def frozen_linear(kind: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """The layer of `weight` [N, K], bf16 on its device, in `kind`: bf16, fp8 or nf4 (bitsandbytes)."""
+    bias = None if bias is None else bias.to(torch.bfloat16)
+    if kind == "fp8":
+        return Fp8Linear(weight, bias)
+    if kind == "nf4":
+        import bitsandbytes as bnb
+
+        linear = bnb.nn.Linear4bit(
+            weight.shape[1], weight.shape[0], bias is not None, torch.bfloat16, quant_type="nf4", device="meta"
+        )
+        linear.weight = bnb.nn.Params4bit(weight.cpu(), requires_grad=False, quant_type="nf4", module=linear)
+        if bias is not None:
+            linear.bias = nn.Parameter(bias, requires_grad=False)
+        return linear.to(weight.device)
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias, requires_grad=False)
+    return linear
+
+
+class Fp8Linear(nn.Linear):
+    """A frozen linear with rowwise FP8 weights: x is quantized per token, dx is computed from the dequantized weight."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = weight.shape
+        scale = weight.abs().amax(dim=1, keepdim=True).float() / 448
+        self.register_buffer("codes", (weight / scale).to(torch.float8_e4m3fn))
+        self.register_buffer("scale", scale)
+        self.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)  # PEFT reads its dtype and device
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N]."""
+        y = _Fp8Product.apply(x.reshape(-1, x.shape[-1]), self.codes, self.scale)
+        y = y.view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+
+class _Fp8Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(codes, scale)
+        x_scale = x.abs().amax(dim=1, keepdim=True).float().clamp(min=1e-12) / 448
+        rounded = (x / x_scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+        return torch._scaled_mm(
+            rounded, codes.T, scale_a=x_scale, scale_b=scale.T, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        codes, scale = ctx.saved_tensors
+        return dy @ (codes.to(dy.dtype) * scale.to(dy.dtype)), None, None
