@@ -21,7 +21,7 @@ from loragraft.kernels.tiles import load_nibbles
 @triton.jit
 def _load_tile(p_q, p_words, o_n, tile, N, KP):
     """Bytes [BN, 64] of columns 128 tile .., low nibbles the first 64 of them, and the words [BN] of their scales and zeros."""
-    m_n = (o_n < N) & (tile * 128 < KP)
+    m_n = o_n < tl.where(tile * 128 < KP, N, 0)
     p_tile = p_q + o_n.to(tl.int64)[:, None] * (KP // 2) + tile * 64 + tl.arange(0, 64)[None, :]
     b_byte = tl.load(p_tile, mask=m_n[:, None], other=0).to(tl.int32)
     return b_byte, tl.load(p_words + tile * N + o_n, mask=m_n, other=0x80008000 - 0x100000000)
@@ -71,7 +71,7 @@ def effective_weight_kernel(
                 b_scale = tl.load(p_scale + o_n, mask=o_n < N, other=0.0)
             else:
                 b_codes = (load_nibbles(p_q, o_n, group * 64, tl.where(group * 64 < KP, N, 0), KP, 64) ^ 8) - 8
-                b_scale = tl.load(p_scale + group * N + o_n, mask=(o_n < N) & (group * 64 < KP), other=0.0).to(
+                b_scale = tl.load(p_scale + group * N + o_n, mask=o_n < tl.where(group * 64 < KP, N, 0), other=0.0).to(
                     tl.float32
                 )
             # Codes and +-1/8 are exact in float16, their sums in float32: the rotation rounds nothing.

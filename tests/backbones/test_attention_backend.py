@@ -85,7 +85,7 @@ def test_diffusers_own_names_are_untouched(model: nn.Module) -> None:
 
 def test_the_ledger_says_so(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = Backbone(
-        spec=None, profile="native", transformer=model, encoders=None, base_id="", ledger=build_ledger(model),  # type: ignore[arg-type]
+        spec=None, profile="native", transformer=model, encoders=None, base_id="", ledger=build_ledger(model), resolution=16,  # type: ignore[arg-type]
         device=torch.device("cpu"), dtype=torch.float32,
     )  # fmt: skip
     assert backbone.ledger.to_dict()["attention"] == "sdpa"

@@ -3,6 +3,7 @@
 Once on a real small disk (needs root to mount one), once with a limit on file sizes, which needs nothing.
 """
 
+import gc
 import json
 import re
 import shutil
@@ -47,6 +48,7 @@ def disk(tmp_path: Path) -> Iterator[Callable[[str, str], None]]:
         mounted.append(folder)
 
     yield make
+    gc.collect()  # mapped shards go with the objects that read them
     for folder in set(mounted):
         subprocess.run(["umount", folder], check=True)
 
