@@ -7,6 +7,7 @@ Gradients are added to `.grad` either way.
 """
 
 import contextlib
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from loragraft.recipes.schema import TrainConfig
 from loragraft.train.sharding import shards_base
 from loragraft.train.warm import token_counts, warm_layers
 
+_log = logging.getLogger(__name__)
 Loss = Callable[[dict[str, Tensor]], Tensor]
 """Named tensors of a micro-batch -> the scalar to differentiate."""
 Prepare = Callable[[dict[str, Tensor]], Thread]
@@ -213,13 +215,17 @@ def uncompiled() -> Iterator[None]:
 def compile_blocks(transformer: nn.Module, shapes: int = 1) -> int:
     """Compiles the transformer's repeated blocks in place (diffusers' regional compilation); returns how many.
 
-    Blocks of one class share compiled code as long as their quantized layers are set up alike and see one of the `shapes`. With more than
-    `MOST_KINDS` kinds nothing is compiled, and the result is 0: compiling would take minutes.
+    Blocks of one class share compiled code as long as their quantized layers are set up alike and see one of the `shapes`. With
+    more than `MOST_KINDS` kinds nothing is compiled, a warning says so, and the result is 0: compiling would take minutes.
     """
     names = getattr(transformer, "_repeated_blocks", None) or []
     blocks = [module for module in transformer.modules() if type(module).__name__ in names]
     kinds = Counter(_kind(block) for block in blocks)
     if not blocks or len(kinds) > MOST_KINDS:
+        _log.warning(
+            "the %d blocks run uncompiled: they are of %d kinds (rotated, smoothed, ...), and %d is the limit",
+            len(blocks), len(kinds), MOST_KINDS,
+        )  # fmt: skip
         return 0
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(kinds) * shapes)
     for block in blocks:
