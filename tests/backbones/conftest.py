@@ -1,6 +1,7 @@
 """A FLUX.1 pipeline small enough for a CPU: every part of a diffusers folder, with tokenizers that were never trained."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -90,8 +91,8 @@ def schnell_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_pipeline(tmp_path_factory.mktemp("models") / "FLUX.1-tiny-schnell", kind="schnell")
 
 
-@pytest.fixture(scope="session")
-def quick_quantizer() -> Iterator[None]:
+@contextmanager
+def one_round() -> Iterator[None]:
     """One round and one candidate: what a tiny model is quantized with where its quality does not matter."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("loragraft.backbones.architectures.FOLDER_ROUNDS", 1)
@@ -99,9 +100,17 @@ def quick_quantizer() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def quick_quantizer() -> Iterator[None]:
+    """`one_round` until the end of the module that asks for it, and no further."""
+    with one_round():
+        yield
+
+
 @pytest.fixture(scope="session")
-def flux_cache(flux_folder: Path, tmp_path_factory: pytest.TempPathFactory, quick_quantizer: None) -> Path:
+def flux_cache(flux_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache root in which `flux_folder` is quantized already, in profile native."""
     root = tmp_path_factory.mktemp("cache")
-    load_backbone("flux1-dev", "native", "cpu", root, WeightsConfig(path=str(flux_folder)))
+    with one_round():
+        load_backbone("flux1-dev", "native", "cpu", root, WeightsConfig(path=str(flux_folder)))
     return root
