@@ -74,7 +74,7 @@ def dry_train(
 ) -> DryRun:
     """One optimizer step of `model`, whose values may be on meta and are fake from here on.
 
-    captured: as `step.GraphStep` does it, gradients stay between steps and there is a copy of them while it captures.
+    captured: as `step.GraphStep` does it, gradients stay between steps.
 
     loss: makes a batch (of fake tensors, since it is called where all are) and returns the scalar. Trained is what requires
     a gradient. Raises ValueError if nothing does.
@@ -86,7 +86,8 @@ def dry_train(
         tracker.library_threads(2)
         chosen = optimizer(parameters)
         _prime(chosen, parameters, tracker)
-        held = _gradients(parameters, tracker) if captured else []
+        if captured:
+            _gradients(parameters, tracker)
         handles = [p.register_post_accumulate_grad_hook(tracker.is_gradient) for p in parameters]
         for _ in range(accumulation):
             tracker.phase, tracker.kind = "forward", "activations"
@@ -95,7 +96,6 @@ def dry_train(
             tracker.phase, tracker.kind = "backward", "workspace"
             torch.autograd.backward(value)
             del value
-        held.clear()
         tracker.phase = "optimizer"
         if max_grad_norm:
             nn.utils.clip_grad_norm_(parameters, max_grad_norm, foreach=True)
@@ -134,12 +134,11 @@ def _prime(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter],
     tracker.allocator.peak_allocated, tracker.allocator.peak_reserved = 0, tracker.allocator.reserved
 
 
-def _gradients(parameters: Sequence[nn.Parameter], tracker: "StorageTracker") -> list[Tensor]:
-    """Gradients that are there already, and a copy of each."""
+def _gradients(parameters: Sequence[nn.Parameter], tracker: "StorageTracker") -> None:
+    """Gradients that are there already."""
     tracker.kind = "gradients"
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
-    return [parameter.grad.clone() for parameter in parameters if parameter.grad is not None]
 
 
 def swap_tensors(model: nn.Module, tracker: "StorageTracker | None" = None) -> None:

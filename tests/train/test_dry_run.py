@@ -113,12 +113,12 @@ def test_views_of_one_storage_are_counted_once() -> None:
     assert 2 * nbytes[id(joined)] * 0.5 < grown < 2 * nbytes[id(joined)] * 1.5
 
 
-def test_captured_gradients_stay_and_are_copied_once() -> None:
+def test_captured_gradients_stay() -> None:
     plain, captured = _flux(), _flux()
     eager = dry_train(plain, partial(_loss, plain), ADAMW)
     graph = dry_train(captured, partial(_loss, captured), ADAMW, captured=True)
     gradients = sum(p.numel() * 4 for p in captured.parameters() if p.requires_grad)
-    assert graph.peak - eager.peak == pytest.approx(2 * gradients, rel=0.5)
+    assert 0 < graph.peak - eager.peak < 1.5 * gradients
 
 
 def test_accumulation_holds_one_micro_batch_at_a_time() -> None:
