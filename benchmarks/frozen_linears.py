@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from rivals import FP8_MAX, rowwise
 from torch import Tensor, nn
 
 
@@ -34,8 +35,8 @@ class Fp8Linear(nn.Linear):
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = weight.shape
-        scale = weight.abs().amax(dim=1, keepdim=True).float() / 448
-        self.register_buffer("codes", (weight / scale).to(torch.float8_e4m3fn))
+        codes, scale = rowwise(weight, FP8_MAX, torch.float8_e4m3fn)
+        self.register_buffer("codes", codes)
         self.register_buffer("scale", scale)
         self.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)  # PEFT reads its dtype and device
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
@@ -51,8 +52,7 @@ class _Fp8Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(codes, scale)
-        x_scale = x.abs().amax(dim=1, keepdim=True).float().clamp(min=1e-12) / 448
-        rounded = (x / x_scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+        rounded, x_scale = rowwise(x, FP8_MAX, torch.float8_e4m3fn)
         return torch._scaled_mm(
             rounded, codes.T, scale_a=x_scale, scale_b=scale.T, out_dtype=torch.bfloat16, use_fast_accum=True
         )

@@ -62,7 +62,7 @@ def bf16(weight: Tensor) -> Linear:
     return lambda x: F.linear(x, weight)
 
 
-def _rowwise(x: Tensor, largest: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rowwise(x: Tensor, largest: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Codes and float32 scale [rows, 1] with max |row| -> `largest`."""
     scale = x.abs().amax(dim=1, keepdim=True).float().clamp_(min=1e-12) / largest
     codes = x / scale
@@ -73,7 +73,7 @@ def _fp8(weight: Tensor, quantize: Callable[..., tuple[Tensor, Tensor]]) -> Line
     _multiple(weight, 16, 16, "fp8 _scaled_mm")
     if weight.is_cuda and torch.cuda.get_device_capability(weight.device) < (8, 9):
         raise RivalError("fp8 _scaled_mm needs compute capability 8.9 or newer")
-    codes_NK, scale_N1 = _rowwise(weight, FP8_MAX, torch.float8_e4m3fn)
+    codes_NK, scale_N1 = rowwise(weight, FP8_MAX, torch.float8_e4m3fn)
 
     def apply(x: Tensor) -> Tensor:
         codes_MK, scale_M1 = quantize(x, FP8_MAX, torch.float8_e4m3fn)
@@ -86,21 +86,21 @@ def _fp8(weight: Tensor, quantize: Callable[..., tuple[Tensor, Tensor]]) -> Line
 
 def fp8(weight: Tensor) -> Linear:
     """Rowwise `_scaled_mm`; x is quantized per token in eager torch, at every call."""
-    return _fp8(weight, _rowwise)
+    return _fp8(weight, rowwise)
 
 
 def fp8_compiled(weight: Tensor) -> Linear:
     """The same with the quantization of x compiled into fused kernels."""
-    return _fp8(weight, torch.compile(_rowwise, dynamic=False))
+    return _fp8(weight, torch.compile(rowwise, dynamic=False))
 
 
 def _once() -> Callable[..., tuple[Tensor, Tensor]]:
-    """`_rowwise` that works only when it sees another x."""
+    """`rowwise` that works only when it sees another x."""
     seen: dict[str, Any] = {"x": None}
 
     def quantize(x: Tensor, largest: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         if seen["x"] is not x:
-            seen.update(x=x, result=_rowwise(x, largest, dtype))
+            seen.update(x=x, result=rowwise(x, largest, dtype))
         return seen["result"]  # type: ignore[no-any-return]
 
     return quantize
@@ -113,7 +113,7 @@ def fp8_matmul(weight: Tensor) -> Linear:
 
 def _int8(weight: Tensor, quantize: Callable[..., tuple[Tensor, Tensor]]) -> Linear:
     _multiple(weight, 8, 8, "_int_mm")
-    codes_NK, scale_N1 = _rowwise(weight, 127, torch.int8)
+    codes_NK, scale_N1 = rowwise(weight, 127, torch.int8)
 
     def apply(x: Tensor) -> Tensor:
         if x.is_cuda and x.shape[0] <= 16:
@@ -126,18 +126,18 @@ def _int8(weight: Tensor, quantize: Callable[..., tuple[Tensor, Tensor]]) -> Lin
 
 def int8(weight: Tensor) -> Linear:
     """`torch._int_mm`, per-token x per-channel, quantization and rescaling in eager torch."""
-    return _int8(weight, _rowwise)
+    return _int8(weight, rowwise)
 
 
 def int8_compiled(weight: Tensor) -> Linear:
     """The same, compiled as a whole."""
-    return torch.compile(_int8(weight, _rowwise), dynamic=False)
+    return torch.compile(_int8(weight, rowwise), dynamic=False)
 
 
 def int_mm(weight: Tensor) -> Linear:
     """`torch._int_mm` alone: INT32 sums [M, N] that nobody scales back, x quantized when first seen. No rival, a lower bound."""
     _multiple(weight, 8, 8, "_int_mm")
-    codes_NK, _ = _rowwise(weight, 127, torch.int8)
+    codes_NK, _ = rowwise(weight, 127, torch.int8)
     quantize = _once()
     return lambda x: torch._int_mm(quantize(x, 127, torch.int8)[0], codes_NK.T)
 

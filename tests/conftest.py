@@ -1,6 +1,7 @@
 """What several folders of tests need: benchmark scripts as modules, and a guard on the network for other processes."""
 
 import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -30,15 +31,21 @@ with open(os.environ["NETWORK_LOG"] + ".armed", "w"):
 
 
 @pytest.fixture(scope="session")
-def benchmark_module() -> Callable[[str], ModuleType]:
-    """Name of a script of benchmarks/ -> that script as a module; `benchmarks/` itself is no package."""
+def benchmark_module() -> Callable[..., ModuleType]:
+    """(name of a script of benchmarks/, the script `beside` it that it imports) -> the first as a module; `benchmarks/` itself
+    is no package."""
 
-    def load(name: str) -> ModuleType:
+    def load(name: str, beside: str = "") -> ModuleType:
         spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmarks" / f"{name}.py")
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        with pytest.MonkeyPatch.context() as patch:
+            if beside:
+                patch.syspath_prepend(str(ROOT / "benchmarks"))
+            spec.loader.exec_module(module)
+        if beside:
+            sys.modules.pop(beside)
         return module
 
     return load

@@ -118,7 +118,10 @@ def test_a_streamed_text_encoder_gives_the_same_and_holds_nothing_in_between() -
 
 
 def test_rest_brings_only_a_hooked_model_back() -> None:
-    rest(torch.nn.Linear(2, 2))  # nothing to do, nothing fails
+    model = torch.nn.Linear(2, 2)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    rest(model)  # nothing to do, nothing fails
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_random_encoders_have_the_shapes_and_depend_on_caption_and_seed(flux_folder: Path) -> None:

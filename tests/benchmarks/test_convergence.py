@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -14,8 +13,6 @@ from PIL import Image
 from loragraft.adapters.checkpoint import Adapter
 from loragraft.recipes.load import load_recipe
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
 
 @pytest.fixture(scope="module")
 def convergence(benchmark_module: Callable[[str], ModuleType]) -> ModuleType:
@@ -23,12 +20,8 @@ def convergence(benchmark_module: Callable[[str], ModuleType]) -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def sampling(benchmark_module: Callable[[str], ModuleType]) -> ModuleType:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))  # it imports convergence.py beside it
-        module = benchmark_module("sampling_steps")
-        sys.modules.pop("convergence")
-    return module
+def sampling(benchmark_module: Callable[..., ModuleType]) -> ModuleType:
+    return benchmark_module("sampling_steps", beside="convergence")
 
 
 def kid(value: float) -> dict[str, float]:

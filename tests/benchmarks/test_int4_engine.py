@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -14,12 +13,8 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
-def engine(benchmark_module: Callable[[str], ModuleType]) -> ModuleType:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))  # it imports rivals.py beside it
-        module = benchmark_module("int4_engine")
-        sys.modules.pop("rivals")
-    return module
+def engine(benchmark_module: Callable[..., ModuleType]) -> ModuleType:
+    return benchmark_module("int4_engine", beside="rivals")
 
 
 def test_the_librarys_layers_are_those_of_the_rivals(engine: ModuleType) -> None:
