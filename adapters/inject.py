@@ -13,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from loragraft.kernels.branch import Joined
 from loragraft.quantization.linear import SVDQuantLinear
 from loragraft.quantization.names import match_paths, nearest, replace_module
 from loragraft.recipes.schema import AdapterConfig
@@ -24,11 +25,13 @@ class SVDQuantLoraLinear(nn.Module, LoraLayer):
     """PEFT's LoRA layer over a `SVDQuantLinear`: plain LoRA, any number of active adapters, no merging.
 
     joined_down, joined_up: branch and adapter in one, in the compute dtype; kept up to date by `joined.JoinedFactors`, and read
-    where gradients are computed only.
+    where gradients are computed only. joined_together: joined_down of all layers that read one x, this one's from row
+    joined_first on.
     """
 
     joined_down: Tensor | None
     joined_up: Tensor | None
+    joined_together: Tensor | None
 
     def __init__(
         self,
@@ -44,6 +47,8 @@ class SVDQuantLoraLinear(nn.Module, LoraLayer):
         self.fan_in_fan_out = False
         self.register_buffer("joined_down", None, persistent=False)
         self.register_buffer("joined_up", None, persistent=False)
+        self.register_buffer("joined_together", None, persistent=False)
+        self.joined_first = 0
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
@@ -82,9 +87,13 @@ class SVDQuantLoraLinear(nn.Module, LoraLayer):
         scaled = zip((self.scaling[name] for name in active), factors, strict=True)
         ups = [up if scale == 1 else up * scale for scale, (_, up) in scaled]
         if len(active) == 1:
-            joined = None if self.joined_down is None else (self.joined_down, self.joined_up)
-            return base(x, downs[0], ups[0], joined if torch.is_grad_enabled() else None)
+            return base(x, downs[0], ups[0], self._joined() if torch.is_grad_enabled() else None)
         return base(x, torch.cat(downs), torch.cat(ups, dim=1))
+
+    def _joined(self) -> Joined | None:
+        if self.joined_down is None or self.joined_up is None:
+            return None
+        return Joined(self.joined_down, self.joined_up, self.joined_together, self.joined_first)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """(alpha / r) B A [N, K]."""

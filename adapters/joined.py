@@ -19,6 +19,7 @@ class JoinedFactors:
     def __init__(self, transformer: nn.Module, dtype: torch.dtype) -> None:
         self._layers: list[tuple[SVDQuantLoraLinear, SVDQuantLinear]] = []
         self._copies: list[tuple[Tensor, Tensor]] = []
+        self._together: dict[SVDQuantLinear, tuple[Tensor, int]] = {}
         self._scaled: list[tuple[Tensor, Tensor, float]] = []
         for layer in transformer.modules():
             if isinstance(layer, SVDQuantLoraLinear) and len(layer.active_adapters) == 1:
@@ -32,13 +33,29 @@ class JoinedFactors:
         name = layer.active_adapters[0]
         (down, up), scale = layer_factors(layer, name), float(layer.scaling[name])
         rank, (r, K), N = base.rank, down.shape, up.shape[0]
-        layer.joined_down = base.lora_down.new_empty((rank + r, K))
+        layer.joined_together, layer.joined_first = self._room(base, rank + r)
+        together, first = layer.joined_together, layer.joined_first
+        layer.joined_down = (
+            base.lora_down.new_empty((rank + r, K)) if together is None else together[first : first + rank + r]
+        )
         layer.joined_up = base.lora_up.new_empty((N, rank + r))
         layer.joined_down[:rank], layer.joined_up[:, :rank] = base.lora_down, base.lora_up
         self._layers.append((layer, base))
         base.lora_down, base.lora_up = layer.joined_down[:rank], layer.joined_up[:, :rank]
         self._copies.append((layer.joined_down[rank:], down))
         self._scaled.append((layer.joined_up[:, rank:], up, scale))
+
+    def _room(self, base: SVDQuantLinear, rows: int) -> tuple[Tensor | None, int]:
+        """Where [D; A] of a layer goes among those of its group (`join_group`), and from which row on; (None, 0) without one.
+
+        All layers of a group have the rank of the first that asks, or no room: an adapter has one rank, and so has the base.
+        """
+        if not base.group or rows % 8 or any(layer.rank != base.rank for layer in base.group):
+            return None, 0
+        if base.group[0] not in self._together:
+            self._together[base.group[0]] = base.lora_down.new_zeros((rows * len(base.group), base.in_features)), rows
+        together, each = self._together[base.group[0]]
+        return (together, base.place * rows) if each == rows else (None, 0)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -52,6 +69,6 @@ class JoinedFactors:
     def separate(self) -> None:
         """Takes the joined factors off again; the base's own are as they were."""
         for layer, base in self._layers:
-            layer.joined_down = layer.joined_up = None
+            layer.joined_down = layer.joined_up = layer.joined_together = None
             base.lora_down, base.lora_up = base.lora_down.clone(), base.lora_up.contiguous()
-        self._layers, self._copies, self._scaled = [], [], []
+        self._layers, self._copies, self._scaled, self._together = [], [], [], {}

@@ -33,13 +33,14 @@ from loragraft.adapters.graft import graft
 from loragraft.adapters.inject import inject_adapter
 from loragraft.backbones.architectures import FLUX, FOLDER_RANK
 from loragraft.backbones.attention import Attention, set_attention
+from loragraft.backbones.compiled import compile_blocks
 from loragraft.backbones.flow import flow_loss, predict_velocity
 from loragraft.backbones.skeleton import meta_transformer, plan_architecture, randomize
 from loragraft.quantization.linear import SVDQuantLinear
 from loragraft.quantization.settings import QuantSettings
 from loragraft.recipes.schema import AdapterConfig
 from loragraft.train.memory import Checkpointing, set_checkpointing
-from loragraft.train.step import compile_blocks, graph_step
+from loragraft.train.step import graph_step
 
 GIB = 2**30
 LOSS_STEPS, TIMED_FROM = 20, 5

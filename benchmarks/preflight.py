@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from loragraft.adapters.inject import inject_adapter
 from loragraft.adapters.joined import JoinedFactors
 from loragraft.backbones.architectures import FLUX, Architecture
+from loragraft.backbones.compiled import compile_blocks
 from loragraft.backbones.flow import flow_loss
 from loragraft.backbones.flux1 import flux1_config
 from loragraft.backbones.skeleton import meta_transformer, plan_architecture, randomize
@@ -37,7 +38,7 @@ from loragraft.train.dry_run import DryRun, dry_infer, dry_train
 from loragraft.train.machine_calibration import calibrate
 from loragraft.train.memory import set_checkpointing
 from loragraft.train.roofline import Machine, run_seconds
-from loragraft.train.step import GraphStep, compile_blocks
+from loragraft.train.step import GraphStep
 
 GIB, MIB = 2**30, 2**20
 WARM, STEPS = 3, 5

@@ -8,7 +8,7 @@ D = lora_down [R, K] and U = lora_up [N, R] are frozen, A = adapter_down [r, K] 
     dB = dy^T h_A             [N, r]         h_A = x A^T
 """
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,29 @@ from loragraft.kernels.row_product import row_product
 
 SaveX = Literal["quantized", "raw"]
 Dgrad = Literal["dequantized", "int8"]
+
+
+class Joined(NamedTuple):
+    """Branch and adapter of a layer as one pair, in the compute dtype."""
+
+    down: Tensor
+    """[D; A], [R + r, K]."""
+    up: Tensor
+    """[U, B], [N, R + r]."""
+    together: Tensor | None = None
+    """The `down` of every layer that reads one x, one below the other; this layer's begins at row `first`, a multiple of 8."""
+    first: int = 0
+
+
+def shared_projection(x_MK: Tensor, joined: Joined) -> Tensor | None:
+    """h [M, R + r] of one layer, cut out of x times `together`: in a compiled graph the layers' equal products are one.
+
+    None where there is no graph that would see so. Not differentiable: h is the op's own affair.
+    """
+    if joined.together is None or not torch.compiler.is_compiling():
+        return None
+    h_MR = x_MK.detach() @ joined.together.T
+    return h_MR[:, joined.first : joined.first + joined.down.shape[0]]
 
 
 def join(frozen: Tensor, adapter: Tensor | None, dim: int, dtype: torch.dtype) -> Tensor:

@@ -229,18 +229,18 @@ def hopper_gemm_runs(x_MK: Tensor, y_dtype: torch.dtype, up_NR: Tensor) -> bool:
 
 def hopper_gemm(
     x_MK: Tensor, a_M1: Tensor, weight: Tensor, words: Tensor | None, s_N: Tensor, h_MR: Tensor, up_NR: Tensor,
-    bias: Tensor | None, config: dict[str, int] | None = None,
+    bias: Tensor | None, config: dict[str, int] | None = None, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """y [M, N] in h's dtype; x int8 [M, Kp], weight uint8 [N, Kp/2] with its words, or int8 [N, Kp] without.
 
-    h [M, R] and up [N, R], or the transpose that up is a view of, with rows of a multiple of 16 bytes.
+    h [M, R] and up [N, R], or the transpose that up is a view of, with rows of a multiple of 16 bytes. out: where y goes.
     """
     (M, KP), (N, R) = x_MK.shape, up_NR.shape
     packed = words is not None
     config = config or hopper_config(x_MK.device, M, N, KP, packed)
     BM, WN = config["BM"], config["WN"]
     stages = (SHARED_BYTES - 4 * WN * BM - 8 * BM) // (BM * 128 + 2 * WN * (64 if packed else 128))
-    y_MN = h_MR.new_empty((M, N))
+    y_MN = h_MR.new_empty((M, N)) if out is None else out
     box = gl.NVMMASharedLayout(64, 8)
     x_desc = TensorDescriptor.from_tensor(x_MK, [BM, 64], box)
     w_desc = TensorDescriptor.from_tensor(weight.view(torch.int8), [WN, 64], box)

@@ -77,27 +77,36 @@ def _w4a8_linear(
     x_MK: Tensor, qweight: Tensor, row_scale: Tensor, group_words: Tensor, smooth: Tensor | None,
     lora_down: Tensor, lora_up: Tensor, bias: Tensor | None, adapter_down: Tensor | None, adapter_up: Tensor | None,
     hadamard: bool, save_x: str, dgrad: str, shared: Tensor | None = None, shared_scale: Tensor | None = None,
-    joined_down: Tensor | None = None, joined_up: Tensor | None = None,
+    shared_h: Tensor | None = None, joined_down: Tensor | None = None, joined_up: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(y, h, codes, scale): the last three are what the backward pass keeps; codes and scale are empty where x came with
-    its own, `shared`, which are then kept."""
+    its own, `shared`, which are then kept, and so is h."""
     down_RK = branch.join(lora_down, adapter_down, 0, x_MK.dtype) if joined_down is None else joined_down
     up_NR = branch.join(lora_up, adapter_up, 1, x_MK.dtype) if joined_up is None else joined_up
     if shared is not None and shared_scale is not None:
         codes_MK, scale_M1, own = shared, shared_scale, _empty_codes(x_MK, 0)
-        h_MR = rank_product(x_MK, down_RK.T)
+        h_MR = rank_product(x_MK, down_RK.T) if shared_h is None else shared_h
     elif not uses_triton(x_MK):
         codes_MK, scale_M1 = own = quantize_activation(x_MK, smooth, hadamard, bits=8)
         h_MR = rank_product(x_MK, down_RK.T)
     else:
         codes_MK, scale_M1, h_MR = quantize_down(x_MK, smooth, hadamard, down_RK)
         own = codes_MK, scale_M1
-    if not uses_triton(x_MK):
+    y_MN = w4a8_product(codes_MK, scale_M1, qweight, row_scale, group_words, h_MR, up_NR, bias)
+    return y_MN, h_MR if shared_h is None else rank_rows(x_MK[:0], h_MR.shape[1]), *own
+
+
+def w4a8_product(
+    codes_MK: Tensor, scale_M1: Tensor, qweight: Tensor, row_scale: Tensor, group_words: Tensor, h_MR: Tensor, up_NR: Tensor,
+    bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """y [M, N] in h's dtype from what is quantized and projected already."""
+    if not uses_triton(codes_MK):
         y_MN = torch._int_mm(codes_MK, weight_int8(qweight, group_words).T).float().mul_(scale_M1)
         y_MN = y_MN.mul_(row_scale) if bias is None else torch.addcmul(bias.float(), y_MN, row_scale)
-        return y_MN.addmm_(h_MR.float(), up_NR.float().T).to(x_MK.dtype), h_MR, *own
-    gemm = hopper_gemm if hopper_gemm_runs(codes_MK, x_MK.dtype, up_NR) else w4a8_gemm
-    return gemm(codes_MK, scale_M1, qweight, group_words, row_scale, h_MR, up_NR, bias), h_MR, *own
+        return y_MN.addmm_(h_MR.float(), up_NR.float().T).to(h_MR.dtype)
+    gemm = hopper_gemm if hopper_gemm_runs(codes_MK, h_MR.dtype, up_NR) else w4a8_gemm
+    return gemm(codes_MK, scale_M1, qweight, group_words, row_scale, h_MR, up_NR, bias)
 
 
 def _empty_codes(x_MK: Tensor, rows: int) -> tuple[Tensor, Tensor]:
@@ -109,11 +118,11 @@ def _empty_codes(x_MK: Tensor, rows: int) -> tuple[Tensor, Tensor]:
 @_w4a8_linear.register_fake
 def _(
     x_MK, qweight, row_scale, group_words, smooth, lora_down, lora_up, bias, adapter_down, adapter_up,
-    hadamard, save_x, dgrad, shared=None, shared_scale=None, joined_down=None, joined_up=None,
+    hadamard, save_x, dgrad, shared=None, shared_scale=None, shared_h=None, joined_down=None, joined_up=None,
 ):  # fmt: skip
     M, rank = x_MK.shape[0], lora_down.shape[0] + (0 if adapter_down is None else adapter_down.shape[0])
     own = _empty_codes(x_MK, M if shared is None else 0)
-    return x_MK.new_empty((M, qweight.shape[0])), rank_rows(x_MK, rank), *own
+    return x_MK.new_empty((M, qweight.shape[0])), rank_rows(x_MK if shared_h is None else x_MK[:0], rank), *own
 
 
 @torch.library.custom_op("loragraft::w4a8_dgrad", mutates_args=())
@@ -150,8 +159,9 @@ def _(dy_MN, up_NR, down_RK, qweight, row_scale, group_words, smooth, hadamard, 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x_MK, *weights, _bias, adapter_down, adapter_up, ctx.hadamard, save_x, ctx.dgrad = inputs[:13]
-    shared, shared_scale, *joined = inputs[13:]
+    shared, shared_scale, shared_h, *joined = inputs[13:]
     _, h_MR, *own = output
+    h_MR = h_MR if shared_h is None else shared_h
     codes_MK, scale_M1 = own if shared is None else (shared, shared_scale)
     ctx.trains = any(ctx.needs_input_grad[8:10])
     kept = (h_MR, *branch.kept_x(x_MK, codes_MK, scale_M1, save_x)) if ctx.trains else (None,) * 4
@@ -174,7 +184,7 @@ def _backward(ctx: Any, dy_MN: Tensor, *_: Tensor | None) -> tuple[Tensor | None
         grad_down, grad_up = branch.adapter_gradients(
             dy_MN, g_MR, h_MR, x_MK, codes_MK, scale_M1, smooth, ctx.hadamard, adapter_down, adapter_up
         )
-    return dx_MK, *(None,) * 7, grad_down, grad_up, *(None,) * 7
+    return dx_MK, *(None,) * 7, grad_down, grad_up, *(None,) * 8
 
 
 _w4a8_linear.register_autograd(_backward, setup_context=_setup_context)
@@ -185,7 +195,7 @@ def w4a8_linear(
     lora_down: Tensor, lora_up: Tensor, bias: Tensor | None, *, hadamard: bool,
     adapter_down: Tensor | None = None, adapter_up: Tensor | None = None,
     save_x: branch.SaveX = "quantized", dgrad: branch.Dgrad = "dequantized", shares_input: bool = False,
-    joined: tuple[Tensor, Tensor] | None = None,
+    joined: branch.Joined | None = None,
 ) -> Tensor:  # fmt: skip
     """x [..., K] -> y [..., N] in x's dtype; gradients for x, adapter_down and adapter_up only.
 
@@ -195,6 +205,7 @@ def w4a8_linear(
     dgrad: dy W with W dequantized to x's dtype, or in INT32 with dy s_n quantized per token ("int8").
     shares_input: other layers read this x too; without smoothing it is quantized once for all of them (`shared_codes`).
     joined: [lora_down; adapter_down] and [lora_up, adapter_up] in x's dtype, for a caller who keeps them (`branch.join`).
+    With its `together`, the D of all layers that read x, and shared codes, h is one product for all of them.
     Raises ValueError for a shape or mode that does not fit.
     """
     adapter_down, adapter_up = branch.trainable_rank(adapter_down), branch.trainable_rank(adapter_up)
@@ -206,9 +217,12 @@ def w4a8_linear(
             f"w4a8_linear: group_words is {group_words.dtype} {tuple(group_words.shape)}, must be int32 {tiles}, "
             f"and row_scale {tuple(row_scale.shape)} must be [{qweight.shape[0]}]"
         )
-    shared = shared_codes(x, hadamard) if shares_input and smooth is None else (None, None)
+    shared: tuple[Tensor | None, ...] = (None, None, None)
+    x_MK = x.reshape(-1, x.shape[-1]).contiguous()
+    if shares_input and smooth is None:
+        shared = (*shared_codes(x, hadamard), None if joined is None else branch.shared_projection(x_MK, joined))
     y_MN, *_ = _w4a8_linear(
-        x.reshape(-1, x.shape[-1]).contiguous(), qweight, row_scale, group_words, smooth, lora_down, lora_up, bias,
-        adapter_down, adapter_up, hadamard, save_x, dgrad, *shared, *(joined or (None, None)),
+        x_MK, qweight, row_scale, group_words, smooth, lora_down, lora_up, bias, adapter_down, adapter_up,
+        hadamard, save_x, dgrad, *shared, *((None, None) if joined is None else (joined.down, joined.up)),
     )  # fmt: skip
     return y_MN.view(*x.shape[:-1], -1)

@@ -16,12 +16,13 @@ layers may have float16 for bf16; the bias of an act_unsigned layer makes up for
 only its columns from `unsigned_from` on are unsigned.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from loragraft.kernels.branch import Joined
 from loragraft.kernels.layout import (
     apply_hadamard,
     pack_int4,
@@ -33,6 +34,7 @@ from loragraft.kernels.layout import (
     unpack_words,
 )
 from loragraft.kernels.w4a4_linear import dequantize_w4a4, w4a4_linear
+from loragraft.kernels.w4a8_group import MOST, w4a8_group
 from loragraft.kernels.w4a8_linear import dequantize_w4a8, w4a8_linear
 from loragraft.kernels.w4a16_linear import dequantize_w4a16, w4a16_linear
 from loragraft.quantization.calibrate import ActivationStats
@@ -91,6 +93,9 @@ class SVDQuantLinear(nn.Module):
         self.dgrad: Literal["dequantized", "int8"] = "dequantized"
         self.shares_input = False
         """Whether other layers read the same x (`share_inputs`)."""
+        self.group: tuple[SVDQuantLinear, ...] = ()
+        self.place = 0
+        """The layers, this one at `place`, that a compiled forward pass computes together (`join_group`)."""
         rank = tensors["lora_down"].shape[0] if "lora_down" in tensors else 0
         expected = buffer_layout(in_features, out_features, numerics, group_size, rank)
         _check_tensors(tensors, expected)
@@ -169,7 +174,7 @@ class SVDQuantLinear(nn.Module):
         x: Tensor,
         adapter_down: Tensor | None = None,
         adapter_up: Tensor | None = None,
-        joined: tuple[Tensor, Tensor] | None = None,
+        joined: Joined | None = None,
     ) -> Tensor:
         """y of the layer plus (x adapter_down^T) adapter_up^T; `adapter_up` [N, r] already carries alpha / r.
 
@@ -177,6 +182,8 @@ class SVDQuantLinear(nn.Module):
 
         Gradients reach x (straight through the rounding), `adapter_down` [r, K] and `adapter_up`; the base has none.
         """
+        if self.group and torch.compiler.is_compiling() and not torch.is_grad_enabled() and adapter_down is None:
+            return self._grouped(x)
         down, up, bias = self.lora_down, self.lora_up, self.bias
         smooth = self.smooth if self.smoothed else None
         if self.numerics == "w4a8":
@@ -195,6 +202,17 @@ class SVDQuantLinear(nn.Module):
         return w4a16_linear(
             x, self.qweight, self.wscale, self.wzero, down, up, bias, adapter_down=adapter_down, adapter_up=adapter_up
         )
+
+    def _grouped(self, x: Tensor) -> Tensor:
+        """This layer's part of the group's op. The others ask for the same op on the same arguments, and a compiled graph of
+        `backbones.compiled` runs equal calls once."""
+        together = self.group
+        ys = w4a8_group(
+            x, [layer.qweight for layer in together], [layer.row_scale for layer in together],
+            [layer.group_words for layer in together], [layer.lora_down for layer in together],
+            [layer.lora_up for layer in together], [layer.bias for layer in together], hadamard=self.hadamard,
+        )  # fmt: skip
+        return ys[self.place]
 
     def dequantized_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W_eff [N, K]: what the layer multiplies with when its input is not rounded, computed in float32 or wider."""
@@ -281,6 +299,21 @@ def share_inputs(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if isinstance(module, SVDQuantLinear):
             module.shares_input = path.rpartition(".")[2] in SHARING
+
+
+def join_group(layers: Sequence[SVDQuantLinear]) -> bool:
+    """Lets layers that read one x be computed together in compiled forward passes; returns whether they can be."""
+    first = layers[0]
+    if len(layers) > MOST or any(
+        layer.numerics != "w4a8"
+        or layer.smoothed
+        or (layer.hadamard, layer.in_features) != (first.hadamard, first.in_features)
+        for layer in layers
+    ):
+        return False
+    for place, layer in enumerate(layers):
+        layer.group, layer.place = tuple(layers), place
+    return True
 
 
 def buffer_layout(

@@ -21,6 +21,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from loragraft.backbones.compiled import uncompiled
 from loragraft.backbones.flow import flow_loss
 from loragraft.backbones.spec import Backbone
 from loragraft.data.dataset import LatentCache, LatentDataset
@@ -32,7 +33,7 @@ from loragraft.train.optim import build_optimizer, state_bytes
 from loragraft.train.previews import Previews
 from loragraft.train.run_folder import RunFolder
 from loragraft.train.sharding import average_gradients, shard_base, shard_digest, shards_base
-from loragraft.train.step import EagerStep, GraphStep, Loss, captures, choose_step, uncompiled
+from loragraft.train.step import EagerStep, GraphStep, Loss, captures, choose_step
 from loragraft.train.tracking import Tracking
 
 VALIDATION_SAMPLES = 64

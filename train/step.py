@@ -7,9 +7,7 @@ Gradients are added to `.grad` either way.
 """
 
 import contextlib
-import logging
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from threading import Thread
@@ -19,18 +17,15 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from loragraft.adapters.joined import JoinedFactors
-from loragraft.quantization.linear import SVDQuantLinear
+from loragraft.backbones.compiled import MOST_KINDS, compile_blocks
 from loragraft.recipes.schema import TrainConfig
 from loragraft.train.sharding import shards_base
 from loragraft.train.warm import token_counts, warm_layers
 
-_log = logging.getLogger(__name__)
 Loss = Callable[[dict[str, Tensor]], Tensor]
 """Named tensors of a micro-batch -> the scalar to differentiate."""
 Prepare = Callable[[dict[str, Tensor]], Thread]
 """Starts what can be made ready beside the first run."""
-MOST_KINDS = 8
-"""Kinds of block that are compiled; a model with more of them runs uncompiled."""
 
 
 class EagerStep:
@@ -203,41 +198,3 @@ def prepare_layers(transformer: nn.Module, tensors: dict[str, Tensor]) -> Thread
 def _large(model: nn.Module) -> bool:
     """From about 0.5 GB on, compiling for a minute pays."""
     return sum(t.nbytes for t in (*model.parameters(), *model.buffers())) > 5e8
-
-
-@contextlib.contextmanager
-def uncompiled() -> Iterator[None]:
-    """Compiled blocks run as they were written: what runs seldom, or without gradients, is not compiled anew."""
-    with torch.compiler.set_stance("force_eager"):
-        yield
-
-
-def compile_blocks(transformer: nn.Module, shapes: int = 1) -> int:
-    """Compiles the transformer's repeated blocks in place (diffusers' regional compilation); returns how many.
-
-    Blocks of one class share compiled code as long as their quantized layers are set up alike and see one of the `shapes`. With
-    more than `MOST_KINDS` kinds nothing is compiled, a warning says so, and the result is 0: compiling would take minutes.
-    """
-    names = getattr(transformer, "_repeated_blocks", None) or []
-    blocks = [module for module in transformer.modules() if type(module).__name__ in names]
-    kinds = Counter(_kind(block) for block in blocks)
-    if not blocks or len(kinds) > MOST_KINDS:
-        _log.warning(
-            "the %d blocks run uncompiled: they are of %d kinds (rotated, smoothed, ...), and %d is the limit",
-            len(blocks), len(kinds), MOST_KINDS,
-        )  # fmt: skip
-        return 0
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(kinds) * shapes)
-    for block in blocks:
-        block.compile(fullgraph=True, dynamic=False)
-    return len(blocks)
-
-
-def _kind(block: nn.Module) -> tuple[object, ...]:
-    """What compiled code depends on: the class, and per INT4 layer its arithmetic."""
-    layers = [
-        (path, m.numerics, m.group_size, m.rank, m.hadamard, m.smoothed, m.act_unsigned, m.bias is None)
-        for path, m in block.named_modules()
-        if isinstance(m, SVDQuantLinear)
-    ]
-    return (type(block).__name__, *layers)

@@ -1,0 +1,118 @@
+"""A transformer whose repeated blocks are compiled, and whose forward pass is replayed from a CUDA graph.
+
+Inductor fuses norms, modulation, RoPE and GELU; INT4 layers stay the custom ops that they are. Layers that read one x ask for the
+same quantization, or the same op of a whole group, each for itself: `EqualCalls` makes one call of equal ones. (Of graphs with
+gradients AOT autograd does so itself, of those without it does not.)
+"""
+
+import contextlib
+import logging
+import operator
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch.utils import _pytree as pytree
+
+from loragraft.quantization.linear import SVDQuantLinear, join_group
+
+MOST_KINDS = 8
+"""Kinds of block that are compiled; a model with more of them runs uncompiled."""
+SAME_INPUT = {
+    "FluxTransformerBlock": (
+        ("attn.to_q", "attn.to_k", "attn.to_v"),
+        ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    ),
+    "FluxSingleTransformerBlock": (("proj_mlp", "attn.to_q", "attn.to_k", "attn.to_v"),),
+}
+"""Per class of block, layers that read one x; the largest first, as the others then fill what it leaves of the GPU."""
+_log = logging.getLogger(__name__)
+
+
+class EqualCalls(CustomGraphPass):
+    """Common subexpressions: of equal calls of pure operators in a graph without gradients the first is kept."""
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        if any(node.op == "placeholder" and node.name.startswith("tangents") for node in graph.nodes):
+            return  # forward and backward pass in one: what is saved is the partitioner's to choose
+        first: dict[tuple[object, ...], torch.fx.Node] = {}
+        for node in list(graph.nodes):
+            if node.op != "call_function" or not _pure(node.target):
+                continue
+            leaves, structure = pytree.tree_flatten((node.args, node.kwargs))
+            key = (node.target, structure, *((type(leaf), leaf) for leaf in leaves))
+            kept = first.setdefault(key, node)
+            if kept is not node:
+                node.replace_all_uses_with(kept)
+                graph.erase_node(node)
+
+    def uuid(self) -> Any:
+        """Names this file's contents to the compiler's cache."""
+        return get_hash_for_files((__file__,))
+
+
+def _pure(target: Any) -> bool:
+    if target is operator.getitem:
+        return True
+    return (
+        isinstance(target, torch._ops.OpOverload)
+        and not target._schema.is_mutable
+        and torch.Tag.nondeterministic_seeded not in target.tags
+        and target.namespace in ("aten", "prims", "loragraft")
+    )
+
+
+def compile_blocks(transformer: nn.Module, shapes: int = 1) -> int:
+    """Compiles the transformer's repeated blocks in place (diffusers' regional compilation); returns how many.
+
+    Blocks of one class share compiled code as long as their quantized layers are set up alike and see one of the `shapes`. With
+    more than `MOST_KINDS` kinds nothing is compiled, a warning says so, and the result is 0: compiling would take minutes.
+    """
+    names = getattr(transformer, "_repeated_blocks", None) or []
+    blocks = [module for module in transformer.modules() if type(module).__name__ in names]
+    kinds = Counter(_kind(block) for block in blocks)
+    if not blocks or len(kinds) > MOST_KINDS:
+        _log.warning(
+            "the %d blocks run uncompiled: they are of %d kinds (rotated, smoothed, ...), and %d is the limit",
+            len(blocks), len(kinds), MOST_KINDS,
+        )  # fmt: skip
+        return 0
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(kinds) * shapes)
+    for block in blocks:
+        group_layers(block)
+        block.compile(fullgraph=True, dynamic=False, options={"joint_custom_pre_pass": EqualCalls()})
+    return len(blocks)
+
+
+def group_layers(block: nn.Module) -> None:
+    """Joins the layers of a block that read one x (`SAME_INPUT`), where their arithmetic lets them."""
+    modules = dict(block.named_modules())
+    for paths in SAME_INPUT.get(type(block).__name__, ()):
+        layers = [
+            module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+            for module in map(modules.get, paths)
+        ]
+        found = [layer for layer in layers if isinstance(layer, SVDQuantLinear)]
+        if len(found) == len(paths):
+            join_group(found)
+
+
+def _kind(block: nn.Module) -> tuple[object, ...]:
+    """What compiled code depends on: the class, and per INT4 layer its arithmetic."""
+    layers = [
+        (path, m.numerics, m.group_size, m.rank, m.hadamard, m.smoothed, m.act_unsigned, m.bias is None)
+        for path, m in block.named_modules()
+        if isinstance(m, SVDQuantLinear)
+    ]
+    return (type(block).__name__, *layers)
+
+
+@contextlib.contextmanager
+def uncompiled() -> Iterator[None]:
+    """Compiled blocks run as they were written: what runs seldom, or without gradients, is not compiled anew."""
+    with torch.compiler.set_stance("force_eager"):
+        yield

@@ -1,0 +1,91 @@
+"""Compiled forward passes: equal calls become one, and layers that read one x are computed together, to the same result."""
+
+from functools import partial
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from loragraft.backbones.architectures import FLUX
+from loragraft.backbones.compiled import EqualCalls, compile_blocks, group_layers
+from loragraft.backbones.flow import predict_velocity
+from loragraft.backbones.skeleton import meta_transformer, plan_architecture, randomize
+from loragraft.kernels.w4a8_group import MOST
+from loragraft.quantization.linear import SVDQuantLinear, join_group
+from loragraft.quantization.settings import QuantSettings
+
+TINY = {
+    "in_channels": 16, "num_layers": 1, "num_single_layers": 2, "attention_head_dim": 32, "num_attention_heads": 4,
+    "joint_attention_dim": 64, "pooled_projection_dim": 32, "guidance_embeds": False, "axes_dims_rope": [8, 12, 12],
+}  # fmt: skip
+
+
+def tiny_flux(device: torch.device, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    settings = QuantSettings(numerics="w4a8", rank=8, smoothing="hadamard")
+    model = meta_transformer(FluxTransformer2DModel, TINY, partial(plan_architecture, FLUX, settings))
+    return randomize(model, device, dtype).eval().requires_grad_(False)
+
+
+def velocity_of(model: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"latents": (1, 4, 8, 8), "prompt_embeds": (1, 5, 64), "pooled_prompt_embeds": (1, 32)}
+    made = {name: torch.randn(shape, generator=generator).to(device, dtype) for name, shape in shapes.items()}
+    latents = made.pop("latents")
+    return predict_velocity(model, latents, torch.tensor([0.5], device=device), made)
+
+
+def test_of_equal_calls_the_first_is_kept():
+    def several(x):
+        return [x.sin().cos(), x.sin() + 1, x.sin().cos(), torch.rand_like(x), torch.rand_like(x)]
+
+    traced = make_fx(several)(torch.ones(3))
+    EqualCalls()(traced.graph)
+    traced.recompile()
+    called = [node.target for node in traced.graph.nodes if node.op == "call_function"]
+    assert called.count(torch.ops.aten.sin.default) == 1
+    assert called.count(torch.ops.aten.cos.default) == 1
+    assert called.count(torch.ops.aten.rand_like.default) == 2
+    made = traced(torch.ones(3))
+    assert made[0] is made[2]
+    assert torch.equal(made[1], torch.ones(3).sin() + 1)
+
+
+def test_a_graph_with_gradients_is_left_alone():
+    graph = torch.fx.Graph()
+    x, _ = graph.placeholder("primals_1"), graph.placeholder("tangents_1")
+    sines = [graph.call_function(torch.ops.aten.sin.default, (x,)) for _ in range(2)]
+    graph.output(sines)
+    EqualCalls()(graph)
+    assert len([node for node in graph.nodes if node.op == "call_function"]) == 2
+
+
+def test_the_layers_of_a_block_that_read_one_x_are_joined():
+    block = tiny_flux(torch.device("cpu")).single_transformer_blocks[0]
+    group_layers(block)
+    layers = block.attn.to_k.group
+    assert [layer.place for layer in layers] == [0, 1, 2, 3]
+    assert layers == (block.proj_mlp, block.attn.to_q, block.attn.to_k, block.attn.to_v)
+    assert block.proj_out.group == ()
+
+
+def test_layers_that_differ_are_not_joined():
+    block = tiny_flux(torch.device("cpu")).transformer_blocks[0]
+    q, k = block.attn.to_q, block.attn.to_k
+    assert join_group([q, k])
+    assert not join_group([q, block.ff.net[2]])
+    assert not join_group([q] * (MOST + 1))
+    other = SVDQuantLinear.empty(128, 64, "w4a8", rank=8, bias=True)
+    assert not join_group([q, other])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_compiled_model_computes_what_it_did_before():
+    device = torch.device("cuda")
+    model = tiny_flux(device, torch.bfloat16)
+    with torch.no_grad():
+        before = velocity_of(model, device, torch.bfloat16)
+        assert compile_blocks(model) == 3
+        after = velocity_of(model, device, torch.bfloat16)
+    assert (after.float() - before.float()).norm() < 0.02 * before.float().norm()
