@@ -158,8 +158,7 @@ class OptimConfig:
     """AdamW (Loshchilov and Hutter, 2019) and its learning-rate schedule."""
 
     name: Literal["adamw", "adamw8bit"] = "adamw"
-    """`adamw` keeps its two moments in float32, `adamw8bit` in 8 bits (a quarter of the memory, many launches; needs the
-    extra `adamw8bit`)."""
+    """`adamw` keeps its two moments in float32, `adamw8bit` in 8 bits: 2 bytes a parameter instead of 8, steps off by some 6 %."""
     learning_rate: float = 1e-3
     """Peak learning rate; greater than 0, at most 1."""
     betas: tuple[float, float] = (0.9, 0.99)

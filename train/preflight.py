@@ -33,10 +33,11 @@ from loragraft.backbones.sampler import drawn_together
 from loragraft.backbones.skeleton import meta_transformer, plan_architecture
 from loragraft.backbones.spec import BaseSpec
 from loragraft.quantization.linear import SVDQuantLinear
-from loragraft.recipes.schema import OptimConfig, Recipe
+from loragraft.recipes.schema import Recipe
 from loragraft.train import memory
 from loragraft.train.dry_run import DryRun, dry_infer, dry_train
 from loragraft.train.op_cost import OpCost
+from loragraft.train.optim import choose_optimizer
 from loragraft.train.previews import DEFAULT_PROMPTS
 from loragraft.train.text_stage import text_stage
 
@@ -210,7 +211,7 @@ def train_run(recipe: Recipe, subject: Subject, resolution: int, *, captured: bo
     run = dry_train(
         model,
         loss,
-        partial(planned_optimizer, recipe.optim),
+        partial(choose_optimizer, config=recipe.optim, fused=True),
         accumulation=config.accumulation,
         max_grad_norm=config.max_grad_norm,
         captured=captured,
@@ -240,29 +241,6 @@ def sample_runs(recipe: Recipe, subject: Subject, edge: int) -> tuple[DryRun, Dr
 
 def _encode_one(vae: nn.Module, edge: int) -> Any:
     return vae.encode(torch.empty(1, 3, edge, edge, dtype=DTYPE))  # type: ignore[operator]
-
-
-class Planned8Bit(torch.optim.Optimizer):
-    """The memory of bitsandbytes' AdamW8bit: two moments of a byte a value and 4 bytes per 256; small factors in float32."""
-
-    def __init__(self, parameters: Sequence[nn.Parameter], **settings: Any) -> None:
-        super().__init__(parameters, {})
-
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Makes the states, once."""
-        for parameter in self.param_groups[0]["params"]:
-            if parameter not in self.state:
-                small = parameter.numel() < 4096
-                dtype, blocks = (torch.float32, 0) if small else (torch.uint8, -(-parameter.numel() // 256))
-                moments = [torch.empty_like(parameter, dtype=dtype) for _ in range(2)]
-                self.state[parameter] = {"moments": moments, "scales": [torch.empty(blocks) for _ in range(2)]}
-
-
-def planned_optimizer(config: OptimConfig, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-    """What `optim.build_optimizer` makes on a GPU, for fake parameters."""
-    if config.name == "adamw8bit":
-        return Planned8Bit(parameters)
-    return torch.optim.AdamW(parameters, lr=config.learning_rate, fused=True)
 
 
 @contextmanager
