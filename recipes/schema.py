@@ -134,10 +134,10 @@ class TrainConfig:
                 "how many blocks `selective` applies to, and nothing else reads it",
                 "train.checkpoint_blocks",
             )
-        if self.offload_activations and self.checkpointing == "none":
+        if self.offload_activations and self.checkpointing not in ("block", "selective"):
             raise RecipeError(
-                "train.offload_activations moves the inputs of checkpointed blocks, and train.checkpointing is none: set it to "
-                "block or selective",
+                "train.offload_activations moves the inputs of checkpointed blocks, and train.checkpointing is "
+                f"{self.checkpointing}: set it to block or selective",
                 "train.offload_activations",
             )
         _check_range("train.checkpoint_every", self.checkpoint_every, 0)
