@@ -17,17 +17,29 @@ class JoinedFactors:
     """The joined factors of every W4A8 layer of `transformer` that carries one active adapter."""
 
     def __init__(self, transformer: nn.Module, dtype: torch.dtype) -> None:
+        self._transformer, self._dtype = transformer, dtype
         self._layers: list[tuple[SVDQuantLoraLinear, SVDQuantLinear]] = []
         self._copies: list[tuple[Tensor, Tensor]] = []
         self._together: dict[SVDQuantLinear, tuple[Tensor, int]] = {}
         self._scaled: list[tuple[Tensor, Tensor, float]] = []
-        for layer in transformer.modules():
+        self.join()
+
+    def join(self) -> None:
+        """Joins what is apart: nothing, unless `separate` came before."""
+        if self._layers:
+            return
+        for layer in self._transformer.modules():
             if isinstance(layer, SVDQuantLoraLinear) and len(layer.active_adapters) == 1:
                 base = layer.get_base_layer()
                 assert isinstance(base, SVDQuantLinear)
-                if base.numerics == "w4a8" and base.lora_down.dtype == dtype:
+                if base.numerics == "w4a8" and base.lora_down.dtype == self._dtype:
                     self._join(layer, base)
         self.refresh()
+
+    @property
+    def nbytes(self) -> int:
+        """What joining takes beside the base's own factors: A and B in the compute dtype."""
+        return sum(copy.nbytes for copy, _ in self._copies) + sum(copy.nbytes for copy, _, _ in self._scaled)
 
     def _join(self, layer: SVDQuantLoraLinear, base: SVDQuantLinear) -> None:
         name = layer.active_adapters[0]
@@ -68,7 +80,9 @@ class JoinedFactors:
 
     def separate(self) -> None:
         """Takes the joined factors off again; the base's own are as they were."""
+        self._copies, self._scaled = [], []  # views, which would keep every layer's memory until the last is apart
+        self._together = {}
         for layer, base in self._layers:
             layer.joined_down = layer.joined_up = layer.joined_together = None
             base.lora_down, base.lora_up = base.lora_down.clone(), base.lora_up.contiguous()
-        self._layers, self._copies, self._scaled, self._together = [], [], [], {}
+        self._layers = []

@@ -16,6 +16,7 @@ from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 from loragraft.kernels import (
     act_quant,
+    adamw8bit,
     gemm,
     hopper_gemm,
     hopper_quant,
@@ -127,6 +128,26 @@ def _transients() -> list[Build]:
     ]
 
 
+def _optimizer() -> list[Build]:
+    tables = {"p_factors": "*i64", "p_work": "*i32", "p_codes": "*u8", "p_scales": "*fp32", "blocks": "i32"}
+    numbers = dict.fromkeys(("keep", "rate", "beta1", "rest1", "beta2", "rest2", "root", "eps"), "fp32")
+    (e_m, m_m), (e_r, m_r) = adamw8bit.SIGNED, adamw8bit.UNSIGNED
+    sizes = {"BLOCKS": adamw8bit.BLOCKS, "BLOCK": adamw8bit.BLOCK, "E_M": e_m, "M_M": m_m, "E_R": e_r, "M_R": m_r}
+    options = {"enable_fp_fusion": False}
+    return [
+        Build(
+            adamw8bit.adamw8bit_kernel,
+            sizes,
+            {**tables, **numbers},
+            least=least,
+            most=most,
+            options=options,
+            quick=True,
+        )
+        for least, most in ((80, 999), (75, 79))
+    ]
+
+
 def _descriptor(dtype: str, shape: list[int], swizzle: int) -> str:
     """Type of a host descriptor in a signature."""
     return f"tensordesc<{dtype}{shape},{gl.NVMMASharedLayout(swizzle, 8 if dtype == 'i8' else 16)!r}>"
@@ -205,4 +226,4 @@ def _w4a16() -> list[Build]:
     return builds
 
 
-TABLE: tuple[Build, ...] = (*_quantizers(), *_products(), *_transients(), *_w4a16(), *_hopper())
+TABLE: tuple[Build, ...] = (*_quantizers(), *_products(), *_transients(), *_optimizer(), *_w4a16(), *_hopper())

@@ -134,10 +134,10 @@ class TrainConfig:
                 "how many blocks `selective` applies to, and nothing else reads it",
                 "train.checkpoint_blocks",
             )
-        if self.offload_activations and self.checkpointing == "none":
+        if self.offload_activations and self.checkpointing not in ("block", "selective"):
             raise RecipeError(
-                "train.offload_activations moves the inputs of checkpointed blocks, and train.checkpointing is none: set it to "
-                "block or selective",
+                "train.offload_activations moves the inputs of checkpointed blocks, and train.checkpointing is "
+                f"{self.checkpointing}: set it to block or selective",
                 "train.offload_activations",
             )
         _check_range("train.checkpoint_every", self.checkpoint_every, 0)
@@ -158,8 +158,7 @@ class OptimConfig:
     """AdamW (Loshchilov and Hutter, 2019) and its learning-rate schedule."""
 
     name: Literal["adamw", "adamw8bit"] = "adamw"
-    """`adamw` keeps its two moments in float32, `adamw8bit` in 8 bits (a quarter of the memory, many launches; needs the
-    extra `adamw8bit`)."""
+    """`adamw` keeps its two moments in float32, `adamw8bit` in 8 bits: 2 bytes a parameter instead of 8, steps off by some 6 %."""
     learning_rate: float = 1e-3
     """Peak learning rate; greater than 0, at most 1."""
     betas: tuple[float, float] = (0.9, 0.99)

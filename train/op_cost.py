@@ -174,6 +174,12 @@ def _attention_backward(args: tuple[Any, ...], results: Sequence[Tensor]) -> lis
     return [Part(unit, sdpa_backward_flop_count(*shapes), _bytes(args) + _bytes(results))]
 
 
+def _adamw8bit(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[Part]:
+    """Factors, codes and scales are read and written, gradients read."""
+    parameters, gradients, codes, scales = args[:4]
+    return [Part("memory", 0, 2 * _bytes([parameters, codes, scales]) + _bytes(gradients))]
+
+
 def _elementwise(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[Part]:
     return [Part("memory", 0, _bytes(args) + _bytes(results))]
 
@@ -189,6 +195,7 @@ _COSTS: dict[str, Callable[[tuple[Any, ...], Sequence[Tensor]], list[Part]]] = {
     "attention": _attention,
     "attention_backward": _attention_backward,
     "row_product": _row_product,
+    "adamw8bit": _adamw8bit,
     "dry_rms_norm": _elementwise,
     "dry_rms_norm_backward": _elementwise,
 }

@@ -33,11 +33,13 @@ from loragraft.backbones.sampler import drawn_together
 from loragraft.backbones.skeleton import meta_transformer, plan_architecture
 from loragraft.backbones.spec import BaseSpec
 from loragraft.quantization.linear import SVDQuantLinear
-from loragraft.recipes.schema import OptimConfig, Recipe
+from loragraft.recipes.schema import Recipe
 from loragraft.train import memory
 from loragraft.train.dry_run import DryRun, dry_infer, dry_train
 from loragraft.train.op_cost import OpCost
+from loragraft.train.optim import choose_optimizer
 from loragraft.train.previews import DEFAULT_PROMPTS
+from loragraft.train.step import fills_card
 from loragraft.train.text_stage import text_stage
 
 GIB = 2**30
@@ -165,11 +167,11 @@ def preflight(recipe: Recipe, cache_root: Path, subject: Subject | None = None, 
     subject = open_subject(recipe, cache_root) if subject is None else subject
     resolution = max(recipe.data.edges(subject.spec.resolution))
     captured = recipe.train.cuda_graph != "never" and processes == 1
-    train, parameters = train_run(recipe, subject, resolution, captured=captured)
+    train, parameters, rests = train_run(recipe, subject, resolution, captured=captured)
     sample, decode, count = sample_runs(recipe, subject, resolution)
     encode = dry_infer(subject.vae, partial(_encode_one, subject.vae, resolution))
     adapter = train.at_peak["adapter"]
-    resting = train.static + train.library
+    resting = train.static + train.library + rests
     scaled = (sample.peak - sample.static - sample.library) * recipe.train.batch_size // count
     stages = (
         Stage("encode captions", text_stage(subject.spec, subject.encoders)),
@@ -184,8 +186,8 @@ def preflight(recipe: Recipe, cache_root: Path, subject: Subject | None = None, 
     return Preflight(stages, train, sample, decode, count, passes, parameters, resolution, captured)
 
 
-def train_run(recipe: Recipe, subject: Subject, resolution: int, *, captured: bool = False) -> tuple[DryRun, int]:
-    """(the training step, how many parameters it trains)."""
+def train_run(recipe: Recipe, subject: Subject, resolution: int, *, captured: bool = False) -> tuple[DryRun, int, int]:
+    """(the training step, how many parameters it trains, bytes between steps beside `static`: what `GraphStep.pause` leaves)."""
     config = recipe.train
     model = subject.transformer()
     nn.Module.to(model, dtype=DTYPE)
@@ -195,8 +197,10 @@ def train_run(recipe: Recipe, subject: Subject, resolution: int, *, captured: bo
     with mock.patch.object(attention, "check_backend"):  # it asks for a GPU
         attention.set_attention(model, config.attention)
     parameters = inject_adapter(model, recipe.adapter, subject.spec.lora_targets)
-    if captured:
-        JoinedFactors(model, DTYPE)  # as `step.graph_step` does; it leaves them on the layers
+    rests = 0
+    if captured:  # as `step.graph_step` does; the joined factors stay on the layers
+        joined = JoinedFactors(model, DTYPE).nbytes
+        rests = -joined if fills_card(model) else sum(parameter.nbytes for parameter in parameters)
     with _dry_offload():
         memory.set_checkpointing(
             model, config.checkpointing, config.checkpoint_blocks, offload=config.offload_activations
@@ -210,12 +214,12 @@ def train_run(recipe: Recipe, subject: Subject, resolution: int, *, captured: bo
     run = dry_train(
         model,
         loss,
-        partial(planned_optimizer, recipe.optim),
+        partial(choose_optimizer, config=recipe.optim, fused=True),
         accumulation=config.accumulation,
         max_grad_norm=config.max_grad_norm,
         captured=captured,
     )
-    return run, sum(parameter.numel() for parameter in parameters)
+    return run, sum(parameter.numel() for parameter in parameters), rests
 
 
 def sample_runs(recipe: Recipe, subject: Subject, edge: int) -> tuple[DryRun, DryRun, int]:
@@ -242,29 +246,6 @@ def _encode_one(vae: nn.Module, edge: int) -> Any:
     return vae.encode(torch.empty(1, 3, edge, edge, dtype=DTYPE))  # type: ignore[operator]
 
 
-class Planned8Bit(torch.optim.Optimizer):
-    """The memory of bitsandbytes' AdamW8bit: two moments of a byte a value and 4 bytes per 256; small factors in float32."""
-
-    def __init__(self, parameters: Sequence[nn.Parameter], **settings: Any) -> None:
-        super().__init__(parameters, {})
-
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Makes the states, once."""
-        for parameter in self.param_groups[0]["params"]:
-            if parameter not in self.state:
-                small = parameter.numel() < 4096
-                dtype, blocks = (torch.float32, 0) if small else (torch.uint8, -(-parameter.numel() // 256))
-                moments = [torch.empty_like(parameter, dtype=dtype) for _ in range(2)]
-                self.state[parameter] = {"moments": moments, "scales": [torch.empty(blocks) for _ in range(2)]}
-
-
-def planned_optimizer(config: OptimConfig, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-    """What `optim.build_optimizer` makes on a GPU, for fake parameters."""
-    if config.name == "adamw8bit":
-        return Planned8Bit(parameters)
-    return torch.optim.AdamW(parameters, lr=config.learning_rate, fused=True)
-
-
 @contextmanager
 def _dry_offload() -> Iterator[None]:
     """Inputs of checkpointed blocks that go to the host are gone from the device: a dry run has one device only."""
@@ -276,7 +257,7 @@ def _dry_offload() -> Iterator[None]:
         return packed if isinstance(packed, Tensor) else torch.empty(packed[0], dtype=packed[1])
 
     with (
-        mock.patch.object(memory, "offloaded_inputs", partial(saved_tensors_hooks, pack, unpack)),
+        mock.patch.object(memory, "offloaded_inputs", lambda _: saved_tensors_hooks(pack, unpack)),  # noqa: PT008
         mock.patch.object(memory, "_check_offload"),
     ):
         yield

@@ -94,11 +94,15 @@ class GraphStep:
         return captured.loss.clone()  # the pool's memory belongs to whichever graph runs next
 
     def pause(self) -> None:
-        """Frees the graphs' memory, for validation or images on a card that this model fills; the next step captures anew
-        (some seconds, nothing is compiled again)."""
+        """Between steps, where gradients are zero: frees the memory of graphs, gradients and joined factors, for validation or
+        images on a card that this model fills; the next step captures anew (some seconds, nothing is compiled again)."""
         if self.fills and self._captured:
             torch.cuda.synchronize()
             self._captured.clear()
+            for parameter in self.parameters:
+                parameter.grad = None
+            if self.joined is not None:
+                self.joined.separate()
             torch.cuda.empty_cache()
             self._pool = torch.cuda.graph_pool_handle()
 
@@ -116,6 +120,8 @@ class GraphStep:
         return loss.detach()
 
     def _capture(self, tensors: dict[str, Tensor]) -> _Captured:
+        if self.joined is not None:
+            self.joined.join()
         beside, self.prepare = self.prepare(tensors) if self.prepare is not None else None, None
         inputs = {name: value.clone() for name, value in tensors.items()}
         # What earlier micro-batches left waits in host memory; most captures find nothing.
@@ -155,7 +161,7 @@ def choose_step(
     shapes: how many shapes of latents there will be; each is compiled and captured once.
     """
     cuda = accelerator.device.type == "cuda"
-    if config.compile == "always" or (config.compile == "auto" and cuda and _large(model)):
+    if config.compile == "always" or (config.compile == "auto" and cuda and fills_card(model)):
         compiled = compile_blocks(accelerator.unwrap_model(model), shapes)
         if config.compile == "always" and not compiled:
             raise ValueError(
@@ -175,7 +181,6 @@ def captures(config: TrainConfig, accelerator: Accelerator) -> bool:
     obstacles = {
         "needs a CUDA GPU": accelerator.device.type != "cuda",
         "cannot capture the gathering of a divided base (--use_fsdp)": shards_base(),
-        "cannot allocate the host's memory (train.offload_activations)": config.offload_activations,
     }
     found = [what for what, there in obstacles.items() if there]
     if config.cuda_graph == "always" and found:
@@ -187,7 +192,7 @@ def graph_step(transformer: nn.Module, loss: Loss, parameters: Sequence[nn.Param
     """A captured step of `transformer`, its factors joined and its kernels compiled beside the blocks."""
     dtype = next(p for p in transformer.parameters() if not p.requires_grad).dtype
     joined, prepare = JoinedFactors(transformer, dtype), partial(prepare_layers, transformer)
-    return GraphStep(loss, parameters, joined, prepare, fills=_large(transformer))
+    return GraphStep(loss, parameters, joined, prepare, fills=fills_card(transformer))
 
 
 def prepare_layers(transformer: nn.Module, tensors: dict[str, Tensor]) -> Thread:
@@ -195,6 +200,6 @@ def prepare_layers(transformer: nn.Module, tensors: dict[str, Tensor]) -> Thread
     return warm_layers(transformer, token_counts(tensors), tensors["latents"].dtype)
 
 
-def _large(model: nn.Module) -> bool:
+def fills_card(model: nn.Module) -> bool:
     """From about 0.5 GB on, compiling for a minute pays."""
     return sum(t.nbytes for t in (*model.parameters(), *model.buffers())) > 5e8

@@ -52,6 +52,17 @@ def test_joined_factors_change_nothing(alpha: float) -> None:
         fresh = made.first(torch.ones(1, 128))  # type: ignore[operator]
     joined.refresh()
     assert torch.equal(made.first(torch.ones(1, 128)).detach(), fresh)  # type: ignore[operator]
+    taken = sum(layer.joined_down[8:].nbytes + layer.joined_up[:, 8:].nbytes for layer in (made.first, made.second))  # type: ignore[index, union-attr, operator]
+    assert joined.nbytes == taken == 4 * 4 * (128 + 96 + 96 + 64)
+    joined.separate()
+    assert joined.nbytes == 0
+    assert made.first.joined_down is None
+    doubled = outputs(made, parameters)
+    joined.join()
+    joined.join()
+    for one, other in zip(outputs(made, parameters), doubled, strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(made.first.joined_down[8:], parameters[0])  # type: ignore[index]
     joined.separate()
     remove_adapter(made)
     after = made.state_dict()

@@ -10,7 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from loragraft.kernels.layout import relative_rms
 from loragraft.recipes.load import RecipeError, load_recipe
-from loragraft.train.memory import block_paths, offloaded_inputs, set_checkpointing
+from loragraft.train.memory import HostBuffers, block_paths, offloaded_inputs, set_checkpointing
 
 BLOCKS = ["transformer_blocks.0", "transformer_blocks.1", "single_transformer_blocks.0", "single_transformer_blocks.1"]
 
@@ -128,8 +128,8 @@ def test_only_the_inputs_of_blocks_are_moved(tiny_flux: Any, loss_of: Any, monke
     model, parameters = tiny_flux()
     plain, moved = step(model, parameters, loss_of), []
 
-    def counted() -> saved_tensors_hooks:
-        hooks = offloaded_inputs()
+    def counted(buffers: HostBuffers) -> saved_tensors_hooks:
+        hooks = offloaded_inputs(buffers)
 
         def pack(tensor: torch.Tensor) -> Any:
             packed = hooks.pack_hook(tensor)
@@ -145,6 +145,28 @@ def test_only_the_inputs_of_blocks_are_moved(tiny_flux: Any, loss_of: Any, monke
     for one, two in zip(plain, step(model, parameters, loss_of), strict=True):
         assert torch.equal(one, two)
     assert sorted(moved) == sorted([(2, 16, 128), (2, 5, 128)] * 4)
+
+
+def test_host_buffers_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second run of the same step allocates none, as a captured one must not."""
+    buffers, made, empty = HostBuffers(), [], torch.empty
+
+    def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        made.append(args)
+        return empty(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "empty", counted)
+    first = torch.arange(24.0).view(2, 3, 4)
+    for _ in range(2):
+        kept = [buffers.store(first + i) for i in range(3)]
+        assert len(made) == 3
+        assert [float(stored.load()[0, 0, 0]) for stored in kept] == [0, 1, 2]
+        loaded = kept[1].load()
+        del kept
+        buffers.store(first + 9)
+        assert float(loaded[0, 0, 0]) == 1, "what was loaded is no view of the buffer"
+    buffers.store(first.bfloat16())
+    assert len(made) == 4
 
 
 def test_what_cannot_be_done_is_refused(tiny_flux: Any) -> None:
@@ -163,8 +185,11 @@ def test_what_cannot_be_done_is_refused(tiny_flux: Any) -> None:
     ):
         with pytest.raises(RecipeError, match=r"train\.checkpoint_blocks is \d with train\.checkpointing="):
             load_recipe("marketing", wrong)
-    with pytest.raises(RecipeError, match=r"train\.offload_activations"):
-        load_recipe("marketing", ["train.offload_activations=true"])
+    for policy in ("none", "gelu", "cheap"):
+        with pytest.raises(
+            RecipeError, match=rf"train\.offload_activations .* is {policy}: set it to block or selective"
+        ):
+            load_recipe("marketing", ["train.offload_activations=true", f"train.checkpointing={policy}"])
 
 
 @pytest.mark.gpu
