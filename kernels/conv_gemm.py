@@ -10,6 +10,7 @@ C / 64 tensor core steps each. Pixels outside of the image are loads that are ma
 import json
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -23,11 +24,11 @@ from loragraft.kernels.taps import Window
 
 CONFIGS: dict[str, dict[str, int]] = {
     "small": {"BM": 64, "BN": 64, "BK": 64, "num_warps": 4, "num_stages": 4},
+    "narrow": {"BM": 64, "BN": 128, "BK": 64, "num_warps": 4, "num_stages": 4},
     "portable": {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 4},
     "deep": {"BM": 128, "BN": 128, "BK": 128, "num_warps": 8, "num_stages": 4},
-    "wide": {"BM": 128, "BN": 256, "BK": 64, "num_warps": 8, "num_stages": 4},
 }
-"""What `conv_gemm` can be told to use; "portable" and "small" fit into the 99 KB of sm_86, sm_89 and sm_120."""
+"""What `conv_gemm` can be told to use; all but "deep" fit into the 99 KB of sm_86, sm_89 and sm_120."""
 
 
 @triton.jit
@@ -75,16 +76,13 @@ def conv_gemm_kernel(
 
 def conv_gemm(
     x_MC: Tensor, a_M1: Tensor, weight: Tensor, s_N: Tensor, h_PR: Tensor, up_NR: Tensor, bias: Tensor | None,
-    window: Window, columns: int, config: str | None = None,
+    window: Window, columns: int, config: str,
 ) -> Tensor:  # fmt: skip
     """y [P, N] in h's dtype; x int8 [M, >= Ct], weight int8 [N, Kp] with `columns` = Ct of each tap, h [P, R], up [N, R].
 
-    config: a name of `CONFIGS`; None takes `conv_config`'s. Raises ValueError for an unknown one.
+    config: a name of `CONFIGS`.
     """
-    N, R = up_NR.shape
-    tiles = CONFIGS.get(config or conv_config(x_MC.device, window, N, columns))
-    if tiles is None:
-        raise ValueError(f"conv_gemm: config {config!r}; expected one of {', '.join(CONFIGS)}")
+    (N, R), tiles = up_NR.shape, CONFIGS[config]
     if columns % tiles["BK"]:
         tiles = {**tiles, "BK": 64}  # 320 channels are five times 64
     P = window.out_pixels
@@ -99,18 +97,21 @@ def conv_gemm(
     return y_PN
 
 
-def conv_config(device: torch.device, window: Window, outputs: int, columns: int) -> str:
-    """Name of the tile sizes for a shape: what benchmarks/conv.py found on this card, else by the number of pixels."""
+def conv_config(device: torch.device, window: Window, outputs: int, columns: int) -> str | None:
+    """What benchmarks/conv.py found fastest on this card for such a shape and up to twice as many pixels; None if nothing."""
+    if device.type != "cuda":
+        return None
     P = window.out_pixels
-    if device.type == "cuda":
-        rows = [row for row in _tuned(card_name(device)) if (row["N"], row["Ct"]) == (outputs, columns)]
-        near = [row for row in rows if 2 * row["P"] >= P and row["P"] <= 2 * P and row["stride"] == window.stride]
-        if near:
-            return str(min(near, key=lambda row: abs(row["P"] - P))["config"])
-    return "portable" if P > 64 and outputs > 64 else "small"
+    rows = [
+        row
+        for row in _tuned(card_name(device))
+        if (row["N"], row["Ct"], row["stride"]) == (outputs, columns, window.stride)
+    ]
+    near = [row for row in rows if 2 * row["P"] >= P and row["P"] <= 2 * P]
+    return str(min(near, key=lambda row: abs(row["P"] - P))["config"]) if near else None
 
 
 @cache
-def _tuned(card: str) -> tuple[dict[str, int | str], ...]:
+def _tuned(card: str) -> tuple[dict[str, Any], ...]:
     file = Path(__file__).parent / "tuned" / f"{card}.json"
     return tuple(json.loads(file.read_text()).get("conv", ())) if file.is_file() else ()

@@ -108,9 +108,7 @@ def spread_taps_kernel(
     whole = (b_row >= 0) & (b_column >= 0) & (b_row % STRIDE == 0) & (b_column % STRIDE == 0)
     inside = (o_m < M) & whole & (b_i < HO) & (b_j < WO)
     b_p = ((o_m // (W * H)).to(tl.int64) * HO + b_i) * WO + b_j
-    b_g = tl.load(
-        p_g + b_p[:, None] * s_gp + o_r[None, :], mask=inside[:, None] & (o_r < R)[None, :], other=0.0
-    )
+    b_g = tl.load(p_g + b_p[:, None] * s_gp + o_r[None, :], mask=inside[:, None] & (o_r < R)[None, :], other=0.0)
     p_tap = p_out + (tap.to(tl.int64) * M + o_m)[:, None] * R + o_r[None, :]
     tl.store(p_tap, b_g, mask=(o_m < M)[:, None] & (o_r < R)[None, :])
 
@@ -150,7 +148,9 @@ def spread_taps(g_PR: Tensor, window: Window) -> Tensor:
         for tap in range(window.taps):
             wide = grid.new_zeros((window.batch, window.height + edge, window.width + edge, R))
             _of_tap(wide, tap, window).copy_(grid)
-            inner = wide[:, window.padding : window.padding + window.height, window.padding : window.padding + window.width]
+            inner = wide[
+                :, window.padding : window.padding + window.height, window.padding : window.padding + window.width
+            ]
             parts.append(inner.reshape(-1, R))
         return torch.stack(parts)
     out = g_PR.new_empty((window.taps, window.pixels, R))

@@ -33,7 +33,8 @@ from loragraft.kernels.act_quant import (
     quantize_reference,
     smooth_and_rotate,
 )
-from loragraft.kernels.conv_gemm import conv_gemm
+from loragraft.kernels.conv_gemm import CONFIGS, conv_config, conv_gemm
+from loragraft.kernels.hopper_conv import HOPPER_CONFIGS, hopper_conv, hopper_conv_runs
 from loragraft.kernels.layout import apply_hadamard, padded, rank_product, rank_rows, uses_triton
 from loragraft.kernels.row_product import row_product
 from loragraft.kernels.taps import Window, pad_taps, spread_taps, sum_taps, tap_columns, trim_taps
@@ -42,7 +43,12 @@ from loragraft.kernels.w4a8_linear import dequantize_w4a8
 
 
 def dequantize_conv(
-    qweight: Tensor, row_scale: Tensor, group_words: Tensor, channels: int, taps: int, dtype: torch.dtype = torch.float32
+    qweight: Tensor,
+    row_scale: Tensor,
+    group_words: Tensor,
+    channels: int,
+    taps: int,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """W = s_n I, [N, T C] in dtype: still smoothed and rotated, without the padding of the codes."""
     return trim_taps(dequantize_w4a8(qweight, row_scale, group_words, dtype), channels, taps)
@@ -106,9 +112,26 @@ def _w4a8_conv(
     R = len(down_RK)
     down_CR = down_RK.view(R, view.taps, C).transpose(0, 1).reshape(view.taps * R, C).T
     h_PR = sum_taps(rank_product(x_MC, down_CR), R, view)
-    weight = plain_int8(qweight, group_words)
-    y_PN = conv_gemm(codes_MC, scale_M1, weight, row_scale, h_PR, up_NR, bias, view, tap_columns(C), config)
+    config = config or choose_config(codes_MC, x_MC.dtype, up_NR, view, tap_columns(C))
+    operands = codes_MC, scale_M1
+    if config in HOPPER_CONFIGS:
+        weight = qweight, group_words, row_scale
+        y_PN = hopper_conv(*operands, *weight, h_PR, up_NR, bias, view, tap_columns(C), HOPPER_CONFIGS[config])
+    else:
+        weight_NK = plain_int8(qweight, group_words)
+        y_PN = conv_gemm(*operands, weight_NK, row_scale, h_PR, up_NR, bias, view, tap_columns(C), config)
     return y_PN, h_PR, codes_MC, scale_M1
+
+
+def choose_config(codes_MC: Tensor, dtype: torch.dtype, up_NR: Tensor, window: Window, columns: int) -> str:
+    """The kernel and its tile sizes: as tuned for this card, else Hopper's own where it runs, else by the size of the output."""
+    on_hopper = hopper_conv_runs(codes_MC, dtype, up_NR, window)
+    tuned = conv_config(codes_MC.device, window, up_NR.shape[0], columns)
+    if tuned is not None and (on_hopper or tuned not in HOPPER_CONFIGS):
+        return tuned
+    if on_hopper:
+        return "hopper"
+    return "portable" if window.out_pixels > 64 and up_NR.shape[0] > 64 else "small"
 
 
 def _on_cpu(
@@ -120,10 +143,14 @@ def _on_cpu(
     h_PR = rank_rows(x_MC[:1].expand(view.out_pixels, -1), len(down_RK))
     rounded = as_image(dequantize_activation(codes_MC, scale_M1, torch.float32)[:, :C].contiguous(), *at)
     dense = dequantize_conv(qweight, row_scale, group_words, C, view.taps)
-    y = F.conv2d(rounded, as_kernel(dense, view.kernel), None if bias is None else bias.float(), view.stride, view.padding)
+    y = F.conv2d(
+        rounded, as_kernel(dense, view.kernel), None if bias is None else bias.float(), view.stride, view.padding
+    )
     y_PN = as_pixels(y)
     if len(down_RK):
-        h = F.conv2d(as_image(x_MC, *at).float(), as_kernel(down_RK, view.kernel).float(), None, view.stride, view.padding)
+        h = F.conv2d(
+            as_image(x_MC, *at).float(), as_kernel(down_RK, view.kernel).float(), None, view.stride, view.padding
+        )
         h_PR.copy_(as_pixels(h))
         y_PN = y_PN.addmm_(h_PR.float(), up_NR.float().T)
     return y_PN.to(x_MC.dtype), h_PR
@@ -236,13 +263,16 @@ def w4a8_conv(
     qweight uint8 [N, Kp/2] (pack_tiles) with Kp = T Ct rounded up to 128, row_scale float32 [N], group_words int32
     [Kp/128, N] (pack_words), smooth [C], lora_down [R, T C] with columns (tap, channel), lora_up [N, R], bias [N],
     adapter_down [r, T C], adapter_up [N, r] (already times alpha / r). T = kernel^2. x in channels-last layout is not copied.
-    save_x: as in `w4a8_linear`. config: tile sizes by name (`conv_gemm.CONFIGS`), for benchmarks.
+    save_x: as in `w4a8_linear`. config: kernel and tile sizes by name (`conv_gemm.CONFIGS`, on Hopper with stride 1
+    `hopper_conv.HOPPER_CONFIGS` too), for benchmarks.
     Raises ValueError for a shape, window or mode that does not fit.
     """
     adapter_down, adapter_up = branch.trainable_rank(adapter_down), branch.trainable_rank(adapter_up)
     window = _check(x, qweight, row_scale, group_words, smooth, lora_down, lora_up, bias, kernel, stride, padding)
     _check_adapter(x.shape[1] * window.taps, qweight.shape[0], adapter_down, adapter_up)
     branch.check_modes("w4a8_conv", save_x, "dequantized")
+    if config is not None and config not in (*CONFIGS, *HOPPER_CONFIGS):
+        raise ValueError(f"w4a8_conv: config {config!r}; expected one of {', '.join((*CONFIGS, *HOPPER_CONFIGS))}")
     if hadamard and x.shape[1] % 64:
         raise ValueError(f"w4a8_conv: hadamard=True needs C % 64 == 0, C = {x.shape[1]}; quantize without the rotation")
     y_PN, *_ = _w4a8_conv(

@@ -179,9 +179,7 @@ def check_quantizable(conv: nn.Conv2d, path: str = "") -> None:
         raise ValueError(f"convolution {path!r} cannot be quantized: {reason}; keep it in 16 bits")
 
 
-def check_conv(
-    channels: int, kernel: int, padding: int, numerics: Numerics, hadamard: bool, path: str = ""
-) -> None:
+def check_conv(channels: int, kernel: int, padding: int, numerics: Numerics, hadamard: bool, path: str = "") -> None:
     """Raises ValueError for numerics or a rotation that no convolution kernel runs."""
     where = f"layer {path!r}: " if path else ""
     if kernel > 1 and numerics != "w4a8":

@@ -76,7 +76,9 @@ def _check_cover(
     kept = {path for matched in match_paths(keep, [*paths, *always_16bit]).values() for path in matched}
     unknown = [path for path in plan if path not in paths]
     if unknown:
-        raise ValueError(f"plan names {unknown[0]!r}, which is no nn.Linear of the model, nor a convolution that can be quantized; {nearest(unknown[0], paths)}")
+        raise ValueError(
+            f"plan names {unknown[0]!r}, no nn.Linear of the model and no convolution that can be quantized; {nearest(unknown[0], paths)}"
+        )
     both = sorted(kept & plan.keys())
     if both:
         raise ValueError(f"layer {both[0]!r} is both planned and kept in 16 bits; narrow one of the patterns")
