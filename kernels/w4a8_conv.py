@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_input
 
 from loragraft.kernels import branch
 from loragraft.kernels.act_quant import (
@@ -188,9 +189,7 @@ def _w4a8_conv_dgrad(
         dense = torch.addmm(dense, up_NR.float(), down_RK.float()).to(dy_PN.dtype)
     dy = as_image(dy_PN, view.batch, view.out_height, view.out_width)
     shape = (view.batch, C, view.height, view.width)
-    return as_pixels(
-        torch.nn.grad.conv2d_input(shape, as_kernel(dense, view.kernel), dy, stride=view.stride, padding=view.padding)
-    )
+    return as_pixels(conv2d_input(shape, as_kernel(dense, view.kernel), dy, stride=view.stride, padding=view.padding))
 
 
 @_w4a8_conv_dgrad.register_fake

@@ -57,28 +57,25 @@ class SVDQuantConv2d(SVDQuantLinear):
     ) -> tuple["SVDQuantConv2d", LayerReport]:
         """Quantize a float convolution. Raises ValueError as `quantize_linear` and `check_quantizable` do."""
         check_quantizable(conv, path)
-        (kernel, _), (stride, _), (padding, _) = conv.kernel_size, conv.stride, conv.padding
         tensors, report = quantize_conv_weight(conv.weight, conv.bias, stats, settings, path=path)
-        options = {
+        options: dict[str, Any] = {
             "group_size": settings.group_size,
             "hadamard": report.hadamard,
             "output_error": report.output_error,
         }
-        sizes = conv.in_channels, conv.out_channels, kernel, stride, int(padding)
-        return cls(*sizes, settings.numerics, tensors, **options), report
+        return cls(*_sizes(conv), settings.numerics, tensors, **options), report
 
     @classmethod
     def empty_like(cls, conv: nn.Conv2d, numerics: Numerics, *, path: str = "", **options: Any) -> "SVDQuantConv2d":
         """A layer of the shapes of `conv` and no values; `options` as of `SVDQuantLinear.empty`, which makes the tensors."""
         check_quantizable(conv, path)
-        (kernel, _), (stride, _), (padding, _) = conv.kernel_size, conv.stride, conv.padding
-        check_conv(conv.in_channels, kernel, int(padding), numerics, bool(options.get("hadamard")))
-        columns = conv_columns(conv.in_channels, kernel)
+        C, _, kernel, _, padding = _sizes(conv)
+        check_conv(C, kernel, padding, numerics, bool(options.get("hadamard")), path)
+        columns = conv_columns(C, kernel)
         flat = SVDQuantLinear.empty(columns, conv.out_channels, numerics, bias=conv.bias is not None, **options)
         tensors = {name: tensor for name, tensor in flat.state_dict().items() if tensor is not None}
         kept = {name: value for name, value in options.items() if name not in ("rank", "bias_dtype", "device")}
-        sizes = conv.in_channels, conv.out_channels, kernel, stride, int(padding)
-        return cls(*sizes, numerics, tensors, **kept)
+        return cls(*_sizes(conv), numerics, tensors, **kept)
 
     @property
     def taps(self) -> int:
@@ -123,9 +120,12 @@ class SVDQuantConv2d(SVDQuantLinear):
 
     def kernel_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W_eff [N, C, k, k]: `dequantized_weight` without padding, as a convolution takes it."""
-        dense = self.dequantized_weight(dtype)
-        dense = dense if self.taps == 1 else trim_taps(dense, self.in_channels, self.taps)
-        return as_kernel(dense, self.kernel_size[0])
+        return self.as_kernel(self.dequantized_weight(dtype))
+
+    def as_kernel(self, matrix: Tensor) -> Tensor:
+        """[n, in_features] -> [n, C, k, k], without padding."""
+        matrix = matrix if self.taps == 1 else trim_taps(matrix, self.in_channels, self.taps)
+        return as_kernel(matrix, self.kernel_size[0])
 
     def extra_repr(self) -> str:
         window = f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}"
@@ -134,6 +134,11 @@ class SVDQuantConv2d(SVDQuantLinear):
             f"{self.in_channels}, {self.out_channels}, {window}, {self.numerics}, group_size={self.group_size}, "
             f"rank={self.rank}, bias={self.bias is not None}{rotated}"
         )
+
+
+def _sizes(conv: nn.Conv2d) -> tuple[int, int, int, int, int]:
+    """(C, N, kernel, stride, padding) of a quantizable convolution."""
+    return conv.in_channels, conv.out_channels, conv.kernel_size[0], conv.stride[0], int(conv.padding[0])
 
 
 def conv_columns(channels: int, kernel: int) -> int:
@@ -170,6 +175,11 @@ def why_16bit(conv: nn.Conv2d) -> str | None:
     if not all(square) or set(conv.dilation) != {1}:
         return f"kernel {conv.kernel_size}, stride {conv.stride}, dilation {conv.dilation}"
     return "a padded 1 x 1" if conv.kernel_size[0] == 1 and conv.padding[0] else None
+
+
+def is_quantizable(module: nn.Module) -> bool:
+    """Whether a quantized layer can take the module's place: a linear layer's or such a convolution's."""
+    return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and why_16bit(module) is None)
 
 
 def check_quantizable(conv: nn.Conv2d, path: str = "") -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import nn
 
 from loragraft.quantization.calibrate import ActivationStats, collect
-from loragraft.quantization.conv import SVDQuantConv2d, why_16bit
+from loragraft.quantization.conv import SVDQuantConv2d, is_quantizable
 from loragraft.quantization.linear import SVDQuantLinear, share_inputs
 from loragraft.quantization.names import match_paths, named_module, nearest, replace_module
 from loragraft.quantization.settings import LayerReport, QuantSettings
@@ -26,11 +26,6 @@ def linear_paths(model: nn.Module) -> list[str]:
 def layer_paths(model: nn.Module) -> list[str]:
     """Paths of everything that can be quantized, in module order: `nn.Linear`, and `nn.Conv2d` but for `why_16bit`."""
     return [path for path, module in model.named_modules() if is_quantizable(module)]
-
-
-def is_quantizable(module: nn.Module) -> bool:
-    """Whether a quantized layer can take the module's place."""
-    return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and why_16bit(module) is None)
 
 
 def _always_16bit(model: nn.Module) -> list[str]:
