@@ -2,6 +2,7 @@
 
     python benchmarks/flux_training.py all --parts parts --out benchmarks/results/flux_training.json --commit $(git rev-parse HEAD)
     python benchmarks/flux_training.py run ours_1024 --parts parts --profile
+    python benchmarks/flux_training.py run ours_512_8gib --parts parts --phases              where the time to the first step goes
 
 Every variant trains the same rank-16 adapter (attention and feed-forward, 418 layers) on the same latents, text and noise, over
 weights that stand for the same matrices: those of the rivals are the dequantized ones of the INT4 model, whose codes are random.
@@ -25,6 +26,7 @@ from typing import Any, Literal
 import torch
 import triton
 from diffusers import AutoencoderKL, FluxTransformer2DModel
+from first_step import Phases, first_step_parts, kernel_seconds, phase_lines
 from frozen_linears import frozen_linear
 from torch import Tensor, nn
 
@@ -38,9 +40,11 @@ from loragraft.backbones.flow import flow_loss, predict_velocity
 from loragraft.backbones.skeleton import meta_transformer, plan_architecture, randomize
 from loragraft.quantization.linear import SVDQuantLinear
 from loragraft.quantization.settings import QuantSettings
-from loragraft.recipes.schema import AdapterConfig
+from loragraft.recipes.schema import AdapterConfig, OptimConfig
 from loragraft.train.memory import Checkpointing, set_checkpointing
+from loragraft.train.optim import choose_optimizer
 from loragraft.train.step import graph_step
+from loragraft.train.warm import start_workers
 
 GIB = 2**30
 LOSS_STEPS, TIMED_FROM = 20, 5
@@ -63,6 +67,10 @@ class Variant:
     attention: Attention = "sdpa"
     checkpointing: Checkpointing = "none"
     dgrad: Literal["dequantized", "int8"] = "dequantized"
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    offload: bool = False
+    cap_gib: float = 0.0
+    """Of reserved memory; 0: none."""
     infer: bool = False
 
 
@@ -73,7 +81,11 @@ VARIANTS = {
     "ours_1024_sdpa": Variant(checkpointing="gelu"),
     "ours_1024_int8_dgrad": Variant(attention="flash_attn_4", checkpointing="gelu", dgrad="int8"),
     "ours_1024_ckpt": Variant(attention="flash_attn_4", checkpointing="block"),
+    "ours_1024_ckpt_adamw8bit": Variant(attention="flash_attn_4", checkpointing="block", optimizer="adamw8bit"),
     "ours_512": Variant(resolution=512, attention="flash_attn_4"),
+    "ours_512_8gib": Variant(
+        "int4", 512, True, "flash_attn_4", "block", optimizer="adamw8bit", offload=True, cap_gib=8.0
+    ),
     "bf16_eager_1024": Variant("bf16", compiled=False),
     "bf16_compiled_1024": Variant("bf16"),
     "bf16_compiled_1024_same_attention": Variant("bf16", attention="flash_attn_4"),
@@ -131,21 +143,27 @@ def loss_of(transformer: nn.Module, autocast: bool) -> Callable[[dict[str, Tenso
 
 def train(variant: Variant, profile: bool) -> dict[str, Any]:
     """Twenty steps: losses, milliseconds of a step (median of the last fifteen), peak memory, seconds to the first step."""
+    if variant.cap_gib:
+        torch.cuda.set_per_process_memory_fraction(variant.cap_gib * GIB / torch.cuda.mem_get_info()[1])
+    workers = start_workers() if variant.compiled else None  # as train/lora.py does, while weights are read
     transformer = build_transformer(variant.base)
+    if workers is not None:
+        workers.join()
     torch.cuda.synchronize()
     static = torch.cuda.memory_allocated() / GIB
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
+    start, phases = time.perf_counter(), Phases()
     torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass fails on some drivers
     set_attention(transformer, variant.attention)
     parameters = inject_adapter(transformer, AdapterConfig(), FLUX.quantize)
+    phases("adapter injected")
     ours = variant.base == "int4"
     if ours:
         for module in transformer.modules():
             if isinstance(module, SVDQuantLinear):
                 module.dgrad = variant.dgrad
-    set_checkpointing(transformer, variant.checkpointing)
+    set_checkpointing(transformer, variant.checkpointing, offload=variant.offload)
     if variant.compiled:
         if ours:
             compile_blocks(transformer)
@@ -153,7 +171,8 @@ def train(variant: Variant, profile: bool) -> dict[str, Any]:
             transformer.compile_repeated_blocks(fullgraph=True)
     loss = loss_of(transformer, autocast=not ours)
     graph = graph_step(transformer, loss, parameters) if ours else None
-    optimizer = torch.optim.AdamW(parameters, lr=RATE, fused=True)
+    optimizer = choose_optimizer(parameters, OptimConfig(name=variant.optimizer, learning_rate=RATE), fused=True)
+    phases("blocks marked, factors joined, optimizer made")
 
     def step(tensors: dict[str, Tensor]) -> Tensor:
         if graph is not None:
@@ -161,14 +180,16 @@ def train(variant: Variant, profile: bool) -> dict[str, Any]:
         else:
             value = loss(tensors)
             value.backward()
+        phases("first micro-batch")
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
+        phases("clipping and optimizer")
         optimizer.zero_grad(set_to_none=graph is None)
         return value.detach()
 
     batches = [batch(variant.resolution, number) for number in range(LOSS_STEPS)]
     losses, times = [], []
-    first, prepared, kernels = 0.0, time.perf_counter() - start, kernel_seconds()
+    first, kernels = 0.0, kernel_seconds()
     for number, tensors in enumerate(batches):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
@@ -178,10 +199,7 @@ def train(variant: Variant, profile: bool) -> dict[str, Any]:
         times.append(begin.elapsed_time(end))
         if number == 0:
             first = time.perf_counter() - start
-            compiled = sum(torch._dynamo.utils.compilation_time_metrics.get("_compile.compile_inner", []))
-            parts = {"inject": prepared, "compile_blocks": compiled, "triton_kernels": sum(kernels.values())}
-            phases = {name: sum(took) for name, took in torch._dynamo.utils.compilation_time_metrics.items()}
-            parts |= {"phases": {name: took for name, took in phases.items() if took > 1}}
+            parts = first_step_parts(phases, {} if graph is None else graph.seconds, kernels)
     result = {
         "step_ms": statistics.median(times[TIMED_FROM:]),
         "step_ms_worst": max(times[TIMED_FROM:]),
@@ -190,21 +208,10 @@ def train(variant: Variant, profile: bool) -> dict[str, Any]:
         "peak_gib": torch.cuda.max_memory_allocated() / GIB,
         "reserved_gib": torch.cuda.max_memory_reserved() / GIB,
         "first_step_seconds": first,
-        "first_step_parts": parts | {"slowest_kernels": dict(sorted(kernels.items(), key=lambda item: -item[1])[:12])},
+        "first_step_parts": parts,
         "parameters": sum(p.numel() for p in parameters),
     }
     return result | ({"profile": profiled(lambda: step(batches[0]))} if profile else {})
-
-
-def kernel_seconds() -> dict[str, float]:
-    """Kernel -> seconds that Triton spends on compiling it; filled from now on."""
-    seconds: dict[str, float] = {}
-
-    def listen(*, src: Any, metadata: Any, metadata_group: Any, times: Any, cache_hit: bool) -> None:
-        seconds[src.name] = seconds.get(src.name, 0.0) + times.total / 1e6
-
-    triton.knobs.compilation.listener = listen
-    return seconds
 
 
 def profiled(call: Callable[[], object]) -> dict[str, float]:
@@ -374,11 +381,15 @@ def main() -> int:
     parser.add_argument("--commit", default="", help="commit of the code that runs")
     parser.add_argument("--fidelity", type=Path, help="JSON of benchmarks/fidelity.py")
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument(
+        "--phases", action="store_true", help="print where the time to the first step goes, not all figures"
+    )
     parser.add_argument("--timeout", type=float, default=240, help="seconds for one variant")
     args = parser.parse_args()
     if args.what == "run":
         for name in args.variant:
-            print(json.dumps(run(name, args.parts, args.profile, args.commit), indent=1))
+            figures = run(name, args.parts, args.profile, args.commit)
+            print("\n".join(phase_lines(figures["first_step_parts"])) if args.phases else json.dumps(figures, indent=1))
         return 0
     if args.what == "all":
         for name in args.variant or VARIANTS:

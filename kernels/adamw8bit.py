@@ -29,7 +29,7 @@ from torch import Tensor
 from loragraft.kernels.layout import on_device, uses_triton
 
 BLOCK = 256
-BLOCKS = 8  # of one program
+BLOCKS = 4  # of one program
 LEAST = 1e-30  # smaller maxima count as 0: their reciprocals would overflow
 SIGNED, UNSIGNED = (3, 4), (3, 5)  # bits of exponent and mantissa, of m and of r
 CASES = ((1,), (256,), (300, 7, 4096), (16 * 40, 2048 + 255, 1, 130))  # sizes of the factors
@@ -58,7 +58,7 @@ def _decoded(b_codes, b_scale, EXPONENT: tl.constexpr, MANTISSA: tl.constexpr):
     return tl.where(b_codes < 2**MANTISSA, b_small, b_normal) * b_scale[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["values", "blocks"])  # one kernel for any number of factors
 def adamw8bit_kernel(
     p_factors, p_work, p_codes, p_scales, values, blocks, keep, rate, beta1, rest1, beta2, rest2, root, eps,
     BLOCKS: tl.constexpr, BLOCK: tl.constexpr, E_M: tl.constexpr, M_M: tl.constexpr, E_R: tl.constexpr, M_R: tl.constexpr,

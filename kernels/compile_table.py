@@ -133,7 +133,14 @@ def _transients() -> list[Build]:
 
 
 def _optimizer() -> list[Build]:
-    tables = {"p_factors": "*i64", "p_work": "*i32", "p_codes": "*u8", "p_scales": "*fp32", "blocks": "i32"}
+    tables = {
+        "p_factors": "*i64",
+        "p_work": "*i32",
+        "p_codes": "*u8",
+        "p_scales": "*fp32",
+        "values": "i32",
+        "blocks": "i32",
+    }
     numbers = dict.fromkeys(("keep", "rate", "beta1", "rest1", "beta2", "rest2", "root", "eps"), "fp32")
     (e_m, m_m), (e_r, m_r) = adamw8bit.SIGNED, adamw8bit.UNSIGNED
     sizes = {"BLOCKS": adamw8bit.BLOCKS, "BLOCK": adamw8bit.BLOCK, "E_M": e_m, "M_M": m_m, "E_R": e_r, "M_R": m_r}
@@ -207,8 +214,10 @@ def _hopper() -> list[Build]:
         "y_desc": y,
         "p_a": "*fp32",
         "p_s": "*fp32",
+        "steps": "i32",
+        "group_m": "i32",
     }
-    tiles = {"RANK_STEPS": 2, "BM": 256, "WN": 64, "GROUP_M": 8}
+    tiles = {"RANK_STEPS": 2, "BM": 256, "WN": 64}
     packed = {"PACKED": True, "UP_BY_RANK": False, "STAGES": 4, **tiles}
     plain = {"PACKED": False, "UP_BY_RANK": True, "STAGES": 3, **tiles}
     transposed = {"up_desc": _descriptor("bf16", [32, 64], 128), "p_words": "None", "p_bias": "None"}

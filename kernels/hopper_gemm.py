@@ -38,13 +38,13 @@ STEP_RANKS = 32  # ranks of one branch step: 64 bytes, a box of x
 
 
 @gluon.jit
-def _tile(pid, M, N, BM: gl.constexpr, BN: gl.constexpr, GROUP_M: gl.constexpr):
-    """Tile numbers of a program: GROUP_M tiles of tokens share each strip of weights, for the L2 cache."""
+def _tile(pid, M, N, group_m, BM: gl.constexpr, BN: gl.constexpr):
+    """Tile numbers of a program: group_m tiles of tokens share each strip of weights, for the L2 cache."""
     tiles_m, tiles_n = gl.cdiv(M, BM), gl.cdiv(N, BN)
-    group = pid // (GROUP_M * tiles_n)
-    first = group * GROUP_M
-    size = gl.minimum(tiles_m - first, GROUP_M)
-    inside = pid % (GROUP_M * tiles_n)
+    group = pid // (group_m * tiles_n)
+    first = group * group_m
+    size = gl.minimum(tiles_m - first, group_m)
+    inside = pid % (group_m * tiles_n)
     return first + inside % size, inside // size
 
 
@@ -57,14 +57,14 @@ def _load_stage(desc, row, column, barrier, buffers, slot):
 
 @gluon.jit
 def _produce(
-    x_desc, w_desc, h_desc, up_desc, full, empty, xs, ws, M, N, steps,
-    PACKED: gl.constexpr, UP_BY_RANK: gl.constexpr, RANK_STEPS: gl.constexpr, BM: gl.constexpr, WN: gl.constexpr, GROUP_M: gl.constexpr,
+    x_desc, w_desc, h_desc, up_desc, full, empty, xs, ws, M, N, steps, group_m,
+    PACKED: gl.constexpr, UP_BY_RANK: gl.constexpr, RANK_STEPS: gl.constexpr, BM: gl.constexpr, WN: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
     stage, phase = 0, 1
     BOXES: gl.constexpr = 2 if PACKED else 4
     for tile in range(gl.program_id(0), gl.cdiv(M, BM) * gl.cdiv(N, 2 * WN), gl.num_programs(0)):
-        t_m, t_n = _tile(tile, M, N, BM, 2 * WN, GROUP_M)
+        t_m, t_n = _tile(tile, M, N, group_m, BM, 2 * WN)
         for k in range(steps):
             mbarrier.wait(empty.index(stage), phase)
             barrier = full.index(stage)
@@ -116,8 +116,8 @@ def _widen(b_w, word, HALF: gl.constexpr):
 
 @gluon.jit
 def _consume(
-    GROUP: gl.constexpr, p_a, p_words, p_s, p_bias, up_desc, y_desc, full, empty, xs, ws, ys, scales, M, N, steps,
-    PACKED: gl.constexpr, UP_BY_RANK: gl.constexpr, RANK_STEPS: gl.constexpr, BM: gl.constexpr, WN: gl.constexpr, GROUP_M: gl.constexpr,
+    GROUP: gl.constexpr, p_a, p_words, p_s, p_bias, up_desc, y_desc, full, empty, xs, ws, ys, scales, M, N, steps, group_m,
+    PACKED: gl.constexpr, UP_BY_RANK: gl.constexpr, RANK_STEPS: gl.constexpr, BM: gl.constexpr, WN: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
     INT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
@@ -131,7 +131,7 @@ def _consume(
     o_m = gl.arange(0, BM, layout=FLAT)
     stage, phase = 0, 0
     for tile in range(gl.program_id(0), gl.cdiv(M, BM) * gl.cdiv(N, 2 * WN), gl.num_programs(0)):
-        t_m, t_n = _tile(tile, M, N, BM, 2 * WN, GROUP_M)
+        t_m, t_n = _tile(tile, M, N, group_m, BM, 2 * WN)
         first = (2 * t_n + GROUP) * WN
         # Fetched before the sums, used after them.
         r_n = gl.minimum(first + o_n, N - 1)
@@ -189,10 +189,10 @@ def _consume(
     tma.store_wait(0)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["steps", "group_m"])  # they only count: one kernel for all layers
 def hopper_gemm_kernel(
-    x_desc, w_desc, h_desc, up_desc, y_desc, p_a, p_words, p_s, p_bias, M, N, steps,
-    PACKED: gl.constexpr, UP_BY_RANK: gl.constexpr, RANK_STEPS: gl.constexpr, BM: gl.constexpr, WN: gl.constexpr, GROUP_M: gl.constexpr,
+    x_desc, w_desc, h_desc, up_desc, y_desc, p_a, p_words, p_s, p_bias, M, N, steps, group_m,
+    PACKED: gl.constexpr, UP_BY_RANK: gl.constexpr, RANK_STEPS: gl.constexpr, BM: gl.constexpr, WN: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
     TRANSPOSED: gl.constexpr = gl.NVMMASharedLayout(128, 16, transposed=True)
@@ -210,11 +210,11 @@ def hopper_gemm_kernel(
     gl.warp_specialize(
         [
             (_consume, (0, p_a, p_words, p_s, p_bias, up_desc, y_desc, full, empty, xs, ws, ys.index(0), scales.index(0), M, N,
-                        steps, PACKED, UP_BY_RANK, RANK_STEPS, BM, WN, GROUP_M, STAGES)),
+                        steps, group_m, PACKED, UP_BY_RANK, RANK_STEPS, BM, WN, STAGES)),
             (_consume, (1, p_a, p_words, p_s, p_bias, up_desc, y_desc, full, empty, xs, ws, ys.index(1), scales.index(1), M, N,
-                        steps, PACKED, UP_BY_RANK, RANK_STEPS, BM, WN, GROUP_M, STAGES)),
-            (_produce, (x_desc, w_desc, h_desc, up_desc, full, empty, xs, ws, M, N, steps, PACKED, UP_BY_RANK, RANK_STEPS, BM,
-                        WN, GROUP_M, STAGES)),
+                        steps, group_m, PACKED, UP_BY_RANK, RANK_STEPS, BM, WN, STAGES)),
+            (_produce, (x_desc, w_desc, h_desc, up_desc, full, empty, xs, ws, M, N, steps, group_m, PACKED, UP_BY_RANK, RANK_STEPS,
+                        BM, WN, STAGES)),
         ],
         [4, 1],
         [232, 40],
@@ -257,9 +257,8 @@ def hopper_gemm(
     programs = torch.cuda.get_device_properties(x_MK.device).multi_processor_count
     with on_device(x_MK):
         hopper_gemm_kernel[(min(tiles, programs),)](
-            x_desc, w_desc, h_desc, up_desc, y_desc, a_M1, words, s_N, bias, M, N, KP // 128,
-            PACKED=packed, UP_BY_RANK=by_rank, RANK_STEPS=triton.cdiv(R, STEP_RANKS), BM=BM, WN=WN, GROUP_M=config["GROUP_M"], STAGES=stages,
-            num_warps=4,
+            x_desc, w_desc, h_desc, up_desc, y_desc, a_M1, words, s_N, bias, M, N, KP // 128, config["GROUP_M"],
+            PACKED=packed, UP_BY_RANK=by_rank, RANK_STEPS=triton.cdiv(R, STEP_RANKS), BM=BM, WN=WN, STAGES=stages, num_warps=4,
         )  # fmt: skip
     return y_MN
 

@@ -44,6 +44,7 @@ from loragraft.train.prior import prior_samples
 from loragraft.train.run_folder import RunFolder
 from loragraft.train.sharding import check_sharding, shards_base
 from loragraft.train.tracking import Tracking
+from loragraft.train.warm import start_workers
 
 __all__ = ["main"]
 
@@ -63,6 +64,8 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(recipe.train.threads or max(1, (os.cpu_count() or 1) // accelerator.num_processes))
     else:
         torch.backends.cuda.enable_cudnn_sdp(False)  # its backward fails on torch 2.11 with driver 580
+        if recipe.train.compile == "always" or (recipe.train.compile == "auto" and find_spec(recipe.base).external):
+            start_workers()
 
     forecast = Forecast.start(args.recipe, overrides, accelerator)
     with accelerator.main_process_first():  # it fills the caches, here and below; the others find them full

@@ -7,6 +7,7 @@ Gradients are added to `.grad` either way.
 """
 
 import contextlib
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -59,6 +60,19 @@ class _Captured:
     loss: Tensor
 
 
+class _Clock:
+    """Adds the seconds since the last call, with the GPU at rest, to what a phase has taken."""
+
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self.seconds, self._last = seconds, time.perf_counter()
+
+    def __call__(self, phase: str) -> None:
+        torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
+        self._last = now
+
+
 class GraphStep:
     """Captures forward and backward once per shape of input, then replays: the launch costs one call.
 
@@ -79,6 +93,8 @@ class GraphStep:
         """joined: refreshed at the start of every step. prepare: called with the first micro-batch; the capture waits for the
         thread that it returns. fills: whether `pause` frees memory."""
         self.loss, self.parameters, self.joined, self.prepare, self.fills = loss, parameters, joined, prepare, fills
+        self.seconds: dict[str, float] = {}
+        """Phase -> seconds that the captures so far have taken."""
         self._captured: dict[tuple[object, ...], _Captured] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -120,6 +136,7 @@ class GraphStep:
         return loss.detach()
 
     def _capture(self, tensors: dict[str, Tensor]) -> _Captured:
+        clock = _Clock(self.seconds)
         if self.joined is not None:
             self.joined.join()
         beside, self.prepare = self.prepare(tensors) if self.prepare is not None else None, None
@@ -129,12 +146,15 @@ class GraphStep:
         for parameter in self.parameters:  # a captured backward adds to what is there; to None it would assign
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+        clock("joined factors and gradients")
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # compiles, tunes and allocates whatever must not happen inside a capture
             self._run(inputs)
+        clock("blocks traced, compiled and run once")
         if beside is not None:
             beside.join()
+            clock("waiting for the layers' kernels")
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # the graph's pool is another: without this both would hold a step's activations
@@ -145,6 +165,7 @@ class GraphStep:
         for parameter, kept in zip(self.parameters, before, strict=True):
             assert parameter.grad is not None
             parameter.grad.zero_() if kept is None else parameter.grad.copy_(kept)
+        clock("capture")
         return _Captured(graph, inputs, loss)
 
 
@@ -197,7 +218,8 @@ def graph_step(transformer: nn.Module, loss: Loss, parameters: Sequence[nn.Param
 
 def prepare_layers(transformer: nn.Module, tensors: dict[str, Tensor]) -> Thread:
     """Compiles the layers' kernels beside the blocks (`warm_layers`)."""
-    return warm_layers(transformer, token_counts(tensors), tensors["latents"].dtype)
+    latents = tensors["latents"]
+    return warm_layers(transformer, token_counts(tensors), len(latents), latents.dtype)
 
 
 def fills_card(model: nn.Module) -> bool:

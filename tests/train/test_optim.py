@@ -64,7 +64,7 @@ def test_8_bit_moments_take_a_quarter() -> None:
     sizes = {}
     for name in ("adamw", "adamw8bit"):
         parameters = factors()
-        optimizer, schedule = build_optimizer(parameters, OptimConfig(name=name), 4)  # type: ignore[arg-type]
+        optimizer, schedule = build_optimizer(parameters, OptimConfig(name=name), 4)
         descend(parameters, optimizer, schedule, range(1))
         sizes[name] = state_bytes(optimizer)
     assert sizes["adamw"] == pytest.approx((16 * 512 + 4 * 96) * 8, abs=8)
@@ -79,7 +79,7 @@ def test_8_bit_moments_learn_what_float32_ones_do() -> None:
     losses = {}
     for name in ("adamw", "adamw8bit"):
         weight = nn.Parameter(torch.zeros(64, 32))
-        config = OptimConfig(name=name, learning_rate=0.05, warmup_steps=5)  # type: ignore[arg-type]
+        config = OptimConfig(name=name, learning_rate=0.05, warmup_steps=5)
         optimizer, schedule = build_optimizer([weight], config, 80)
         for step in range(80):
             rows = torch.randint(512, (32,), generator=torch.Generator().manual_seed(step))

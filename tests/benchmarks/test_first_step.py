@@ -1,0 +1,38 @@
+"""The breakdown of a first step adds up and prints."""
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+
+def test_phases_are_timed_once_and_listed(
+    benchmark_module: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first_step = benchmark_module("first_step")
+    now = iter([0.0, 1.5, 4.0])
+    monkeypatch.setattr(first_step.time, "perf_counter", lambda: next(now))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    metrics: Any = {"_compile.compile_inner": [2.0, 0.5], "short": [0.2]}
+    monkeypatch.setattr(torch._dynamo.utils, "compilation_time_metrics", metrics)
+    phases = first_step.Phases()
+    for name in ("injected", "micro-batch", "injected"):
+        phases(name)
+    assert phases.seconds == {"injected": 1.5, "micro-batch": 2.5}
+    parts = first_step.first_step_parts(phases, {"capture": 0.75}, {"small": 1.0, "large": 3.0})
+    assert parts["compiler"] == {"_compile.compile_inner": 2.5}
+    assert parts["triton_kernels"] == 4.0
+    assert first_step.phase_lines(parts) == [
+        "to the first optimizer step: 4.0 s",
+        "     1.50 s  injected",
+        "     2.50 s  micro-batch",
+        "of it, the first micro-batch: 0.8 s",
+        "     0.75 s  capture",
+        "torch's compiler, nested",
+        "     2.50 s  _compile.compile_inner",
+        "our Triton kernels, several at once: 4.0 s",
+        "     3.00 s  large",
+        "     1.00 s  small",
+    ]
