@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch._inductor.config
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
@@ -81,10 +82,14 @@ def compile_blocks(transformer: nn.Module, shapes: int = 1) -> int:
             len(blocks), len(kinds), MOST_KINDS,
         )  # fmt: skip
         return 0
+    if (
+        torch._inductor.config.joint_custom_pre_pass is None
+    ):  # as an option of `compile`, every block would be a kind of its own
+        torch._inductor.config.joint_custom_pre_pass = EqualCalls()
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(kinds) * shapes)
     for block in blocks:
         group_layers(block)
-        block.compile(fullgraph=True, dynamic=False, options={"joint_custom_pre_pass": EqualCalls()})
+        block.compile(fullgraph=True, dynamic=False)
     return len(blocks)
 
 

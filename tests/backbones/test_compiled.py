@@ -15,15 +15,18 @@ from loragraft.kernels.w4a8_group import MOST
 from loragraft.quantization.linear import SVDQuantLinear, join_group
 from loragraft.quantization.settings import QuantSettings
 
+CPU = torch.device("cpu")
 TINY = {
     "in_channels": 16, "num_layers": 1, "num_single_layers": 2, "attention_head_dim": 32, "num_attention_heads": 4,
     "joint_attention_dim": 64, "pooled_projection_dim": 32, "guidance_embeds": False, "axes_dims_rope": [8, 12, 12],
 }  # fmt: skip
 
 
-def tiny_flux(device: torch.device, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+def tiny_flux(device: torch.device, dtype: torch.dtype = torch.float32, single: int = 2) -> torch.nn.Module:
     settings = QuantSettings(numerics="w4a8", rank=8, smoothing="hadamard")
-    model = meta_transformer(FluxTransformer2DModel, TINY, partial(plan_architecture, FLUX, settings))
+    model = meta_transformer(
+        FluxTransformer2DModel, {**TINY, "num_single_layers": single}, partial(plan_architecture, FLUX, settings)
+    )
     return randomize(model, device, dtype).eval().requires_grad_(False)
 
 
@@ -61,7 +64,7 @@ def test_a_graph_with_gradients_is_left_alone():
 
 
 def test_the_layers_of_a_block_that_read_one_x_are_joined():
-    block = tiny_flux(torch.device("cpu")).single_transformer_blocks[0]
+    block = tiny_flux(CPU).single_transformer_blocks[0]
     group_layers(block)
     layers = block.attn.to_k.group
     assert [layer.place for layer in layers] == [0, 1, 2, 3]
@@ -70,13 +73,31 @@ def test_the_layers_of_a_block_that_read_one_x_are_joined():
 
 
 def test_layers_that_differ_are_not_joined():
-    block = tiny_flux(torch.device("cpu")).transformer_blocks[0]
+    block = tiny_flux(CPU).transformer_blocks[0]
     q, k = block.attn.to_q, block.attn.to_k
     assert join_group([q, k])
     assert not join_group([q, block.ff.net[2]])
     assert not join_group([q] * (MOST + 1))
     other = SVDQuantLinear.empty(128, 64, "w4a8", rank=8, bias=True)
     assert not join_group([q, other])
+
+
+def test_blocks_of_one_kind_share_compiled_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        made.append(graph)
+        return graph.forward
+
+    model = tiny_flux(CPU, single=4)
+    compiled = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compiled(self, backend=backend, **how))
+    assert compile_blocks(model) == 5
+    with torch.no_grad():
+        velocity_of(model, CPU, torch.float32)
+    assert len(made) == 3  # one double block, and single ones: the first of them reads a slice
+    called = [node.target for graph in made for node in graph.graph.nodes]
+    assert called.count(torch.ops.loragraft.w4a8_group.default) == 14  # every layer asks; equal calls become one later
 
 
 @pytest.mark.gpu
