@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from diffusers.loaders.single_file_utils import SingleFileComponentError
 
 from loragraft.backbones.spec import BaseSpec, External
 from loragraft.disk import replacing_folder
@@ -18,13 +19,10 @@ from loragraft.quantization.checkpoint import CONFIG_NAME
 from loragraft.quantization.tensor_file import CheckpointError
 from loragraft.quantization.weight_source import FileSource
 
-ORIGINAL_KEYS = ("model.diffusion_model.", "input_blocks.")
-DIFFUSERS_KEYS = ("down_blocks.",)
-WIDTH = (
-    "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight",
-    "input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight",
-)
-"""Tensors whose second axis is the width of the text, of SD and of SDXL."""
+UNET_KEYS = ("model.diffusion_model.", "down_blocks.")
+"""What a UNet's tensors begin with, in its authors' names and in diffusers'."""
+TEXT_WIDTH = "attn2.to_k.weight"
+"""Ends the name of tensors whose second axis is the width of the text."""
 
 
 def as_folder(spec: BaseSpec, external: External, file: Path, cache_root: Path) -> Path:
@@ -33,7 +31,7 @@ def as_folder(spec: BaseSpec, external: External, file: Path, cache_root: Path) 
     folder = cache_root / "bases" / f"{spec.name}-16bit-{source.identity[:16]}"
     if folder.exists():
         return folder
-    if not any(name.startswith(ORIGINAL_KEYS + DIFFUSERS_KEYS) for name in source.tensors):
+    if not any(name.startswith(UNET_KEYS) for name in source.tensors):
         raise CheckpointError(f"{file} holds no UNet, neither in Stable Diffusion's key names nor in diffusers'")
     _check_width(spec, external, source, file)
     print(f"{file} is one file: converting its UNet once, into {folder}", file=sys.stderr)
@@ -44,7 +42,7 @@ def as_folder(spec: BaseSpec, external: External, file: Path, cache_root: Path) 
             model = spec.transformer_class.from_single_file(  # type: ignore[attr-defined]
                 str(file), config=here, dtype=torch.bfloat16, local_files_only=True
             )
-        except (KeyError, RuntimeError, ValueError) as error:
+        except (KeyError, RuntimeError, ValueError, SingleFileComponentError) as error:
             raise CheckpointError(f"{file} is no {spec.name}: its UNet has other tensors ({error})") from error
     with replacing_folder(folder, overwrite=False) as made:
         model.save_pretrained(made)
@@ -53,9 +51,6 @@ def as_folder(spec: BaseSpec, external: External, file: Path, cache_root: Path) 
 
 def _check_width(spec: BaseSpec, external: External, source: FileSource, file: Path) -> None:
     expected = external.config.get("cross_attention_dim")
-    for name in WIDTH:
-        for key in (name, f"model.diffusion_model.{name}"):
-            if key in source.tensors and source.tensors[key].shape[1] != expected:
-                raise ValueError(
-                    f"{file} reads text of width {source.tensors[key].shape[1]}, {spec.name} of {expected}: it is another base's"
-                )
+    found = {i.shape[1] for n, i in source.tensors.items() if n.startswith(UNET_KEYS) and n.endswith(TEXT_WIDTH)}
+    if found and found != {expected}:
+        raise ValueError(f"{file} reads text of width {found.pop()}, {spec.name} of {expected}: it is another base's")
