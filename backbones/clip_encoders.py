@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor
+from torch import Tensor, nn
 
 from loragraft.backbones.flux1_encoders import (
     RELEASED,
