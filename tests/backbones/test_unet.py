@@ -75,7 +75,7 @@ def test_rows_are_those_that_the_layers_get(name: str, tiny_unets: ModuleType) -
     for path, module in unet.named_modules():
         if isinstance(module, nn.Linear) and ".transformer_blocks." in path:
             module.register_forward_pre_hook(lambda _, given: seen.add(given[0].flatten(0, -2).shape[0]))
-    latents, text = torch.zeros(2, 4, 16, 8), text_of(family, 2, torch.Generator())
+    latents, text = torch.zeros(2, 4, 16, 10), text_of(family, 2, torch.Generator())
     with torch.no_grad():
         family.predict(unet, latents, torch.zeros(2), text)
     assert seen == family.rows(tuple(latents.shape), text)
