@@ -1,32 +1,20 @@
 """What a first step waits for, begun early and beside it: Inductor's worker processes, and the layers' Triton kernels.
 
     start_workers()      as soon as it is known that blocks will be compiled: while weights are read
-    warm_layers(...)     when the first micro-batch is there: every layer's kernels at the sizes to come, on threads of their own
+    warm_layers(...)     when the first micro-batch is there: while one thread traces blocks, another launches every layer once
 
-Triton lets go of Python's lock while it lowers a kernel and while ptxas runs, 95 % of the time that a kernel takes: so several
-are compiled at once, and the thread that traces the blocks hardly notices.
+Triton compiles a kernel at its first launch, one after the other, and needs Python for little of that time; so does tracing
+the other way round. What is computed here is thrown away.
 """
 
-import contextvars
-import os
 import threading
-from collections.abc import Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import Any
-from unittest import mock
+from collections.abc import Collection
 
 import torch
-import triton
-from torch import Tensor, nn
-from triton.runtime.jit import JITFunction
+from torch import nn
 
 from loragraft.adapters.inject import SVDQuantLoraLinear
-from loragraft.kernels.adamw8bit import BLOCK, adamw8bit
 from loragraft.quantization.linear import SVDQuantLinear
-
-THREADS = 16
-"""Kernels compiled at once, at most; never more than there are cores."""
 
 
 def start_workers() -> threading.Thread:
@@ -45,20 +33,9 @@ def start_workers() -> threading.Thread:
     return thread
 
 
-def token_counts(tensors: dict[str, Tensor]) -> set[int]:
-    """How many rows the linear layers of a transformer over 2x2 patches get from this micro-batch: image, text, both."""
-    b, _c, h, w = tensors["latents"].shape
-    image, text = b * (h // 2) * (w // 2), b * tensors["prompt_embeds"].shape[1]
-    return {image, text, image + text}
-
-
-def warm_layers(transformer: nn.Module, tokens: Collection[int], batch: int, dtype: torch.dtype) -> threading.Thread:
-    """Starts a thread that compiles what one layer of every kind launches, forward and backward; returns it.
-
-    tokens: row counts of the layers, except for W4A16 ones, which read a row a sample (modulation): batch. The optimizer's
-    kernel comes along.
-    """
-    kinds: dict[tuple[object, ...], SVDQuantLoraLinear] = {}
+def warm_layers(transformer: nn.Module, tokens: Collection[int], dtype: torch.dtype) -> threading.Thread:
+    """Starts a thread that runs one layer of every kind forward and backward, for each of the row counts; returns it."""
+    kinds: dict[tuple[object, ...], nn.Module] = {}
     for module in transformer.modules():
         if isinstance(module, SVDQuantLoraLinear):
             base = module.get_base_layer()
@@ -66,57 +43,17 @@ def warm_layers(transformer: nn.Module, tokens: Collection[int], batch: int, dty
             kinds.setdefault((base.in_features, base.out_features, base.numerics, base.hadamard, base.smoothed), module)
 
     def run() -> None:
-        for device in {base.qweight.device for base in map(_base, kinds.values())}:
-            stream = torch.cuda.Stream(device)
-            with torch.cuda.device(device), torch.cuda.stream(stream), compiling_only(stream):
-                _warm_optimizer(device)
-                for module in kinds.values():
-                    for rows in {batch} if _base(module).numerics == "w4a16" else sorted(tokens):
-                        _launch(module, rows, dtype)
+        for module in kinds.values():
+            base = module.get_base_layer()  # type: ignore[operator]
+            device = base.qweight.device
+            with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
+                for rows in sorted(tokens):
+                    x = torch.zeros(rows, base.in_features, device=device, dtype=dtype, requires_grad=True)
+                    y = module(x)
+                    torch.autograd.grad(
+                        y, [x, *(p for p in module.parameters() if p.requires_grad)], torch.zeros_like(y)
+                    )
 
     thread = threading.Thread(target=run, name="warm-kernels", daemon=True)
     thread.start()
     return thread
-
-
-def _base(module: SVDQuantLoraLinear) -> SVDQuantLinear:
-    base = module.get_base_layer()
-    assert isinstance(base, SVDQuantLinear)
-    return base
-
-
-def _launch(module: SVDQuantLoraLinear, rows: int, dtype: torch.dtype) -> None:
-    """Forward and backward; what comes out is not looked at."""
-    base = _base(module)
-    x = torch.zeros(rows, base.in_features, device=base.qweight.device, dtype=dtype, requires_grad=True)
-    y = module(x)
-    torch.autograd.grad(y, [x, *(p for p in module.parameters() if p.requires_grad)], torch.zeros_like(y))
-
-
-def _warm_optimizer(device: torch.device) -> None:
-    factor = torch.zeros(1, device=device)
-    codes, scales = torch.zeros(2, BLOCK, dtype=torch.uint8, device=device), torch.zeros(2, 1, device=device)
-    adamw8bit([factor], [factor], codes, scales, step=1, lr=0.0, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
-
-
-@contextmanager
-def compiling_only(stream: torch.cuda.Stream) -> Iterator[None]:
-    """Triton kernels launched on `stream` are compiled, all at once on threads of their own, and not run; when this is left,
-    they are done. Other streams are left alone.
-
-    The stream says whose launch it is: a backward pass launches from autograd's thread, on the stream of the forward pass.
-    """
-    launch = JITFunction.run
-    with (
-        ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1), "compile") as executor,
-        triton.AsyncCompileMode(executor),
-    ):
-        mode = contextvars.copy_context()  # the mode belongs to this thread's context, which autograd's thread lacks
-
-        def run(kernel: Any, *args: Any, warmup: bool, **options: Any) -> Any:
-            if torch.cuda.current_stream() == stream:
-                return mode.run(launch, kernel, *args, warmup=True, **options)
-            return launch(kernel, *args, warmup=warmup, **options)
-
-        with mock.patch.object(JITFunction, "run", run):
-            yield
