@@ -104,15 +104,13 @@ def _w4a8_conv(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(y, h, codes, scale): the last three are what the backward pass keeps."""
     view, C = Window(*window), x_MC.shape[1]
-    down_RK = branch.join(lora_down, adapter_down, 0, x_MC.dtype)
-    up_NR = branch.join(lora_up, adapter_up, 1, x_MC.dtype)
+    up_NR = lora_up.to(x_MC.dtype) if adapter_up is None else branch.join(lora_up, adapter_up, 1, x_MC.dtype)
     codes_MC, scale_M1 = quantize_activation(x_MC, smooth, hadamard, bits=8)
     if not uses_triton(x_MC):
+        down_RK = branch.join(lora_down, adapter_down, 0, x_MC.dtype)
         y_PN, h_PR = _on_cpu(x_MC, codes_MC, scale_M1, qweight, row_scale, group_words, down_RK, up_NR, bias, view)
         return y_PN, h_PR, codes_MC, scale_M1
-    R = len(down_RK)
-    down_CR = down_RK.view(R, view.taps, C).transpose(0, 1).reshape(view.taps * R, C).T
-    h_PR = sum_taps(rank_product(x_MC, down_CR), R, view)
+    h_PR = sum_taps(rank_product(x_MC, _by_tap(x_MC, lora_down, adapter_down, view.taps)), up_NR.shape[1], view)
     config = config or choose_config(codes_MC, x_MC.dtype, up_NR, view, tap_columns(C))
     operands = codes_MC, scale_M1
     if config in HOPPER_CONFIGS:
@@ -122,6 +120,13 @@ def _w4a8_conv(
         weight_NK = plain_int8(qweight, group_words)
         y_PN = conv_gemm(*operands, weight_NK, row_scale, h_PR, up_NR, bias, view, tap_columns(C), config)
     return y_PN, h_PR, codes_MC, scale_M1
+
+
+def _by_tap(x_MC: Tensor, lora_down: Tensor, adapter_down: Tensor | None, taps: int) -> Tensor:
+    """[D; A] as a matrix [C, T R], columns (tap, rank), in x's dtype: joined and put in order by one copy."""
+    given = [lora_down] if adapter_down is None else [lora_down, adapter_down]
+    parts = [part.to(x_MC.dtype).view(len(part), taps, x_MC.shape[1]).transpose(0, 1) for part in given]
+    return torch.cat(parts, dim=1).flatten(0, 1).T
 
 
 def choose_config(codes_MC: Tensor, dtype: torch.dtype, up_NR: Tensor, window: Window, columns: int) -> str:
