@@ -10,7 +10,7 @@ codes widened in registers, one warp that keeps STAGES tiles of 128 columns in f
 step, the branch as one more product. The registers of an INT32 and a float32 sum of 256 pixels would not fit: there are 64 or 128.
 
 A step has 128 columns, two halves of 64. Where Ct / 64 is odd (320, 960 channels) every other tap ends between the halves of
-a step. Stride 1 only: TMA boxes have no gaps.
+a step. Boxes have no gaps, so for stride 2 x is seen as [B, H / 2, 2, W / 2, 2 C]: a tap reads one parity of rows and of columns.
 """
 
 import torch
@@ -50,12 +50,13 @@ def _corner(t_m, HO, WO, TH: gl.constexpr, TW: gl.constexpr):
 
 @gluon.jit
 def _produce(
-    x_desc, w_desc, h_desc, up_desc, full, empty, xs, ws, M_TILES, N, HO, WO, steps, CT64,
-    KERNEL: gl.constexpr, PADDING: gl.constexpr, RANK_STEPS: gl.constexpr, TH: gl.constexpr, TW: gl.constexpr,
-    OUT: gl.constexpr, WN: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr,
+    x_desc, w_desc, h_desc, up_desc, full, empty, xs, ws, M_TILES, N, HO, WO, XC, steps, CT64,
+    KERNEL: gl.constexpr, STRIDE: gl.constexpr, PADDING: gl.constexpr, RANK_STEPS: gl.constexpr, TH: gl.constexpr,
+    TW: gl.constexpr, OUT: gl.constexpr, WN: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     PIX: gl.constexpr = 3 - OUT
     BM: gl.constexpr = TH * TW
+    PARITY_BOX: gl.constexpr = gl.NVMMASharedLayout(64, 8, rank=5)
     BOX: gl.constexpr = gl.NVMMASharedLayout(64, 8, rank=4)
     HALF: gl.constexpr = gl.NVMMASharedLayout(64, 16)
     stage, phase = 0, 1
@@ -69,10 +70,16 @@ def _produce(
             for half in gl.static_range(2):
                 tap = (2 * k + half) // CT64
                 channel = (2 * k + half - tap * CT64) * 64
-                top, left = row + tap // KERNEL - PADDING, column + tap % KERNEL - PADDING
+                u, v = tap // KERNEL - PADDING, tap % KERNEL - PADDING
                 for group in gl.static_range(PIX):
-                    box = reinterpret(xs.index((2 * stage + half) * PIX + group), gl.int8, [1, TH, TW, 64], BOX)
-                    tma_load(x_desc, [image, top + group * TH, left, channel], barrier, box)
+                    slot = xs.index((2 * stage + half) * PIX + group)
+                    top = row + group * TH
+                    if STRIDE == 1:
+                        box = reinterpret(slot, gl.int8, [1, TH, TW, 64], BOX)
+                        tma_load(x_desc, [image, top + u, column + v, channel], barrier, box)
+                    else:
+                        at = [image, top + (u >> 1), u & 1, column + (v >> 1), (v & 1) * XC + channel]
+                        tma_load(x_desc, at, barrier, reinterpret(slot, gl.int8, [1, TH, 1, TW, 64], PARITY_BOX))
             for group in gl.static_range(OUT):
                 tma_load(w_desc, [(OUT * t_n + group) * WN, k * 64], barrier, ws.index(OUT * stage + group))
             stage += 1
@@ -96,12 +103,13 @@ def _produce(
 @gluon.jit
 def _load_scales(
     p_a, tap, image, row, column, H, W,
-    KERNEL: gl.constexpr, PADDING: gl.constexpr, TH: gl.constexpr, TW: gl.constexpr,
+    KERNEL: gl.constexpr, STRIDE: gl.constexpr, PADDING: gl.constexpr, TH: gl.constexpr, TW: gl.constexpr,
 ):  # fmt: skip
     """The scale of the pixel that each output of the tile reads at this tap; 0 outside of the image."""
     FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     o_m = gl.arange(0, TH * TW, layout=FLAT)
-    b_row, b_column = row + o_m // TW + tap // KERNEL - PADDING, column + o_m % TW + tap % KERNEL - PADDING
+    b_row = (row + o_m // TW) * STRIDE + tap // KERNEL - PADDING
+    b_column = (column + o_m % TW) * STRIDE + tap % KERNEL - PADDING
     inside = (b_row >= 0) & (b_row < H) & (b_column >= 0) & (b_column < W)
     return gl.load(p_a + (image * H + b_row) * W + b_column, mask=inside, other=0.0)
 
@@ -156,8 +164,8 @@ def _promote(total, acc, b_a, scales, tap, FLOAT: gl.constexpr):
 @gluon.jit
 def _consume(
     GROUP: gl.constexpr, p_a, p_words, p_s, p_bias, up_desc, y_desc, full, empty, xs, ws, ys, scales, M_TILES, N, H, W, HO, WO,
-    steps, CT64, ODD: gl.constexpr, KERNEL: gl.constexpr, PADDING: gl.constexpr, RANK_STEPS: gl.constexpr, TH: gl.constexpr,
-    TW: gl.constexpr, OUT: gl.constexpr, WN: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr,
+    steps, CT64, ODD: gl.constexpr, KERNEL: gl.constexpr, STRIDE: gl.constexpr, PADDING: gl.constexpr, RANK_STEPS: gl.constexpr,
+    TH: gl.constexpr, TW: gl.constexpr, OUT: gl.constexpr, WN: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     PIX: gl.constexpr = 3 - OUT
     BM: gl.constexpr = TH * TW
@@ -181,12 +189,12 @@ def _consume(
         total = gl.zeros([WN, BM], gl.float32, layout=FLOAT)
         if ODD:
             for pair in range(TAPS // 2):
-                b_a = _load_scales(p_a, 2 * pair, image, row, column, H, W, KERNEL, PADDING, TH, TW)
+                b_a = _load_scales(p_a, 2 * pair, image, row, column, H, W, KERNEL, STRIDE, PADDING, TH, TW)
                 acc, word, done, stage, phase = _steps(
                     CT64 // 2, acc, word, done, stage, phase, p_word, full, empty, xs, ws, o_word, N, steps,
                     GROUP, OUT, WN, STAGES, A_INT)  # fmt: skip
                 # The step that both taps share: its low half ends one, its high half begins the other.
-                b_next = _load_scales(p_a, 2 * pair + 1, image, row, column, H, W, KERNEL, PADDING, TH, TW)
+                b_next = _load_scales(p_a, 2 * pair + 1, image, row, column, H, W, KERNEL, STRIDE, PADDING, TH, TW)
                 mbarrier.wait(full.index(stage), phase)
                 b_w = _weights(ws, stage, GROUP, OUT).load(A_INT)
                 x_low, x_high = _pixels(xs, stage, 0, GROUP, OUT), _pixels(xs, stage, 1, GROUP, OUT)
@@ -208,7 +216,7 @@ def _consume(
                 total = _promote(total, acc, b_next, scales, 1, FLOAT)
                 acc = gl.zeros([WN, BM], gl.int32, layout=INT)
             # The last of an odd number of taps; the high half of its last step is beyond the weight and is left out.
-            b_a = _load_scales(p_a, TAPS - 1, image, row, column, H, W, KERNEL, PADDING, TH, TW)
+            b_a = _load_scales(p_a, TAPS - 1, image, row, column, H, W, KERNEL, STRIDE, PADDING, TH, TW)
             acc, word, done, stage, phase = _steps(
                 CT64 // 2, acc, word, done, stage, phase, p_word, full, empty, xs, ws, o_word, N, steps,
                 GROUP, OUT, WN, STAGES, A_INT)  # fmt: skip
@@ -224,7 +232,7 @@ def _consume(
             total = _promote(total, acc, b_a, scales, 0, FLOAT)
         else:
             for tap in range(TAPS):
-                b_a = _load_scales(p_a, tap, image, row, column, H, W, KERNEL, PADDING, TH, TW)
+                b_a = _load_scales(p_a, tap, image, row, column, H, W, KERNEL, STRIDE, PADDING, TH, TW)
                 acc, word, done, stage, phase = _steps(
                     CT64 // 2, acc, word, done, stage, phase, p_word, full, empty, xs, ws, o_word, N, steps,
                     GROUP, OUT, WN, STAGES, A_INT)  # fmt: skip
@@ -255,9 +263,9 @@ def _consume(
 
 @gluon.jit
 def hopper_conv_kernel(
-    x_desc, w_desc, h_desc, up_desc, y_desc, p_a, p_words, p_s, p_bias, M_TILES, N, H, W, HO, WO, steps, CT64,
-    ODD: gl.constexpr, KERNEL: gl.constexpr, PADDING: gl.constexpr, RANK_STEPS: gl.constexpr, TH: gl.constexpr,
-    TW: gl.constexpr, OUT: gl.constexpr, WN: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr,
+    x_desc, w_desc, h_desc, up_desc, y_desc, p_a, p_words, p_s, p_bias, M_TILES, N, H, W, HO, WO, XC, steps, CT64,
+    ODD: gl.constexpr, KERNEL: gl.constexpr, STRIDE: gl.constexpr, PADDING: gl.constexpr, RANK_STEPS: gl.constexpr,
+    TH: gl.constexpr, TW: gl.constexpr, OUT: gl.constexpr, WN: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     PIX: gl.constexpr = 3 - OUT
     BM: gl.constexpr = TH * TW
@@ -280,10 +288,10 @@ def hopper_conv_kernel(
     gl.warp_specialize(
         [
             (_consume, (0, p_a, p_words, p_s, p_bias, up_desc, y_desc, full, empty, xs, ws, ys.index(0), first, M_TILES, N, H, W,
-                        HO, WO, steps, CT64, ODD, KERNEL, PADDING, RANK_STEPS, TH, TW, OUT, WN, GROUP_M, STAGES)),
+                        HO, WO, steps, CT64, ODD, KERNEL, STRIDE, PADDING, RANK_STEPS, TH, TW, OUT, WN, GROUP_M, STAGES)),
             (_consume, (1, p_a, p_words, p_s, p_bias, up_desc, y_desc, full, empty, xs, ws, ys.index(1), second, M_TILES, N, H, W,
-                        HO, WO, steps, CT64, ODD, KERNEL, PADDING, RANK_STEPS, TH, TW, OUT, WN, GROUP_M, STAGES)),
-            (_produce, (x_desc, w_desc, h_desc, up_desc, full, empty, xs, ws, M_TILES, N, HO, WO, steps, CT64, KERNEL, PADDING,
+                        HO, WO, steps, CT64, ODD, KERNEL, STRIDE, PADDING, RANK_STEPS, TH, TW, OUT, WN, GROUP_M, STAGES)),
+            (_produce, (x_desc, w_desc, h_desc, up_desc, full, empty, xs, ws, M_TILES, N, HO, WO, XC, steps, CT64, KERNEL, STRIDE, PADDING,
                         RANK_STEPS, TH, TW, OUT, WN, GROUP_M, STAGES)),
         ],
         [4, 1],
@@ -292,8 +300,10 @@ def hopper_conv_kernel(
 
 
 def hopper_conv_runs(x_MC: Tensor, y_dtype: torch.dtype, up_NR: Tensor, window: Window) -> bool:
-    """Whether this kernel takes the convolution: sm_90, a 16-bit result, stride 1, an odd kernel, rows of y that TMA can move."""
-    fits = up_NR.shape[0] % 8 == 0 and window.stride == 1 and window.kernel % 2 == 1
+    """Whether this kernel takes the convolution: sm_90, a 16-bit result, an odd kernel, rows of y that TMA can move, stride 1
+    or with images of even sides 2."""
+    even = window.height % 2 == 0 and window.width % 2 == 0
+    fits = up_NR.shape[0] % 8 == 0 and window.kernel % 2 == 1 and (window.stride == 1 or (window.stride == 2 and even))
     return on_hopper(x_MC, y_dtype) and fits
 
 
@@ -311,8 +321,13 @@ def hopper_conv(
     TH, TW = tile_shape(HO, WO, pixels, 3 - out)
     y_PN = h_PR.new_empty((window.out_pixels, N))
     box, image = gl.NVMMASharedLayout(64, 8, rank=4), (window.batch, HO, WO)
-    x = x_MC.view(window.batch, window.height, window.width, -1)
-    x_desc = TensorDescriptor.from_tensor(x, [1, TH, TW, 64], box)
+    XC = x_MC.shape[1]
+    if window.stride == 1:
+        x = x_MC.view(window.batch, window.height, window.width, XC)
+        x_desc = TensorDescriptor.from_tensor(x, [1, TH, TW, 64], box)
+    else:
+        x = x_MC.view(window.batch, window.height // 2, 2, window.width // 2, 2 * XC)
+        x_desc = TensorDescriptor.from_tensor(x, [1, TH, 1, TW, 64], gl.NVMMASharedLayout(64, 8, rank=5))
     w_desc = TensorDescriptor.from_tensor(qweight.view(torch.int8), [OUTPUTS, 64], gl.NVMMASharedLayout(64, 8))
     h_desc, up_desc = x_desc, x_desc
     if R:
@@ -325,8 +340,8 @@ def hopper_conv(
     tiles_m = window.batch * triton.cdiv(HO, (3 - out) * TH) * triton.cdiv(WO, TW)
     with on_device(x_MC):
         hopper_conv_kernel[(min(tiles_m * triton.cdiv(N, out * OUTPUTS), programs),)](
-            x_desc, w_desc, h_desc, up_desc, y_desc, a_M1, words, s_N, bias, tiles_m, N, window.height, window.width, HO, WO,
-            qweight.shape[1] // 64, columns // 64, ODD=columns // 64 % 2 == 1, KERNEL=window.kernel, PADDING=window.padding,
+            x_desc, w_desc, h_desc, up_desc, y_desc, a_M1, words, s_N, bias, tiles_m, N, window.height, window.width, HO, WO, XC,
+            qweight.shape[1] // 64, columns // 64, ODD=columns // 64 % 2 == 1, KERNEL=window.kernel, STRIDE=window.stride, PADDING=window.padding,
             RANK_STEPS=triton.cdiv(R, STEP_RANKS), TH=TH, TW=TW, OUT=out, WN=OUTPUTS, GROUP_M=8, STAGES=stages(pixels, out),
             num_warps=4,
         )  # fmt: skip

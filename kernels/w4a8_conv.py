@@ -111,7 +111,7 @@ def _w4a8_conv(
         y_PN, h_PR = _on_cpu(x_MC, codes_MC, scale_M1, qweight, row_scale, group_words, down_RK, up_NR, bias, view)
         return y_PN, h_PR, codes_MC, scale_M1
     h_PR = sum_taps(rank_product(x_MC, _by_tap(x_MC, lora_down, adapter_down, view.taps)), up_NR.shape[1], view)
-    config = config or choose_config(codes_MC, x_MC.dtype, up_NR, view, tap_columns(C))
+    config = choose_config(config, codes_MC, x_MC.dtype, up_NR, view, tap_columns(C))
     operands = codes_MC, scale_M1
     if config in HOPPER_CONFIGS:
         weight = qweight, group_words, row_scale
@@ -129,9 +129,20 @@ def _by_tap(x_MC: Tensor, lora_down: Tensor, adapter_down: Tensor | None, taps: 
     return torch.cat(parts, dim=1).flatten(0, 1).T
 
 
-def choose_config(codes_MC: Tensor, dtype: torch.dtype, up_NR: Tensor, window: Window, columns: int) -> str:
-    """The kernel and its tile sizes: as tuned for this card, else Hopper's own where it runs, else by the size of the output."""
+def choose_config(
+    wanted: str | None, codes_MC: Tensor, dtype: torch.dtype, up_NR: Tensor, window: Window, columns: int
+) -> str:
+    """The kernel and its tile sizes: as wanted, as tuned for this card, Hopper's own where it runs, or by the output's size.
+
+    Raises ValueError where Hopper's is wanted and does not run.
+    """
     on_hopper = hopper_conv_runs(codes_MC, dtype, up_NR, window)
+    if wanted is not None:
+        if wanted in HOPPER_CONFIGS and not on_hopper:
+            raise ValueError(
+                f"w4a8_conv: config {wanted!r} does not run {window} to {up_NR.shape[0]} channels here; use None"
+            )
+        return wanted
     tuned = conv_config(codes_MC.device, window, up_NR.shape[0], columns)
     if tuned is not None and (on_hopper or tuned not in HOPPER_CONFIGS):
         return tuned
@@ -267,7 +278,7 @@ def w4a8_conv(
     qweight uint8 [N, Kp/2] (pack_tiles) with Kp = T Ct rounded up to 128, row_scale float32 [N], group_words int32
     [Kp/128, N] (pack_words), smooth [C], lora_down [R, T C] with columns (tap, channel), lora_up [N, R], bias [N],
     adapter_down [r, T C], adapter_up [N, r] (already times alpha / r). T = kernel^2. x in channels-last layout is not copied.
-    save_x: as in `w4a8_linear`. config: kernel and tile sizes by name (`conv_gemm.CONFIGS`, on Hopper with stride 1
+    save_x: as in `w4a8_linear`. config: kernel and tile sizes by name (`conv_gemm.CONFIGS`, on Hopper
     `hopper_conv.HOPPER_CONFIGS` too), for benchmarks.
     Raises ValueError for a shape, window or mode that does not fit.
     """
