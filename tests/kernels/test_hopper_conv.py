@@ -39,9 +39,10 @@ def test_stages_fit_into_shared_memory(tile):
 @pytest.mark.gpu
 @pytest.mark.parametrize("config", HOPPER_CONFIGS)
 @pytest.mark.parametrize(
-    ("height", "width", "C", "N", "R"), [(8, 9, 64, 64, 0), (17, 24, 320, 200, 20), (40, 33, 640, 320, 48)]
-)
-def test_matches_float64(config, height, width, C, N, R):
+    ("height", "width", "C", "N", "R", "stride"),
+    [(8, 9, 64, 64, 0, 1), (17, 24, 320, 200, 20, 1), (40, 33, 640, 320, 48, 1), (18, 22, 320, 64, 16, 2), (8, 64, 128, 136, 3, 2)],
+)  # fmt: skip
+def test_matches_float64(config, height, width, C, N, R, stride):
     if not on_hopper(torch.empty(0, device="cuda"), torch.bfloat16):
         pytest.skip("needs an sm_90 device")
     KP = padded(9 * C)
@@ -60,5 +61,8 @@ def test_matches_float64(config, height, width, C, N, R):
         k: v.cuda().bfloat16() if k in ("x", "lora_down", "lora_up", "bias") else v.cuda() for k, v in inputs.items()
     }
     wide = {k: v.double() if v.is_floating_point() else v for k, v in halves.items()}
-    expected = w4a8_conv_reference(**wide, smooth=None, kernel=3, padding=1)
-    assert relative_rms(w4a8_conv(**halves, smooth=None, kernel=3, padding=1, config=config), expected) < 5e-3
+    expected = w4a8_conv_reference(**wide, smooth=None, kernel=3, stride=stride, padding=1)
+    assert (
+        relative_rms(w4a8_conv(**halves, smooth=None, kernel=3, stride=stride, padding=1, config=config), expected)
+        < 5e-3
+    )
