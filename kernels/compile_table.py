@@ -183,14 +183,32 @@ def _hopper_convolutions() -> list[Build]:
     types = {**numbers, "p_a": "*fp32", "p_words": "*i32", "p_s": "*fp32", "w_desc": _descriptor("i8", [64, 64], 64),
              "up_desc": _descriptor("bf16", [64, 32], 64)}  # fmt: skip
     builds = []
-    for odd, shape in ((True, (1, 128)), (False, (1, 128)), (False, (4, 16)), (True, (8, 8))):
+    shapes = (
+        (True, (1, 128), 2, 1),
+        (False, (1, 128), 2, 1),
+        (False, (4, 16), 2, 1),
+        (True, (8, 8), 1, 1),
+        (True, (2, 64), 2, 2),
+    )
+    for odd, shape, out, stride in shapes:
         high, wide = shape
         box = _descriptor("i8", [1, high, wide, 64], 64)
-        boxes = {"x_desc": box, "h_desc": box, "y_desc": _descriptor("bf16", [1, high, wide, 64], 128)}
-        constants = {"ODD": odd, "KERNEL": 3, "PADDING": 1, "RANK_STEPS": 2, "TH": high, "TW": wide, "WN": 64, "GROUP_M": 8,
-                     "STAGES": hopper_conv.stages(high * wide)}  # fmt: skip
+        parity_box = _descriptor("i8", [1, high, 1, wide, 64], 64)
+        boxes = {
+            "x_desc": box if stride == 1 else parity_box,
+            "h_desc": box,
+            "y_desc": _descriptor("bf16", [1, high, wide, 64], 128),
+        }
+        constants = {"ODD": odd, "KERNEL": 3, "STRIDE": stride, "PADDING": 1, "RANK_STEPS": 2, "TH": high, "TW": wide, "OUT": out, "WN": 64,
+                     "GROUP_M": 8, "STAGES": hopper_conv.stages(high * wide, out)}  # fmt: skip
         builds.append(
-            Build(hopper_conv.hopper_conv_kernel, constants, {**types, **boxes}, quick=shape == (1, 128), **only)
+            Build(
+                hopper_conv.hopper_conv_kernel,
+                constants,
+                {**types, **boxes},
+                quick=odd and out == 2 and stride == 1,
+                **only,
+            )
         )
     return builds
 

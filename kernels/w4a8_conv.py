@@ -104,16 +104,14 @@ def _w4a8_conv(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(y, h, codes, scale): the last three are what the backward pass keeps."""
     view, C = Window(*window), x_MC.shape[1]
-    down_RK = branch.join(lora_down, adapter_down, 0, x_MC.dtype)
-    up_NR = branch.join(lora_up, adapter_up, 1, x_MC.dtype)
+    up_NR = lora_up.to(x_MC.dtype) if adapter_up is None else branch.join(lora_up, adapter_up, 1, x_MC.dtype)
     codes_MC, scale_M1 = quantize_activation(x_MC, smooth, hadamard, bits=8)
     if not uses_triton(x_MC):
+        down_RK = branch.join(lora_down, adapter_down, 0, x_MC.dtype)
         y_PN, h_PR = _on_cpu(x_MC, codes_MC, scale_M1, qweight, row_scale, group_words, down_RK, up_NR, bias, view)
         return y_PN, h_PR, codes_MC, scale_M1
-    R = len(down_RK)
-    down_CR = down_RK.view(R, view.taps, C).transpose(0, 1).reshape(view.taps * R, C).T
-    h_PR = sum_taps(rank_product(x_MC, down_CR), R, view)
-    config = config or choose_config(codes_MC, x_MC.dtype, up_NR, view, tap_columns(C))
+    h_PR = sum_taps(rank_product(x_MC, _by_tap(x_MC, lora_down, adapter_down, view.taps)), up_NR.shape[1], view)
+    config = choose_config(config, codes_MC, x_MC.dtype, up_NR, view, tap_columns(C))
     operands = codes_MC, scale_M1
     if config in HOPPER_CONFIGS:
         weight = qweight, group_words, row_scale
@@ -124,9 +122,27 @@ def _w4a8_conv(
     return y_PN, h_PR, codes_MC, scale_M1
 
 
-def choose_config(codes_MC: Tensor, dtype: torch.dtype, up_NR: Tensor, window: Window, columns: int) -> str:
-    """The kernel and its tile sizes: as tuned for this card, else Hopper's own where it runs, else by the size of the output."""
+def _by_tap(x_MC: Tensor, lora_down: Tensor, adapter_down: Tensor | None, taps: int) -> Tensor:
+    """[D; A] as a matrix [C, T R], columns (tap, rank), in x's dtype: joined and put in order by one copy."""
+    given = [lora_down] if adapter_down is None else [lora_down, adapter_down]
+    parts = [part.to(x_MC.dtype).view(len(part), taps, x_MC.shape[1]).transpose(0, 1) for part in given]
+    return torch.cat(parts, dim=1).flatten(0, 1).T
+
+
+def choose_config(
+    wanted: str | None, codes_MC: Tensor, dtype: torch.dtype, up_NR: Tensor, window: Window, columns: int
+) -> str:
+    """The kernel and its tile sizes: as wanted, as tuned for this card, Hopper's own where it runs, or by the output's size.
+
+    Raises ValueError where Hopper's is wanted and does not run.
+    """
     on_hopper = hopper_conv_runs(codes_MC, dtype, up_NR, window)
+    if wanted is not None:
+        if wanted in HOPPER_CONFIGS and not on_hopper:
+            raise ValueError(
+                f"w4a8_conv: config {wanted!r} does not run {window} to {up_NR.shape[0]} channels here; use None"
+            )
+        return wanted
     tuned = conv_config(codes_MC.device, window, up_NR.shape[0], columns)
     if tuned is not None and (on_hopper or tuned not in HOPPER_CONFIGS):
         return tuned
@@ -262,7 +278,7 @@ def w4a8_conv(
     qweight uint8 [N, Kp/2] (pack_tiles) with Kp = T Ct rounded up to 128, row_scale float32 [N], group_words int32
     [Kp/128, N] (pack_words), smooth [C], lora_down [R, T C] with columns (tap, channel), lora_up [N, R], bias [N],
     adapter_down [r, T C], adapter_up [N, r] (already times alpha / r). T = kernel^2. x in channels-last layout is not copied.
-    save_x: as in `w4a8_linear`. config: kernel and tile sizes by name (`conv_gemm.CONFIGS`, on Hopper with stride 1
+    save_x: as in `w4a8_linear`. config: kernel and tile sizes by name (`conv_gemm.CONFIGS`, on Hopper
     `hopper_conv.HOPPER_CONFIGS` too), for benchmarks.
     Raises ValueError for a shape, window or mode that does not fit.
     """

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from loragraft.kernels.hopper import on_hopper
-from loragraft.kernels.hopper_conv import HOPPER_CONFIGS, stages, tile_pixels, tile_shape
+from loragraft.kernels.hopper_conv import HOPPER_CONFIGS, choose_tile, stages, tile_shape
 from loragraft.kernels.hopper_gemm import SHARED_BYTES
 from loragraft.kernels.layout import pack_words, padded, relative_rms
 from loragraft.kernels.taps import Window
@@ -12,33 +12,37 @@ from loragraft.kernels.w4a8_conv import w4a8_conv, w4a8_conv_reference
 
 
 def test_tiles_cover_an_image_with_little_waste():
-    assert tile_shape(128, 128, 128) == (1, 128)
-    assert tile_shape(64, 64, 128) == (2, 64)
-    assert tile_shape(32, 32, 64) == (2, 32)
-    high, wide = tile_shape(152, 104, 128)  # 832 x 1216 px: 13 x 10 tiles, 1.05 of the pixels
+    assert tile_shape(128, 128, 128, 1) == (1, 128)
+    assert tile_shape(64, 64, 128, 1) == (2, 64)
+    assert tile_shape(128, 128, 64, 2) == (1, 64)
+    assert tile_shape(1, 128, 64, 2) == (1, 64)
+    high, wide = tile_shape(152, 104, 128, 1)  # 832 x 1216 px: 1.05 times the pixels
     assert (high * wide, -(-152 // high) * -(-104 // wide) * 128) == (128, 16640)
 
 
-def test_small_tiles_where_large_ones_leave_the_card_idle():
-    assert tile_pixels(Window(1, 64, 64, 3, 1, 1), 640, 132) == 64  # 160 large tiles: two rounds for 28 of them
-    assert tile_pixels(Window(1, 128, 128, 3, 1, 1), 320, 132) == 128  # 384: three rounds
-    assert tile_pixels(Window(1, 32, 32, 3, 1, 1), 1280, 132) == 128  # 80: one round either way
+def test_tiles_leave_little_of_the_card_idle():
+    assert choose_tile(Window(1, 64, 64, 3, 1, 1), 640, 132) == (64, 2)  # 160 large tiles: two rounds for 28 of them
+    assert choose_tile(Window(1, 32, 32, 3, 1, 1), 1280, 132) == (128, 2)  # 80: one round either way
+    # 320 = 5 x 64 outputs: 640 tiles of 128 x 64 are five half rounds, where 384 of 128 x 128 are three whole ones.
+    assert choose_tile(Window(1, 128, 128, 3, 1, 1), 320, 132) == (64, 1)
 
 
-@pytest.mark.parametrize("pixels", [64, 128])
-def test_stages_fit_into_shared_memory(pixels):
-    steps = stages(pixels)
-    used = steps * (pixels * 128 + 2 * 64 * 64) + 2 * 64 * pixels * 2 + 2 * 2 * pixels * 4
-    assert used <= SHARED_BYTES < used + pixels * 128 + 2 * 64 * 64
-    assert steps >= 8
+@pytest.mark.parametrize("tile", [tile for tile in HOPPER_CONFIGS.values() if tile])
+def test_stages_fit_into_shared_memory(tile):
+    pixels, out = tile
+    step = (3 - out) * pixels * 128 + out * 64 * 64
+    used = stages(*tile) * step + 2 * 64 * pixels * 2 + 2 * 2 * pixels * 4
+    assert used <= SHARED_BYTES < used + step
+    assert stages(*tile) >= 8
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("config", HOPPER_CONFIGS)
 @pytest.mark.parametrize(
-    ("height", "width", "C", "N", "R"), [(8, 9, 64, 64, 0), (17, 24, 320, 200, 20), (40, 33, 640, 320, 48)]
-)
-def test_matches_float64(config, height, width, C, N, R):
+    ("height", "width", "C", "N", "R", "stride"),
+    [(8, 9, 64, 64, 0, 1), (17, 24, 320, 200, 20, 1), (40, 33, 640, 320, 48, 1), (18, 22, 320, 64, 16, 2), (8, 64, 128, 136, 3, 2)],
+)  # fmt: skip
+def test_matches_float64(config, height, width, C, N, R, stride):
     if not on_hopper(torch.empty(0, device="cuda"), torch.bfloat16):
         pytest.skip("needs an sm_90 device")
     KP = padded(9 * C)
@@ -57,5 +61,8 @@ def test_matches_float64(config, height, width, C, N, R):
         k: v.cuda().bfloat16() if k in ("x", "lora_down", "lora_up", "bias") else v.cuda() for k, v in inputs.items()
     }
     wide = {k: v.double() if v.is_floating_point() else v for k, v in halves.items()}
-    expected = w4a8_conv_reference(**wide, smooth=None, kernel=3, padding=1)
-    assert relative_rms(w4a8_conv(**halves, smooth=None, kernel=3, padding=1, config=config), expected) < 5e-3
+    expected = w4a8_conv_reference(**wide, smooth=None, kernel=3, stride=stride, padding=1)
+    assert (
+        relative_rms(w4a8_conv(**halves, smooth=None, kernel=3, stride=stride, padding=1, config=config), expected)
+        < 5e-3
+    )
