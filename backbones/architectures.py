@@ -28,6 +28,8 @@ FOLDER_ROUNDS = 20
 """Rounds of the alternation; each ends early where it no longer pays."""
 DATA_FREE_GRID, CALIBRATED_GRID = 4, 10
 ORIGINAL_FLUX_KEYS = ("double_blocks.", "model.diffusion_model.double_blocks.")
+UNET_KEYS = ("model.diffusion_model.input_blocks.", "down_blocks.")
+"""What tensors of a UNet begin with, in its authors' names and in diffusers'."""
 ROPE_AXES = {128: (16, 56, 56)}
 """Width of an attention head -> FLUX's split of it among text, row and column, which no tensor shows."""
 
@@ -114,6 +116,11 @@ def open_model(path: Path) -> tuple[WeightSource, Architecture, dict[str, Any]]:
         raise CheckpointError(
             f"{path} has the original FLUX key names; load it with diffusers' "
             "FluxTransformer2DModel.from_single_file and save_pretrained, then quantize that folder"
+        )
+    if config is None and any(name.startswith(UNET_KEYS) for name in source.tensors):
+        raise CheckpointError(
+            f"{path} is a UNet without config.json. A base converts and quantizes it, such as base=sdxl weights.path={path.name} "
+            "weights.encoders=PIPELINE; or save it with diffusers' UNet2DConditionModel, and quantize that folder"
         )
     if config is None:
         config = flux_config(source, path)
