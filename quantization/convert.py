@@ -81,7 +81,7 @@ def _check_cover(
     if neither:
         listed = ", ".join(neither[:8]) + (", ..." if len(neither) > 8 else "")
         raise ValueError(
-            f"{len(neither)} linear layer(s) or convolutions are neither planned nor kept: {listed}; name them in one of both"
+            f"{len(neither)} layer(s) are neither planned nor kept: {listed}; name them in one of both"
         )
 
 
