@@ -195,7 +195,7 @@ def test_blocks_compile_whole(
     family: Family, lists: Architecture, pipeline: type[Any], channels: int, folders: Folders
 ) -> None:
     """No graph break: what is traced runs as it is, and no code is generated."""
-    settings = QuantSettings("w4a8", rank=4, smoothing="hadamard", search="subsampled", iterations=1, grid=1)
+    settings = QuantSettings("w4a8", rank=4, smoothing="weight", search="subsampled", iterations=1, grid=1)
     model = opened(folders[lists.class_name], pipeline)
     quantize_model(model, plan_architecture(lists, settings, model), {}, keep=lists.keep_16bit)
     parameters = inject_adapter(model, AdapterConfig(rank=2, alpha=2), lists.quantize)
