@@ -24,6 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 from loragraft.backbones.architectures import FOLDER_RANK, NUMERICS, folder_settings, open_model, quantize_files
+from loragraft.backbones.pipeline_folder import variant
 from loragraft.backbones.single_file import as_folder, is_one_file
 from loragraft.backbones.skeleton import meta_transformer, plan_architecture, randomize
 from loragraft.backbones.spec import BaseSpec, External, Profile, Weights
@@ -161,7 +162,7 @@ def open_transformer(
         if path.is_file():
             raise ValueError(f"{path} is one file; for the 16-bit model give the diffusers folder")
         model: nn.Module = spec.transformer_class.from_pretrained(  # type: ignore[attr-defined]
-            path, torch_dtype=torch.bfloat16, local_files_only=True
+            path, torch_dtype=torch.bfloat16, variant=variant(path), local_files_only=True
         )
         record_base_id(model)
         return model, None
