@@ -4,6 +4,7 @@ A base of this folder names its architecture; a folder or file that is no base i
 bare FLUX file, by the shapes of its tensors.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,11 @@ from typing import Any
 import torch
 
 from loragraft.backbones.family import Component
-from loragraft.backbones.spec import Profile
+from loragraft.backbones.spec import BaseSpec, Profile
 from loragraft.quantization.calibrate import StatsFile
-from loragraft.quantization.names import nearest
+from loragraft.quantization.names import match_paths, nearest
 from loragraft.quantization.settings import LayerReport, Numerics, QuantSettings, Smoothing
-from loragraft.quantization.stream import plan_source, quantize_stream
+from loragraft.quantization.stream import plan_source, quantize_stream, weight_layers
 from loragraft.quantization.tensor_file import CheckpointError
 from loragraft.quantization.weight_source import FileSource, WeightSource
 
@@ -45,7 +46,7 @@ class Architecture:
     """Layers with few rows (adaLN): INT4 weights, 16-bit activations."""
     keep_16bit: tuple[str, ...]
     quantize_conv: tuple[str, ...] = ()
-    """Convolutions that carry the profile where it covers convolutions; all others stay in 16 bits."""
+    """Convolutions that carry the profile; kernels larger than 1x1 in `native` alone (`plan_rules`)."""
 
 
 _DOUBLE = r"transformer_blocks\.\d+\."
@@ -69,7 +70,7 @@ UNET = Architecture(
         r"|.*attentions\.\d+\.(proj_in|proj_out)",
     ),
     quantize_w4a16=(_TRANSFORMER + r"attn2\.(to_k|to_v)", _RESNET + "time_emb_proj"),
-    keep_16bit=(r"(time|add)_embedding\.linear_[12]",),
+    keep_16bit=(r"(time|add)_embedding\.linear_[12]|conv_(in|out)",),
     quantize_conv=(
         _RESNET + r"(conv1|conv2|conv_shortcut)|.*\.(downsamplers|upsamplers)\.\d+\.conv"
         r"|.*attentions\.\d+\.(proj_in|proj_out)",
@@ -77,7 +78,24 @@ UNET = Architecture(
 )
 """Stable Diffusion's UNets. Few rows: the text's keys and values (77 a picture) and a resnet's time (1). The projections around
 the transformers are convolutions of 1x1 in SD1.5, linear layers in SD 2 and SDXL: one pattern of each list finds them."""
-ARCHITECTURES = {found.class_name: found for found in (FLUX, UNET)}
+_ATTENTION = _DOUBLE + r"attn[12]\.(to_q|to_k|to_v|to_out\.0)"
+SANA = Architecture(
+    class_name="SanaTransformer2DModel",
+    quantize=(_ATTENTION,),
+    quantize_w4a16=(r"time_embed\.linear",),
+    keep_16bit=(r"time_embed\.emb\..*", r"caption_projection\.linear_[12]", r"proj_out|patch_embed\.proj"),
+    quantize_conv=(_DOUBLE + r"ff\.(conv_inverted|conv_point)",),
+)
+"""Its feed-forward part is made of convolutions: the 1x1 ones carry the profile, the depthwise 3x3 between them stays."""
+PIXART = Architecture(
+    class_name="PixArtTransformer2DModel",
+    quantize=(_ATTENTION, _DOUBLE + r"ff\.net\.(0\.proj|2)"),
+    quantize_w4a16=(r"adaln_single\.linear",),
+    keep_16bit=(r"adaln_single\.emb\..*", r"caption_projection\.linear_[12]", r"proj_out|pos_embed\.proj"),
+)
+ARCHITECTURES = {found.class_name: found for found in (FLUX, UNET, SANA, PIXART)}
+PIXART_ONCE = "Transformer2DModel"
+"""diffusers' class of PixArt until it had one of its own: PixArt-Sigma is published under it."""
 COMPONENTS: tuple[Component, ...] = ("transformer", "unet")
 """Folders of a pipeline in which its denoiser may lie."""
 
@@ -106,6 +124,9 @@ def open_model(path: Path) -> tuple[WeightSource, Architecture, dict[str, Any]]:
         )
     if config is None:
         config = flux_config(source, path)
+    if config.get("_class_name") == PIXART_ONCE and config.get("norm_type") == "ada_norm_single":
+        sized = "adaln_single.emb.resolution_embedder.linear_1.weight" in source.tensors
+        config = {**config, "_class_name": PIXART.class_name, "use_additional_conditions": sized}
     name = str(config.get("_class_name"))
     if name not in ARCHITECTURES:
         raise CheckpointError(f"{path} is a {name}; quantized from files are {', '.join(ARCHITECTURES)}")
@@ -178,11 +199,30 @@ def folder_settings(
     )
 
 
-def plan_model(source: WeightSource, architecture: Architecture, main: QuantSettings) -> dict[str, QuantSettings]:
-    """Layer -> settings: `main` everywhere but on the few-row layers (W4A16)."""
+def plan_rules(
+    lists: Architecture | BaseSpec, main: QuantSettings, convolutions: Mapping[str, int]
+) -> tuple[dict[str, QuantSettings], list[str]]:
+    """(pattern -> settings, patterns of what stays in 16 bits): `main` everywhere but on the few-row layers (W4A16).
+
+    convolutions: path -> edge of the kernel, of those that can be quantized. 1x1 ones of `quantize_conv` are linear layers and
+    carry any numerics; larger ones are W4A8 or stay.
+    """
     few_rows = QuantSettings("w4a16", search=main.search, seed=main.seed)
-    rules = dict.fromkeys(architecture.quantize, main) | dict.fromkeys(architecture.quantize_w4a16, few_rows)
-    return plan_source(source, rules, architecture.keep_16bit)
+    rules = dict.fromkeys(lists.quantize, main) | dict.fromkeys(lists.quantize_w4a16, few_rows)
+    keep = list(lists.keep_16bit)
+    for path in (path for paths in match_paths(lists.quantize_conv, list(convolutions)).values() for path in paths):
+        if convolutions[path] == 1 or main.numerics == "w4a8":
+            rules[re.escape(path)] = main
+        else:
+            keep.append(re.escape(path))
+    return rules, keep
+
+
+def plan_model(source: WeightSource, architecture: Architecture, main: QuantSettings) -> dict[str, QuantSettings]:
+    """Layer -> settings of weights in files, as `plan_rules`. Raises as `plan_source`."""
+    shapes = {path: source.tensors[f"{path}.weight"].shape for path in weight_layers(source)}
+    kernels = {path: shape[2] for path, shape in shapes.items() if len(shape) == 4}
+    return plan_source(source, *plan_rules(architecture, main, kernels))
 
 
 def quantize_files(

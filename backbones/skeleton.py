@@ -14,7 +14,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
-from loragraft.backbones.architectures import Architecture
+from loragraft.backbones.architectures import Architecture, plan_rules
 from loragraft.backbones.spec import BaseSpec
 from loragraft.kernels.layout import GROUP, pack_int4, pack_words
 from loragraft.quantization.checkpoint import record_base_id
@@ -59,10 +59,10 @@ def meta_transformer(
 def plan_architecture(
     lists: Architecture | BaseSpec, main: QuantSettings, model: nn.Module
 ) -> dict[str, QuantSettings]:
-    """Layer -> settings of a 16-bit `model`: `main` everywhere but on the few-row layers (W4A16). Raises as `plan_layers`."""
-    few_rows = QuantSettings("w4a16", search=main.search, seed=main.seed)
-    rules = dict.fromkeys(lists.quantize, main) | dict.fromkeys(lists.quantize_w4a16, few_rows)
-    return plan_layers(model, rules, lists.keep_16bit)
+    """Layer -> settings of a 16-bit `model`, as `plan_rules`. Raises as `plan_layers`."""
+    named = dict(model.named_modules())
+    kernels = {path: m.kernel_size[0] for path in layer_paths(model) if isinstance(m := named[path], nn.Conv2d)}
+    return plan_layers(model, *plan_rules(lists, main, kernels))
 
 
 def _empty_like(linear: nn.Module, settings: QuantSettings) -> SVDQuantLinear:

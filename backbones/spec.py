@@ -129,6 +129,8 @@ class BaseSpec:
     """Where the weights come from the user."""
     resolution: int
     """Native edge in pixels."""
+    grain: int = 16
+    """Height and width of a picture are multiples of it: the autoencoder's stride times the patch."""
     quantize: tuple[str, ...]
     """Linears that carry the INT4 profile."""
     quantize_w4a16: tuple[str, ...]
@@ -136,7 +138,7 @@ class BaseSpec:
     keep_16bit: tuple[str, ...]
     """Linears that stay as they are. Every linear is in exactly one of the three lists, or quantization refuses."""
     quantize_conv: tuple[str, ...] = ()
-    """Convolutions that carry the INT4 profile where it covers convolutions; all others stay in 16 bits."""
+    """Convolutions that carry the INT4 profile; kernels larger than 1x1 in `native` alone."""
     lora_targets: tuple[str, ...]
     """Where an adapter goes unless the recipe says otherwise."""
     calibration_prompts: tuple[str, ...]
