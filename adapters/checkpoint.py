@@ -5,6 +5,8 @@
       header: lora_adapter_metadata (PEFT's configuration with alpha = r, keys "transformer.<field>": diffusers'
               `LoraBaseMixin._save_lora_weights`), loragraft (which base, recipe, rank: `Adapter.metadata`)
 
+`transformer` is the denoiser's name in diffusers' pipelines; a UNet's is `unet`.
+
 There are no `.alpha` tensors: diffusers refuses a file that has both them and the header.
 """
 
@@ -14,9 +16,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
 from torch import Tensor, nn
 
@@ -24,7 +27,10 @@ from loragraft.adapters.inject import DEFAULT_NAME, adapter_factors
 from loragraft.quantization.names import nearest
 from loragraft.quantization.tensor_file import CheckpointError, read_tensors, write_tensors
 
-PREFIX, DOWN, UP = "transformer.", ".lora_A.weight", ".lora_B.weight"
+DOWN, UP = ".lora_A.weight", ".lora_B.weight"
+Component = Literal["transformer", "unet"]
+COMPONENTS: tuple[Component, ...] = ("transformer", "unet")
+"""What stands before a path in a file: the denoiser's name in a pipeline."""
 METADATA_KEY = "loragraft"
 REQUIRED = ("base", "base_id")
 UNKNOWN_BASE = "unknown (the file does not say)"
@@ -39,6 +45,8 @@ class Adapter:
     """The `loragraft` block: base, base_id, profile, rank, alpha, targets, recipe, created, versions, ..."""
     pairs: dict[str, tuple[Tensor, Tensor]]
     """Path -> (A [r, K], B [N, r] with alpha / r in it)."""
+    component: Component = "transformer"
+    """The part of a pipeline that it is for."""
 
     @property
     def base_id(self) -> str:
@@ -73,7 +81,12 @@ def save_adapter(
     adapter, or factors that are not finite.
     """
     factors = adapter_factors(transformer, name)
-    return write_adapter(factors, folder, metadata, dtype=dtype)
+    return write_adapter(factors, folder, metadata, dtype=dtype, component=component_of(transformer))
+
+
+def component_of(model: nn.Module) -> Component:
+    """A denoiser's name in diffusers' pipelines."""
+    return "unet" if isinstance(model, UNet2DConditionModel) else "transformer"
 
 
 def write_adapter(
@@ -82,6 +95,7 @@ def write_adapter(
     metadata: Mapping[str, Any],
     *,
     dtype: torch.dtype = torch.float32,
+    component: Component = "transformer",
 ) -> Path:
     """`save_adapter` for (A, scaled B) pairs that are in memory already."""
     lacking = [key for key in REQUIRED if not metadata.get(key)]
@@ -94,12 +108,12 @@ def write_adapter(
         for suffix, factor in ((DOWN, down), (UP, up)):
             if not torch.isfinite(factor).all():
                 raise ValueError(f"{path}{suffix} holds NaN or infinity; the training diverged, nothing is written")
-            tensors[f"{PREFIX}{path}{suffix}"] = factor.detach().to("cpu", dtype, copy=True)
+            tensors[f"{component}.{path}{suffix}"] = factor.detach().to("cpu", dtype, copy=True)
     block = {"created": datetime.now(UTC).isoformat(timespec="seconds"), **metadata}
     header = {
         "format": "pt",
         METADATA_KEY: json.dumps(block, sort_keys=True),
-        LORA_ADAPTER_METADATA_KEY: json.dumps(_peft_metadata(pairs), sort_keys=True),
+        LORA_ADAPTER_METADATA_KEY: json.dumps(_peft_metadata(pairs, component), sort_keys=True),
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -107,7 +121,7 @@ def write_adapter(
     return folder / LORA_WEIGHT_NAME_SAFE
 
 
-def _peft_metadata(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Any]:
+def _peft_metadata(pairs: Mapping[str, tuple[Tensor, Tensor]], component: Component) -> dict[str, Any]:
     """PEFT's LoraConfig as diffusers packs it. alpha = r everywhere: the scale is in B.
 
     Only the fields that matter: a dump of the whole dataclass names fields that an older PEFT refuses.
@@ -127,7 +141,7 @@ def _peft_metadata(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Any]
         "use_rslora": False,
         "use_dora": False,
     }
-    return {f"{PREFIX}{key}": value for key, value in config.items()}
+    return {f"{component}.{key}": value for key, value in config.items()}
 
 
 def load_adapter(path: Path | str) -> Adapter:
@@ -142,11 +156,18 @@ def load_adapter(path: Path | str) -> Adapter:
     if file.suffix != ".safetensors":
         raise CheckpointError(f"{file}: adapters are read from .safetensors files only (others can run code)")
     tensors, header = read_tensors(file)
-    pairs = _pairs(file, tensors)
-    _check_scale(file, header)
+    component = _component(tensors)
+    pairs = _pairs(file, tensors, component)
+    _check_scale(file, header, component)
     metadata = _block(file, header)
     fallback = file.parent.name if file.name == LORA_WEIGHT_NAME_SAFE else file.stem
-    return Adapter(str(metadata.get("name") or fallback), metadata, pairs)
+    return Adapter(str(metadata.get("name") or fallback), metadata, pairs, component)
+
+
+def _component(tensors: Mapping[str, Tensor]) -> Component:
+    """What the first key begins with; of a file with other keys `_pairs` says what is wrong."""
+    first = next(iter(tensors), "")
+    return next((name for name in COMPONENTS if first.startswith(f"{name}.")), COMPONENTS[0])
 
 
 def _block(file: Path, header: dict[str, str]) -> dict[str, Any]:
@@ -159,15 +180,15 @@ def _block(file: Path, header: dict[str, str]) -> dict[str, Any]:
     return block
 
 
-def _pairs(file: Path, tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+def _pairs(file: Path, tensors: dict[str, Tensor], component: Component) -> dict[str, tuple[Tensor, Tensor]]:
     if not tensors:
         raise CheckpointError(f"{file} holds no tensors")
     downs: dict[str, Tensor] = {}
     ups: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        bare = key.removeprefix(PREFIX)
+        bare = key.removeprefix(f"{component}.")
         if bare == key or not bare.endswith((DOWN, UP)):
-            raise CheckpointError(f"{file}: tensor {key!r} is not {PREFIX}<path>{DOWN} or {UP}")
+            raise CheckpointError(f"{file}: tensor {key!r} is not {component}.<path>{DOWN} or {UP}")
         if tensor.ndim != 2 or not tensor.is_floating_point():
             raise CheckpointError(
                 f"{file}: tensor {key!r} is {tensor.dtype} {tuple(tensor.shape)}, expected a float matrix"
@@ -185,13 +206,13 @@ def _pairs(file: Path, tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Te
     return {path: (downs[path], ups[path]) for path in sorted(downs)}
 
 
-def _check_scale(file: Path, header: dict[str, str]) -> None:
+def _check_scale(file: Path, header: dict[str, str], component: Component) -> None:
     """Our files have alpha = r. A file whose header says otherwise would be grafted at the wrong strength."""
     fields = json.loads(header.get(LORA_ADAPTER_METADATA_KEY, "{}"))
-    rank, alpha = fields.get(f"{PREFIX}r"), fields.get(f"{PREFIX}lora_alpha")
-    patterns = fields.get(f"{PREFIX}rank_pattern"), fields.get(f"{PREFIX}alpha_pattern")
+    rank, alpha = fields.get(f"{component}.r"), fields.get(f"{component}.lora_alpha")
+    patterns = fields.get(f"{component}.rank_pattern"), fields.get(f"{component}.alpha_pattern")
     same = rank is None or (math.isclose(rank, alpha) and patterns[0] == patterns[1])
-    if not same or fields.get(f"{PREFIX}use_rslora") or fields.get(f"{PREFIX}use_dora"):
+    if not same or fields.get(f"{component}.use_rslora") or fields.get(f"{component}.use_dora"):
         raise CheckpointError(
             f"{file} keeps its scale outside the tensors (r {rank}, alpha {alpha}, patterns, rslora or dora); "
             "save it again as plain LoRA with alpha = r"

@@ -1,4 +1,4 @@
-"""Which layers of a known transformer are quantized how, and quantizing one from its files alone.
+"""Which layers of a known denoiser are quantized how, and quantizing one from its files alone.
 
 A base of this folder names its architecture; a folder or file that is no base is recognised by its configuration or, for a
 bare FLUX file, by the shapes of its tensors.
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from loragraft.backbones.family import Component
 from loragraft.backbones.spec import Profile
 from loragraft.quantization.calibrate import StatsFile
 from loragraft.quantization.names import nearest
@@ -32,7 +33,7 @@ ROPE_AXES = {128: (16, 56, 56)}
 
 @dataclass(frozen=True)
 class Architecture:
-    """Full-path patterns of linear layers; every linear layer is in exactly one list."""
+    """Full-path patterns of layers; every linear layer is in exactly one of the first three lists."""
 
     class_name: str
     """diffusers' class, the configuration's `_class_name`."""
@@ -41,6 +42,8 @@ class Architecture:
     quantize_w4a16: tuple[str, ...]
     """Layers with few rows (adaLN): INT4 weights, 16-bit activations."""
     keep_16bit: tuple[str, ...]
+    quantize_conv: tuple[str, ...] = ()
+    """Convolutions that carry the profile where it covers convolutions; all others stay in 16 bits."""
 
 
 _DOUBLE = r"transformer_blocks\.\d+\."
@@ -55,16 +58,35 @@ FLUX = Architecture(
     quantize_w4a16=(_DOUBLE + r"(norm1|norm1_context)\.linear", _SINGLE + r"norm\.linear"),
     keep_16bit=("x_embedder", "context_embedder", r"time_text_embed\..*", r"norm_out\.linear", "proj_out"),
 )
-ARCHITECTURES = {found.class_name: found for found in (FLUX,)}
+_TRANSFORMER = r".*\.transformer_blocks\.\d+\."
+_RESNET = r".*\.resnets\.\d+\."
+UNET = Architecture(
+    class_name="UNet2DConditionModel",
+    quantize=(
+        _TRANSFORMER + r"(attn1\.(to_q|to_k|to_v|to_out\.0)|attn2\.(to_q|to_out\.0)|ff\.net\.(0\.proj|2))"
+        r"|.*attentions\.\d+\.(proj_in|proj_out)",
+    ),
+    quantize_w4a16=(_TRANSFORMER + r"attn2\.(to_k|to_v)", _RESNET + "time_emb_proj"),
+    keep_16bit=(r"(time|add)_embedding\.linear_[12]",),
+    quantize_conv=(
+        _RESNET + r"(conv1|conv2|conv_shortcut)|.*\.(downsamplers|upsamplers)\.\d+\.conv"
+        r"|.*attentions\.\d+\.(proj_in|proj_out)",
+    ),
+)
+"""Stable Diffusion's UNets. Few rows: the text's keys and values (77 a picture) and a resnet's time (1). The projections around
+the transformers are convolutions of 1x1 in SD1.5, linear layers in SD 2 and SDXL: one pattern of each list finds them."""
+ARCHITECTURES = {found.class_name: found for found in (FLUX, UNET)}
+COMPONENTS: tuple[Component, ...] = ("transformer", "unet")
+"""Folders of a pipeline in which its denoiser may lie."""
 
 
 def open_model(path: Path) -> tuple[WeightSource, Architecture, dict[str, Any]]:
-    """(weights, architecture, configuration) of a transformer's folder or file, or of a pipeline's folder.
+    """(weights, architecture, configuration) of a denoiser's folder or file, or of a pipeline's folder.
 
     Raises CheckpointError for damaged files, unknown architectures and key names of other programs.
     """
     if (path / "model_index.json").is_file():
-        path = path / "transformer"
+        path = next((path / name for name in COMPONENTS if (path / name).is_dir()), path / COMPONENTS[0])
     source = FileSource(path)
     config = source.config
     if config is not None and "quantization_config" in config:

@@ -1,7 +1,7 @@
 """A base whose weights do not travel with the package: found where the recipe says, on disk or on the Hub, and opened.
 
-    diffusers pipeline       its transformer, text encoders and autoencoder
-    transformer alone        16-bit folder or file, our INT4 folder, an SVDQuant file of another program; the encoders come from
+    diffusers pipeline       its denoiser (transformer or UNet), text encoders and autoencoder
+    denoiser alone           16-bit folder or file, our INT4 folder, an SVDQuant file of another program; the encoders come from
                              the pipeline around it, or from weights.encoders
 
 16-bit weights are quantized once, layer by layer, into <cache root>/bases/<base>-<profile>-<key>, key = their names, sizes and
@@ -43,8 +43,8 @@ from loragraft.quantization.tensor_file import CheckpointError
 INDEX = "model_index.json"
 HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+)/([\w./-]+\.safetensors)")
 HUB_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
-PIPELINE_FILES = (INDEX, "scheduler/*", "text_encoder*/*", "tokenizer*/*", "vae/*", "transformer/*")
-"""Of a repository: the published ones also hold the same weights in one more file, at their root."""
+PIPELINE_FILES = (INDEX, "scheduler/*", "text_encoder*/*", "tokenizer*/*", "vae/*")
+"""Of a repository, beside the denoiser's folder: the published ones also hold the same weights in one more file, at their root."""
 TRANSFORMER_FILES = ("*.json", "*.safetensors")
 """Of a repository that is no pipeline."""
 PROFILES: dict[str, Profile] = {profile: profile for profile in NUMERICS}
@@ -55,7 +55,7 @@ class Located:
     """Where the parts of a base are."""
 
     transformer: Path
-    """A folder or a file."""
+    """The denoiser: a folder or a file."""
     pipeline: Path
     """The folder with the text encoders and the autoencoder."""
 
@@ -75,22 +75,23 @@ def check_weights(spec: BaseSpec, weights: Weights | None) -> None:
 
 def locate(spec: BaseSpec, external: External, weights: Weights) -> Located:
     """Finds, and on request fetches, what `weights` names. Raises ValueError saying what is not there, and the nearest that is."""
-    path = find(weights.path, weights.allow_download, (*PIPELINE_FILES, CONFIG_NAME))
+    component = spec.family.component
+    path = find(weights.path, weights.allow_download, (*PIPELINE_FILES, f"{component}/*", CONFIG_NAME))
     if (path / INDEX).is_file():
         _check_pipeline(spec, external, path)
-        transformer, around = path / "transformer", path
+        transformer, around = path / component, path
     else:
         path = find(weights.path, weights.allow_download, TRANSFORMER_FILES)
         transformer, around = path, path.parent
     if weights.encoders:
-        pipeline = find(weights.encoders, weights.allow_download, PIPELINE_FILES[:-1])
+        pipeline = find(weights.encoders, weights.allow_download, PIPELINE_FILES)
         if not (pipeline / INDEX).is_file():
             raise ValueError(f"weights.encoders {pipeline} is no diffusers pipeline: it has no {INDEX}")
         _check_pipeline(spec, external, pipeline)
         return Located(transformer, pipeline)
     if not (around / INDEX).is_file():
         raise ValueError(
-            f"{path} holds a transformer alone. The text encoders and the autoencoder of {spec.name} are needed too: say where "
+            f"{path} holds a {component} alone. The text encoders and the autoencoder of {spec.name} are needed too: say where "
             f"they are, weights.encoders=FOLDER (its diffusers pipeline; {external.hub_id} on the Hub)"
         )
     return Located(transformer, around)
@@ -143,7 +144,7 @@ def _check_pipeline(spec: BaseSpec, external: External, folder: Path) -> None:
 def open_transformer(
     spec: BaseSpec, external: External, path: Path, profile: Profile | None, device: torch.device, cache_root: Path
 ) -> tuple[nn.Module, Profile | None]:
-    """The transformer at `path` on the CPU, and its profile: the one asked for, or that of ready-made INT4 weights.
+    """The denoiser at `path` on the CPU, and its profile: the one asked for, or that of ready-made INT4 weights.
 
     16-bit weights in a profile are quantized on `device`, once. Raises ValueError for another base's, CheckpointError for
     damaged ones.

@@ -14,6 +14,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 
 from loragraft.backbones.architectures import FLUX
+from loragraft.backbones.flow import FLUX_LIKE
 from loragraft.backbones.pipeline_stats import PROMPTS
 from loragraft.backbones.spec import BaseSpec, Encoders, External
 
@@ -22,6 +23,8 @@ HUB = {"dev": "black-forest-labs/FLUX.1-dev", "schnell": "black-forest-labs/FLUX
 TOKENS = {"dev": 512, "schnell": 256}
 """T5 tokens of a caption, padding included."""
 EMBEDDING, POOLED = 4096, 768
+CLIP_BYTES = 246_144_000
+"""CLIP-L's text model in 16 bits."""
 CHANNELS = 64
 """Of a token: 2x2 pixels of 16 latent channels."""
 VAE: Mapping[str, Any] = {
@@ -107,6 +110,7 @@ def flux1_spec(kind: Kind, **own: Any) -> BaseSpec:
     """The base `flux1-<kind>`; `own` are the fields in which the two differ."""
     return BaseSpec(
         name=f"flux1-{kind}",
+        family=FLUX_LIKE,
         transformer_class=FluxTransformer2DModel,
         external=External(
             config=flux1_config(kind),
@@ -115,6 +119,8 @@ def flux1_spec(kind: Kind, **own: Any) -> BaseSpec:
             check=partial(check_transformer, kind),
             open_encoders=partial(_open, kind),
             random_encoders=partial(_random, kind),
+            text_bytes=CLIP_BYTES,
+            t5_tokens=TOKENS[kind],
         ),
         resolution=1024,
         quantize=FLUX.quantize,

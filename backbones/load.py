@@ -199,9 +199,10 @@ def denoise_calibration_prompts(spec: BaseSpec, transformer: nn.Module, dtype: t
     device = next(transformer.parameters()).device
     _, load_encoders = _shipped(spec)
     encoders = load_encoders(device, dtype)
-    pipeline = build_pipeline(transformer, encoders)
+    pipeline = build_pipeline(spec.family, transformer, encoders)
     prompts = list(spec.calibration_prompts)
     generate_from_text(
+        spec.family,
         pipeline,
         encoders.encode_text(prompts),
         encoders.encode_text([""]),

@@ -13,6 +13,7 @@ from diffusers import AutoencoderTiny, FluxTransformer2DModel
 from torch import Tensor, nn
 
 from loragraft.backbones.architectures import FLUX
+from loragraft.backbones.flow import FLUX_LIKE
 from loragraft.backbones.minilm import TOKENS, MiniLMEncoder
 from loragraft.backbones.spec import BaseSpec, Encoders
 
@@ -77,6 +78,7 @@ def _load_encoders(device: torch.device, dtype: torch.dtype) -> Encoders:
 
 SPEC = BaseSpec(
     name="pocket",
+    family=FLUX_LIKE,
     transformer_class=FluxTransformer2DModel,
     transformer_16bit=WEIGHTS / "transformer",
     transformer_int4={"native": WEIGHTS / "transformer-int4"},

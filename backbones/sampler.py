@@ -1,32 +1,24 @@
-"""Images from a backbone, through diffusers' own FluxPipeline.
+"""Images from a backbone, through diffusers' own pipeline for its family.
 
-Euler steps along the learned velocity from t = 1 (noise) to t = 0; classifier-free guidance
+Steps from noise, or from a picture at `strength`, down to the picture; classifier-free guidance
 v = v_empty + g (v_prompt - v_empty) (Ho and Salimans, 2022), or what a distilled base has in its place. Each image has a
 seed of its own, drawn on the CPU, so an image does not depend on its batch or on the device.
 
-The times are even steps u, shifted as the base's scheduler says: t = s u / (1 + (s - 1) u), with s = 1 for `pocket`; FLUX.1
-[dev]'s s grows with the number of image tokens (Esser et al., 2024, section 5.3.2; diffusers' FluxPipeline).
-
-From a picture x_0 (image-to-image) the same path is entered later, at t = strength:
-
-    x_strength = (1 - strength) x_0 + strength e,        then ceil(steps u(strength)) Euler steps from strength to 0
-
-so strength 1 is text-to-image, to the bit, and strength near 0 returns the picture as the autoencoder keeps it. The method
-is SDEdit (Meng et al., 2022) on the straight path; diffusers' FluxImg2ImgPipeline does it.
+Image-to-image is SDEdit (Meng et al., 2022): the picture is noised as far as `strength` says, and denoised from there. strength 1
+is text-to-image, to the bit, and strength near 0 returns the picture as the autoencoder keeps it. Where on its path a family
+begins: `Family.path`.
 """
 
+import inspect
 import logging
-import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline, FluxPipeline
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from PIL.Image import Image
 from torch import Tensor, nn
 
+from loragraft.backbones.family import Family
 from loragraft.backbones.resting import rest
 from loragraft.backbones.spec import Backbone, Encoders
 
@@ -44,17 +36,32 @@ def unread(encoders: Encoders, prompt: str) -> str:
     return prompt.removeprefix(encoders.readable(prompt)).strip()
 
 
-def build_pipeline(transformer: nn.Module, encoders: Encoders) -> FluxPipeline:
-    """The stock diffusers pipeline around a (possibly quantized, possibly grafted) transformer."""
-    parts = {"scheduler": FlowMatchEulerDiscreteScheduler(), **encoders.pipeline_parts}
-    pipeline = FluxPipeline(transformer=transformer, **parts)
+def build_pipeline(family: Family, model: nn.Module, encoders: Encoders) -> Any:
+    """The stock diffusers pipeline around a (possibly quantized, possibly grafted) denoiser."""
+    parts = {"scheduler": family.scheduler(), **family.options, **encoders.pipeline_parts}
+    pipeline = family.text_to_image(**{family.component: model}, **parts)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
+def other_pipeline(family: Family, pipeline: Any, task: Literal["image_to_image", "inpaint"]) -> Any:
+    """The stock pipeline for `task` around the same parts. Raises ValueError where diffusers has none."""
+    found = getattr(family, task)
+    if found is None:
+        raise ValueError(
+            f"diffusers has no {task.replace('_', '-')} pipeline beside {family.text_to_image.__name__}: draw from text alone"
+        )
+    names = inspect.signature(found.__init__).parameters
+    parts = {name: part for name, part in {**pipeline.components, **family.options}.items() if name in names}
+    again = found(**parts)
+    again.set_progress_bar_config(disable=True)
+    return again
+
+
 @torch.no_grad()
 def generate_from_text(
-    pipeline: FluxPipeline,
+    family: Family,
+    pipeline: Any,
     text: dict[str, Tensor],
     empty: dict[str, Tensor],
     seeds: Sequence[int],
@@ -69,40 +76,36 @@ def generate_from_text(
 ) -> list[Image]:
     """len(seeds) images from encoded prompts, `TOKENS_TOGETHER` at a time.
 
-    `text`: `prompt_embeds` [B, T, D], `pooled_prompt_embeds` [B, P]; `empty`: the same for one negative prompt
-    (batch 1). guidance (classifier-free) <= 1 skips the negative pass; `embedded_guidance` is the input of a guidance-distilled
+    `text`: the family's `text_keys`, [B, ...] each; `empty`: the same for one negative prompt (batch 1). guidance
+    (classifier-free) <= 1 skips the negative pass; `embedded_guidance` is the input of a guidance-distilled
     transformer (`BaseSpec.guided` gives both). `start`: scaled latents [1 or B, C, h, w] of pictures to begin
-    from, with `strength` in (0, 1] (formula above). Raises ValueError if B differs from len(seeds), or for a strength
-    out of range.
+    from, with `strength` in (0, 1]. Raises ValueError if B differs from len(seeds), for a strength out of range, and where
+    diffusers has no image-to-image for the family.
     """
     count = text["prompt_embeds"].shape[0]
     if count != len(seeds):
         raise ValueError(f"{count} prompts but {len(seeds)} seeds: give each image its own seed")
     if start is not None and not 0 < strength <= 1:
         raise ValueError(f"strength is {strength}: it must be above 0 (keep the picture) and at most 1 (ignore it)")
-    tokens = (resolution // (2 * pipeline.vae_scale_factor)) ** 2
-    path: dict[str, Any] = {"sigmas": np.linspace(1, 1 / steps, steps)}
+    tokens = (resolution // (family.patch * pipeline.vae_scale_factor)) ** 2
+    start = None if strength == 1 else start
+    path, taken = family.path(pipeline, steps, tokens, None if start is None else strength)
     if start is not None:
-        first = _even_time(pipeline, strength, tokens)
-        taken = steps_from(first, steps)
-        # diffusers' own `strength` would round the time to the grid of all `steps`
-        path = {"strength": 1.0, "sigmas": np.linspace(first, first / taken, taken)}
-        pipeline = _from_picture(pipeline)
+        pipeline = other_pipeline(family, pipeline, "image_to_image")
+    size = {name: resolution for name in ("height", "width") if name in inspect.signature(pipeline.__call__).parameters}
     together = drawn_together(tokens)
     chunks = [slice(first, first + together) for first in range(0, count, together)]
     images: list[Image] = []
     for number, chunk in enumerate(chunks):
         images += _draw(
-            pipeline, {key: value[chunk] for key, value in text.items()}, empty if guidance > 1 else {},
+            family, pipeline, {key: value[chunk] for key, value in text.items()}, empty if guidance > 1 else {},
             **path,
             **({} if start is None else {"image": start if len(start) == 1 else start[chunk]}),
-            true_cfg_scale=guidance,
-            guidance_scale=embedded_guidance,
-            num_inference_steps=len(path["sigmas"]),
-            height=resolution,
-            width=resolution,
+            **family.guided(guidance, embedded_guidance),
+            **family.reporting(None if on_step is None else _reporter(on_step, number * taken, len(chunks) * taken)),
+            **family.arguments,
+            **size,
             generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds[chunk]],
-            callback_on_step_end=None if on_step is None else _reporter(on_step, number, len(chunks), len(path["sigmas"])),
         )  # fmt: skip
     rest(pipeline.vae)
     return images
@@ -113,9 +116,10 @@ def drawn_together(tokens: int) -> int:
     return max(1, TOKENS_TOGETHER // max(1, tokens))
 
 
-def _draw(pipeline: FluxPipeline, text: dict[str, Tensor], empty: dict[str, Tensor], **how: Any) -> list[Image]:
+def _draw(family: Family, pipeline: Any, text: dict[str, Tensor], empty: dict[str, Tensor], **how: Any) -> list[Image]:
     """One batch."""
-    device, dtype = pipeline.transformer.device, pipeline.transformer.x_embedder.weight.dtype
+    model = getattr(pipeline, family.component)
+    device, dtype = model.device, next(model.parameters()).dtype
     cast = {key: value.to(device, dtype) for key, value in text.items()}
     count = cast["prompt_embeds"].shape[0]
     negative = {
@@ -126,33 +130,8 @@ def _draw(pipeline: FluxPipeline, text: dict[str, Tensor], empty: dict[str, Tens
     return list(pipeline(**cast, **negative, **how).images)
 
 
-def _even_time(pipeline: FluxPipeline, t: float, tokens: int) -> float:
-    """u of t = s u / (1 + (s - 1) u), where the scheduler shifts by s at so many image tokens."""
-    config = pipeline.scheduler.config
-    shift = config.shift
-    if config.use_dynamic_shifting:
-        bounds = config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
-        shift = math.exp(calculate_shift(tokens, *bounds))
-    return t / (shift - (shift - 1) * t)
-
-
-def steps_from(even_time: float, steps: int) -> int:
-    """Euler steps from u = even_time: the share of `steps` (those from u = 1) that lies below it, at least 1."""
-    return max(1, math.ceil(even_time * steps - 1e-6))
-
-
-def _from_picture(pipeline: FluxPipeline) -> FluxImg2ImgPipeline:
-    again = FluxImg2ImgPipeline(**pipeline.components)
-    again.set_progress_bar_config(disable=True)
-    return again
-
-
-def _reporter(on_step: OnStep, chunk: int, chunks: int, steps: int) -> Callable[..., dict[str, Tensor]]:
-    def report(pipeline: FluxPipeline, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        on_step(chunk * steps + step + 1, chunks * steps)
-        return tensors
-
-    return report
+def _reporter(on_step: OnStep, before: int, total: int) -> Callable[[int], None]:
+    return lambda done: on_step(before + done, total)
 
 
 def generate_images(
@@ -181,10 +160,11 @@ def generate_images(
     chunks = [slice(start, start + batch_size) for start in range(0, len(prompts), batch_size)]
     texts = [backbone.encoders.encode_text(list(prompts[chunk])) for chunk in chunks]
     backbone.onto_device()
-    pipeline = build_pipeline(backbone.transformer, backbone.encoders)
+    family = backbone.spec.family
+    pipeline = build_pipeline(family, backbone.transformer, backbone.encoders)
     images: list[Image] = []
     for chunk, text in zip(chunks, texts, strict=True):
         images += generate_from_text(
-            pipeline, text, empty, seeds[chunk], resolution=backbone.resolution, steps=steps, **guided
+            family, pipeline, text, empty, seeds[chunk], resolution=backbone.resolution, steps=steps, **guided
         )
     return images

@@ -1,4 +1,4 @@
-"""A transformer without weights: its true shapes on the meta device, quantized as planned, and random values to fill it with.
+"""A denoiser without weights: its true shapes on the meta device, quantized as planned, and random values to fill it with.
 
     skeleton = meta_transformer(FluxTransformer2DModel, config, partial(plan_architecture, FLUX, QuantSettings(rank=32)))
     randomize(skeleton, "cuda", torch.bfloat16)          a 12 B model, drawn where it will live: 6.5 GiB, no 24 GB anywhere

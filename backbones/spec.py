@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from loragraft.backbones.attention import Attention, set_attention
+from loragraft.backbones.family import Family
 from loragraft.quantization.checkpoint import checksum
 from loragraft.quantization.ledger import Ledger
 from loragraft.quantization.linear import SVDQuantLinear
@@ -28,10 +29,10 @@ GuidanceKind = Literal["classifier-free", "embedded", "none"]
 
 
 class Encoders(Protocol):
-    """Pixels and captions to what the transformer reads, and latents back to pixels.
+    """Pixels and captions to what the denoiser reads, and latents back to pixels.
 
     `id` changes whenever the same input would be encoded differently: it is part of every cache key.
-    `pipeline_parts` are the components that the base's diffusers pipeline takes besides the transformer; `scheduler` is among
+    `pipeline_parts` are the components that the base's diffusers pipeline takes besides the denoiser; `scheduler` is among
     them where it is not the plain one.
     """
 
@@ -43,7 +44,7 @@ class Encoders(Protocol):
         ...
 
     def encode_text(self, captions: list[str]) -> dict[str, Tensor]:
-        """B captions -> `prompt_embeds` [B, T, D] and `pooled_prompt_embeds` [B, P]."""
+        """B captions -> the family's `text_keys`, [B, ...] each: `prompt_embeds` [B, T, D], and what else it reads."""
         ...
 
     def readable(self, caption: str) -> str:
@@ -82,17 +83,21 @@ class External:
     """What is known of a base whose weights do not travel with the package."""
 
     config: Mapping[str, Any]
-    """The transformer's configuration: its true shapes, which `weights.random` builds."""
+    """The denoiser's configuration: its true shapes, which `weights.random` builds."""
     pipeline_class: str
     """diffusers' class that its `model_index.json` names."""
     hub_id: str
     """Where it is published."""
     check: Callable[[Mapping[str, Any], str], None]
-    """(configuration of a transformer, where it was found): raises ValueError if it is not this base's."""
+    """(configuration of a denoiser, where it was found): raises ValueError if it is not this base's."""
     open_encoders: Callable[[Path, torch.device, torch.dtype], Encoders]
     """From the folder of its pipeline."""
     random_encoders: Callable[[int, torch.device, torch.dtype], Encoders]
     """The same shapes from a seed."""
+    text_bytes: int
+    """Of text encoders that lie on the device as a whole while captions are encoded."""
+    t5_tokens: int = 0
+    """Tokens that T5-XXL reads, streamed layer by layer; 0 = there is none."""
 
 
 class Guided(TypedDict):
@@ -110,10 +115,12 @@ class BaseSpec:
 
     name: str
     """The name that a recipe's `base` gives."""
+    family: Family
+    """What it shares with others of its kind."""
     transformer_class: type[nn.Module]
-    """The diffusers class that `from_pretrained` builds."""
+    """The denoiser's diffusers class (a transformer or a UNet), which `from_pretrained` builds."""
     transformer_16bit: Path | None = None
-    """Folder of the 16-bit transformer (diffusers layout); None for an `external` base."""
+    """Folder of the 16-bit denoiser (diffusers layout); None for an `external` base."""
     transformer_int4: Mapping[Profile, Path] = field(default_factory=dict)
     """Profiles that ship ready-made; any other profile is quantized on first use, and kept."""
     load_encoders: Callable[[torch.device, torch.dtype], Encoders] | None = None
@@ -128,6 +135,8 @@ class BaseSpec:
     """Linears with few rows (adaLN): INT4 weights, 16-bit activations."""
     keep_16bit: tuple[str, ...]
     """Linears that stay as they are. Every linear is in exactly one of the three lists, or quantization refuses."""
+    quantize_conv: tuple[str, ...] = ()
+    """Convolutions that carry the INT4 profile where it covers convolutions; all others stay in 16 bits."""
     lora_targets: tuple[str, ...]
     """Where an adapter goes unless the recipe says otherwise."""
     calibration_prompts: tuple[str, ...]
@@ -138,7 +147,7 @@ class BaseSpec:
     training_guidance: float | None = None
     """The guidance embedding of a training step; None where the transformer has none."""
     steps: int = 20
-    """Default Euler steps."""
+    """Default sampling steps."""
     refuses_training: str = ""
     """Why an adapter cannot be trained on this base, and what to do instead; empty = it can."""
 
@@ -175,6 +184,7 @@ class Backbone:
     profile: Profile | None
     """None for the 16-bit model."""
     transformer: nn.Module
+    """The denoiser."""
     encoders: Encoders
     base_id: str
     """sha256 over the sorted (name, dtype, shape, bytes) of the checkpoint's tensors."""

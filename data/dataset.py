@@ -17,14 +17,10 @@ Item = dict[str, Tensor | str]
 
 
 class Batch(TypedDict, total=False):
-    """Stacked samples; bf16. A base may add text tensors of its own."""
+    """Stacked samples; bf16. Beside these keys it holds the base's text tensors (`text_of`)."""
 
     latents: Tensor
-    """[B, C, h, w], scaled as the transformer wants them."""
-    prompt_embeds: Tensor
-    """[B, T, D]"""
-    pooled_prompt_embeds: Tensor
-    """[B, P]"""
+    """[B, C, h, w], scaled as the denoiser wants them."""
     caption: list[str]
 
 
@@ -103,6 +99,11 @@ class LatentCache:
         """sha256 (hex) over keys and splits: the same data under the same encoder, whatever its order."""
         lines = sorted(f"{'+'.join((entry.key, *entry.texts))} {entry.sample.split}" for entry in self.entries)
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def text_of(batch: Batch) -> dict[str, Tensor]:
+    """The text tensors of a batch, under the names that the base's `encode_text` gave them."""
+    return {key: value for key, value in batch.items() if key != "latents" and isinstance(value, Tensor)}
 
 
 def collate(items: Sequence[Item]) -> Batch:

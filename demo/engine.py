@@ -168,7 +168,8 @@ class Engine:
     ) -> Image:
         settings = order.settings
         (image,) = generate_from_text(
-            build_pipeline(backbone.transformer, backbone.encoders),
+            backbone.spec.family,
+            build_pipeline(backbone.spec.family, backbone.transformer, backbone.encoders),
             text,
             empty,
             [settings.seed],

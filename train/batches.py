@@ -1,4 +1,4 @@
-"""Step number -> what the transformer sees in that step, on every process its part; and reading ahead of a GPU."""
+"""Step number -> what the denoiser sees in that step, on every process its part; and reading ahead of a GPU."""
 
 import functools
 import hashlib
@@ -11,9 +11,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from loragraft.backbones.flow import sample_timesteps
 from loragraft.backbones.spec import Backbone
-from loragraft.data.dataset import Batch, LatentDataset, collate
+from loragraft.data.dataset import Batch, LatentDataset, collate, text_of
 from loragraft.data.order import BatchOrder, batch_indices
 from loragraft.recipes.schema import Recipe
 
@@ -41,6 +40,7 @@ class Batches:
     ) -> None:
         self.dataset, self.empty_text, self.config, self.prior = dataset, empty_text, recipe.train, prior
         self.device, self.dtype = backbone.device, backbone.dtype
+        self.process = backbone.spec.family.process
         self.total = recipe.train.batch_size * accelerator.num_processes
         self.mine = slice(accelerator.process_index, None, accelerator.num_processes)
         own = self.total if prior is None else self.total - self.total // 2
@@ -68,11 +68,12 @@ class Batches:
         generator = seeded(self.config.seed, "step", number)
         batch = self._samples(number)
         latents = batch["latents"]
-        times = sample_timesteps(self.total, generator)[self.mine]
+        times = self.process.sample_times(self.total, generator)[self.mine]
         noise = torch.randn(self.total, *latents.shape[1:], generator=generator)[self.mine]
         dropped = (torch.rand(self.total, generator=generator) < self.config.text_dropout)[self.mine]
+        said = text_of(batch)
         text = {
-            key: torch.where(dropped.view(-1, *[1] * empty.dim()), empty, batch[key])  # type: ignore[literal-required]
+            key: torch.where(dropped.view(-1, *[1] * empty.dim()), empty, said[key])
             for key, empty in self.empty_text.items()
         }
         if self.device.type != "cuda":

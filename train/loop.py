@@ -1,4 +1,4 @@
-"""The optimizer loop: flow-matching steps, validation at fixed noise, checkpoints, an orderly stop on ctrl-C.
+"""The optimizer loop: steps on the family's loss, validation at fixed noise, checkpoints, an orderly stop on ctrl-C.
 
 One step = `accumulation` x `batch_size` samples on every process. Whatever is random in a step (order, timesteps,
 noise, text dropout) is drawn from (seed, purpose, step) for the whole step and then shared out among the processes:
@@ -21,9 +21,8 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from loragraft.backbones.flow import flow_loss
-from loragraft.backbones.spec import Backbone
-from loragraft.data.dataset import LatentCache, LatentDataset
+from loragraft.backbones.spec import Backbone, BaseSpec
+from loragraft.data.dataset import LatentCache, LatentDataset, text_of
 from loragraft.data.order import pure_chunks
 from loragraft.recipes.schema import Recipe, TrainConfig
 from loragraft.train.batches import Batches, seeded
@@ -66,8 +65,10 @@ def train(
         _restore(folder.checkpoint, parameters, optimizer, schedule)
         folder.summary = dict(folder.checkpoint["summary"])
     batches = Batches(cache.split("train"), cache.empty, recipe, backbone, accelerator, prior)
-    loss = micro_batch_loss(transformer, batches, config, backbone.spec.training_guidance)
-    step = choose_step(config, accelerator, transformer, parameters, loss, len(batches.order.buckets))
+    loss = micro_batch_loss(transformer, batches, config, backbone.spec)
+    step = choose_step(
+        config, accelerator, transformer, parameters, loss, len(batches.order.buckets), backbone.spec.family
+    )
     validation = cache.split("validation")
     early = _early_stop(config.patience, validation, folder.checkpoint)
     started, elapsed_before = time.perf_counter(), float((folder.checkpoint or {}).get("elapsed_seconds", 0.0))
@@ -167,15 +168,16 @@ def distributed() -> list[KwargsHandler]:
     ]
 
 
-def micro_batch_loss(
-    transformer: nn.Module, batches: Batches, config: TrainConfig, guidance: float | None = None
-) -> Loss:
-    """The flow loss of one micro-batch as a share of the step's; its tensors are what `Batches` yields, by name."""
+def micro_batch_loss(transformer: nn.Module, batches: Batches, config: TrainConfig, spec: BaseSpec) -> Loss:
+    """The family's loss of one micro-batch as a share of the step's; its tensors are what `Batches` yields, by name."""
 
     def loss(tensors: dict[str, Tensor]) -> Tensor:
         latents, noise, times, *_ = tensors.values()
         text = {key: tensors[key] for key in batches.empty_text}
-        return flow_loss(transformer, latents, noise, times, text, batches.weights, guidance) / config.accumulation
+        loss = spec.family.loss(
+            transformer, latents, noise, times, text, batches.weights, guidance=spec.training_guidance
+        )
+        return loss / config.accumulation
 
     return loss
 
@@ -219,7 +221,7 @@ def _one_step(
 @torch.no_grad()
 @uncompiled()
 def validation_loss(transformer: nn.Module, backbone: Backbone, dataset: LatentDataset, recipe: Recipe) -> float:
-    """Flow loss over the first samples of the validation split, at noise and times fixed by the seed alone.
+    """The family's loss over the first samples of the validation split, at noise and times fixed by the seed alone.
 
     Times are the midpoints of equal strata of [0, 1], so that the figure moves with the adapter and not with luck.
     NaN if the split is empty.
@@ -235,10 +237,8 @@ def validation_loss(transformer: nn.Module, backbone: Backbone, dataset: LatentD
         batch = dataset.batch(chosen)
         latents = batch["latents"].float()
         noise = torch.randn(latents.shape, generator=generator)
-        text = {
-            key: batch[key].to(backbone.device, backbone.dtype) for key in ("prompt_embeds", "pooled_prompt_embeds")
-        }
-        loss = flow_loss(
+        text = {key: value.to(backbone.device, backbone.dtype) for key, value in text_of(batch).items()}
+        loss = backbone.spec.family.loss(
             transformer,
             latents.to(backbone.device, backbone.dtype),
             noise.to(backbone.device, backbone.dtype),

@@ -27,7 +27,6 @@ from loragraft.adapters.inject import inject_adapter
 from loragraft.adapters.joined import JoinedFactors
 from loragraft.backbones import attention
 from loragraft.backbones.architectures import FOLDER_RANK, folder_settings
-from loragraft.backbones.flow import flow_loss, predict_velocity
 from loragraft.backbones.load import find_spec, load_backbone
 from loragraft.backbones.sampler import drawn_together
 from loragraft.backbones.skeleton import meta_transformer, plan_architecture
@@ -205,7 +204,7 @@ def train_run(recipe: Recipe, subject: Subject, resolution: int, *, captured: bo
     def loss() -> Tensor:
         latents, text = subject.batch(config.batch_size, resolution)
         times, guidance = torch.empty(config.batch_size), subject.spec.training_guidance
-        return flow_loss(model, latents, torch.empty_like(latents), times, text, guidance=guidance)
+        return subject.spec.family.loss(model, latents, torch.empty_like(latents), times, text, guidance=guidance)
 
     run = dry_train(
         model,
@@ -222,13 +221,13 @@ def sample_runs(recipe: Recipe, subject: Subject, edge: int) -> tuple[DryRun, Dr
     """(one pass over the sampled batch, one image through the decoder, images of the batch)."""
     h, w = subject.batch(1, edge)[0].shape[-2:]
     wanted = (len(recipe.sample.prompts) or DEFAULT_PROMPTS) * recipe.sample.per_prompt
-    count = min(wanted, drawn_together((h // 2) * (w // 2)))
+    count = min(wanted, drawn_together(subject.spec.family.tokens(h, w)))
     model = subject.transformer()
     nn.Module.to(model, dtype=DTYPE)
 
     def call() -> Tensor:
         latents, text = subject.batch(count, edge)
-        return predict_velocity(model, latents, torch.empty(count), text, subject.spec.training_guidance)
+        return subject.spec.family.predict(model, latents, torch.empty(count), text, subject.spec.training_guidance)
 
     def decode() -> Tensor:
         latents, _ = subject.batch(1, edge)

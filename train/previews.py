@@ -57,7 +57,8 @@ class Previews:
         """Images with their prompts; also writes `file(run, step)`, unless this process only lends a hand."""
         seeds = [self.config.seed + i % self.config.per_prompt for i in range(len(self.prompts))]
         images = generate_from_text(
-            build_pipeline(backbone.transformer, backbone.encoders),
+            backbone.spec.family,
+            build_pipeline(backbone.spec.family, backbone.transformer, backbone.encoders),
             self.text,
             self.empty,
             seeds,

@@ -19,10 +19,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from loragraft.adapters.joined import JoinedFactors
+from loragraft.backbones.family import Family
+from loragraft.backbones.flow import FLUX_LIKE
 from loragraft.quantization.linear import SVDQuantLinear
 from loragraft.recipes.schema import TrainConfig
 from loragraft.train.sharding import shards_base
-from loragraft.train.warm import token_counts, warm_layers
+from loragraft.train.warm import warm_layers
 
 _log = logging.getLogger(__name__)
 Loss = Callable[[dict[str, Tensor]], Tensor]
@@ -154,10 +156,11 @@ def choose_step(
     parameters: Sequence[nn.Parameter],
     loss: Loss,
     shapes: int = 1,
+    family: Family = FLUX_LIKE,
 ) -> EagerStep | GraphStep:
     """The step that `train.compile` and `train.cuda_graph` ask for. Raises ValueError where that cannot be had.
 
-    shapes: how many shapes of latents there will be; each is compiled and captured once.
+    shapes: how many shapes of latents there will be; each is compiled and captured once. family: the model's.
     """
     cuda = accelerator.device.type == "cuda"
     if config.compile == "always" or (config.compile == "auto" and cuda and _large(model)):
@@ -168,7 +171,7 @@ def choose_step(
                 "it has no repeated blocks; train with train.compile=never"
             )
     if captures(config, accelerator):
-        return graph_step(accelerator.unwrap_model(model), loss, parameters)
+        return graph_step(accelerator.unwrap_model(model), loss, parameters, family)
     return EagerStep(loss, accelerator, model)
 
 
@@ -188,16 +191,19 @@ def captures(config: TrainConfig, accelerator: Accelerator) -> bool:
     return config.cuda_graph != "never" and not found
 
 
-def graph_step(transformer: nn.Module, loss: Loss, parameters: Sequence[nn.Parameter]) -> GraphStep:
+def graph_step(
+    transformer: nn.Module, loss: Loss, parameters: Sequence[nn.Parameter], family: Family = FLUX_LIKE
+) -> GraphStep:
     """A captured step of `transformer`, its factors joined and its kernels compiled beside the blocks."""
     dtype = next(p for p in transformer.parameters() if not p.requires_grad).dtype
-    joined, prepare = JoinedFactors(transformer, dtype), partial(prepare_layers, transformer)
+    joined, prepare = JoinedFactors(transformer, dtype), partial(prepare_layers, transformer, family)
     return GraphStep(loss, parameters, joined, prepare, fills=_large(transformer))
 
 
-def prepare_layers(transformer: nn.Module, tensors: dict[str, Tensor]) -> Thread:
+def prepare_layers(transformer: nn.Module, family: Family, tensors: dict[str, Tensor]) -> Thread:
     """Compiles the layers' kernels beside the blocks (`warm_layers`)."""
-    return warm_layers(transformer, token_counts(tensors), tensors["latents"].dtype)
+    latents = tensors["latents"]
+    return warm_layers(transformer, family.rows(tuple(latents.shape), tensors), latents.dtype)
 
 
 def _large(model: nn.Module) -> bool:

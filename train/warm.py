@@ -8,17 +8,10 @@ import threading
 from collections.abc import Collection
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from loragraft.adapters.inject import SVDQuantLoraLinear
 from loragraft.quantization.linear import SVDQuantLinear
-
-
-def token_counts(tensors: dict[str, Tensor]) -> set[int]:
-    """How many rows the linear layers of a transformer over 2x2 patches get from this micro-batch: image, text, both."""
-    b, _c, h, w = tensors["latents"].shape
-    image, text = b * (h // 2) * (w // 2), b * tensors["prompt_embeds"].shape[1]
-    return {image, text, image + text}
 
 
 def warm_layers(transformer: nn.Module, tokens: Collection[int], dtype: torch.dtype) -> threading.Thread:

@@ -100,8 +100,8 @@ def test_refusals(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     (tmp_path / "heads" / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"heads of 64 .* config\.json"):
         open_model(tmp_path / "heads")
-    (tmp_path / "heads" / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
-    with pytest.raises(CheckpointError, match="is a UNet2DConditionModel; quantized from files are FluxTransformer2D"):
+    (tmp_path / "heads" / "config.json").write_text('{"_class_name": "HunyuanDiT2DModel"}')
+    with pytest.raises(CheckpointError, match="is a HunyuanDiT2DModel; quantized from files are FluxTransformer2D"):
         open_model(tmp_path / "heads")
     for options, message in (
         (["--smoothing", "weight"], "weights on disk are quantized with auto"),

@@ -213,7 +213,8 @@ def test_what_the_hub_gives_is_used(flux_folder: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(
         external, "snapshot_download", lambda name, **how: (seen.update(how, name=name), str(flux_folder))[1]
     )
-    assert external.find("nobody/FLUX.1-dev", True, external.PIPELINE_FILES) == flux_folder
+    patterns = (*external.PIPELINE_FILES, "transformer/*")
+    assert external.find("nobody/FLUX.1-dev", True, patterns) == flux_folder
     assert seen["name"] == "nobody/FLUX.1-dev" and "transformer/*" in seen["allow_patterns"]  # type: ignore[operator]
     asked: list[object] = []
     given = WeightsConfig(path="nobody/int4", encoders=str(flux_folder), allow_download=True)

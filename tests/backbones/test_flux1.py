@@ -1,7 +1,6 @@
 """FLUX.1's two specs: their shapes, what they are told of guidance, and whose checkpoint is whose."""
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,10 +8,9 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from torch import Tensor
 
-from loragraft.backbones.flow import flow_loss
+from loragraft.backbones.flow import even_time, flow_loss
 from loragraft.backbones.flux1 import flux1_config, flux1_scheduler
 from loragraft.backbones.load import find_spec, list_bases, shipped_bases
-from loragraft.backbones.sampler import _even_time
 from loragraft.backbones.skeleton import meta_transformer, plan_architecture
 from loragraft.backbones.spec import BaseSpec
 from loragraft.quantization.ledger import build_ledger
@@ -92,7 +90,7 @@ def test_schnell_refuses_to_be_trained_and_names_the_way() -> None:
 def test_a_picture_is_entered_at_its_strength_whatever_the_shift(kind: str, tokens: int, strength: float) -> None:
     """The scheduler's own arithmetic, fed the even time that we compute, starts at t = strength."""
     scheduler = FlowMatchEulerDiscreteScheduler(**flux1_scheduler(kind))  # type: ignore[arg-type]
-    even = _even_time(SimpleNamespace(scheduler=scheduler), strength, tokens)  # type: ignore[arg-type]
+    even = even_time(scheduler.config, strength, tokens)
     mu = 0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256)
     scheduler.set_timesteps(sigmas=np.linspace(even, even / 4, 4), mu=mu)
     assert float(scheduler.timesteps[0]) == pytest.approx(1000 * strength, rel=1e-5)

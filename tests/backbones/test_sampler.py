@@ -8,9 +8,10 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from loragraft.backbones.family import steps_from
 from loragraft.backbones.flow import predict_velocity
 from loragraft.backbones.load import load_backbone
-from loragraft.backbones.sampler import build_pipeline, generate_from_text, steps_from
+from loragraft.backbones.sampler import build_pipeline, generate_from_text
 from loragraft.backbones.spec import Backbone
 
 
@@ -32,7 +33,7 @@ def latents(backbone: Backbone) -> Tensor:
 def draw(backbone: Backbone, *, steps: int = 2, guidance: float = 1.0, **how: object) -> np.ndarray:
     encode = backbone.encoders.encode_text
     (image,) = generate_from_text(
-        build_pipeline(backbone.transformer, backbone.encoders), encode(["a red star"]), encode([""]), [5],
+        backbone.spec.family, build_pipeline(backbone.spec.family, backbone.transformer, backbone.encoders), encode(["a red star"]), encode([""]), [5],
         resolution=backbone.spec.resolution, steps=steps, guidance=guidance, **how,
     )  # fmt: skip
     return np.asarray(image, dtype=np.float64)

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from loragraft.backbones.flow import Flow
 from loragraft.data.buckets import Sizes
 from loragraft.data.dataset import LatentCache
 from loragraft.data.encode import encode_dataset
@@ -19,7 +20,9 @@ from loragraft.train.batches import Batches, MicroBatch, ReadAhead
 from loragraft.train.loop import validation_loss
 
 BACKBONE: Any = SimpleNamespace(
-    device=torch.device("cpu"), dtype=torch.float32, spec=SimpleNamespace(training_guidance=None)
+    device=torch.device("cpu"),
+    dtype=torch.float32,
+    spec=SimpleNamespace(training_guidance=None, family=SimpleNamespace(process=Flow())),
 )
 
 
@@ -105,7 +108,7 @@ def test_validation_takes_buckets_one_after_the_other(cache: LatentCache, monkey
         seen.append(tuple(latents.shape))
         return torch.tensor(float(len(latents)))
 
-    monkeypatch.setattr("loragraft.train.loop.flow_loss", loss)
+    monkeypatch.setattr(BACKBONE.spec.family, "loss", loss, raising=False)
     recipe = load_recipe("marketing", ["train.batch_size=4"])
     value = validation_loss(torch.nn.Identity(), BACKBONE, cache.split("validation"), recipe)
     assert sorted(seen) == [(1, 3, 10, 6), (2, 3, 6, 10), (2, 3, 8, 8)]

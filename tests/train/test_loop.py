@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from loragraft.backbones.flow import FLUX_LIKE
 from loragraft.recipes.load import load_recipe
 from loragraft.train.batches import Batches, seeded
 
@@ -26,7 +27,7 @@ class Dataset:
 
 
 EMPTY = {"prompt_embeds": torch.full((3, 5), -1.0), "pooled_prompt_embeds": torch.full((5,), -1.0)}
-BACKBONE = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
+BACKBONE = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, spec=SimpleNamespace(family=FLUX_LIKE))
 
 
 def batches(batch_size: int, accumulation: int = 1, rank: int = 0, world: int = 1, dropout: float = 0.3) -> Batches:

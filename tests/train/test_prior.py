@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from loragraft import cli
-from loragraft.backbones.flow import flow_loss
+from loragraft.backbones.flow import FLUX_LIKE, flow_loss
 from loragraft.recipes.load import RecipeError, load_recipe
 from loragraft.recipes.schema import PriorConfig
 from loragraft.train.batches import Batches
@@ -71,7 +71,8 @@ class Dataset:
 
 def _batches(batch_size: int, rank: int = 0, world: int = 1) -> Batches:
     recipe = load_recipe("personal", [f"train.batch_size={batch_size}", "data.prior.weight=0.25"])
-    backbone: Any = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
+    spec = SimpleNamespace(family=FLUX_LIKE)
+    backbone: Any = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, spec=spec)
     accelerator: Any = SimpleNamespace(process_index=rank, num_processes=world)
     return Batches(Dataset(0, 1, 2, 3, 4), EMPTY, recipe, backbone, accelerator, Dataset(100, 101, 102))  # type: ignore[arg-type]
 

@@ -7,6 +7,7 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 
 from loragraft.adapters.inject import inject_adapter
 from loragraft.backbones.architectures import FLUX
-from loragraft.backbones.flow import flow_loss
+from loragraft.backbones.flow import FLUX_LIKE, flow_loss
 from loragraft.backbones.skeleton import meta_transformer, plan_architecture, randomize
 from loragraft.quantization.settings import QuantSettings
 from loragraft.recipes.load import load_recipe
@@ -95,8 +96,9 @@ def steps_of(
     transformer: Any = model
     if wrapped:
         transformer, optimizer = accelerator.prepare(model, optimizer)
+    spec: Any = SimpleNamespace(family=FLUX_LIKE, training_guidance=None)
     parts: Any = Parts(accumulation, accelerator.process_index, accelerator.num_processes)
-    step = EagerStep(micro_batch_loss(transformer, parts, recipe.train), accelerator, transformer)
+    step = EagerStep(micro_batch_loss(transformer, parts, recipe.train, spec), accelerator, transformer)
     metrics = [
         _one_step(accelerator, step, optimizer, schedule, parts, parameters, recipe, number, not wrapped)
         for number in range(steps)
