@@ -6,10 +6,29 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
+)
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    Gemma2Config,
+    Gemma2Model,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
 
 from loragraft.backbones.flux1 import flux1_scheduler
 from loragraft.backbones.load import load_backbone
@@ -18,17 +37,19 @@ from loragraft.recipes.schema import WeightsConfig
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 
 
-def _tokenizer(end: str, length: int, folder: Path) -> PreTrainedTokenizerFast:
-    """One token a letter; spaces are dropped. Offsets and the end mark are those of the real ones."""
-    vocabulary = {token: i for i, token in enumerate(["<pad>", end, "<unk>", *LETTERS])}
+def _tokenizer(mark: str, length: int, folder: Path, *, first: bool = False) -> PreTrainedTokenizerFast:
+    """One token a letter; spaces are dropped. Offsets and the mark at the end (or `first`) are those of the real ones."""
+    vocabulary = {token: i for i, token in enumerate(["<pad>", mark, "<unk>", *LETTERS])}
     raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     raw.normalizer = normalizers.Lowercase()
     raw.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(r"\s+"), "removed"), pre_tokenizers.Split("", "isolated")]
     )
-    raw.post_processor = processors.TemplateProcessing(single=f"$A {end}", special_tokens=[(end, 1)])
+    raw.post_processor = processors.TemplateProcessing(
+        single=f"{mark} $A" if first else f"$A {mark}", special_tokens=[(mark, 1)]
+    )
     made = PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="<pad>", eos_token=end, unk_token="<unk>", model_max_length=length
+        tokenizer_object=raw, pad_token="<pad>", eos_token=mark, unk_token="<unk>", model_max_length=length
     )
     made.save_pretrained(folder)
     return made
@@ -114,3 +135,87 @@ def flux_cache(flux_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     with one_round():
         load_backbone("flux1-dev", "native", "cpu", root, WeightsConfig(path=str(flux_folder)))
     return root
+
+
+def tiny_t5() -> T5EncoderModel:
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=64, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"
+        )
+    )
+
+
+def tiny_dc_ae() -> AutoencoderDC:
+    """f32c32 with SANA's scale, narrow."""
+    kinds, scales = ["ResBlock"] * 4 + ["EfficientViTBlock"] * 2, [[], [], [], [], [5], [5]]
+    widths = (8, 8, 8, 8, 16, 32)
+    return AutoencoderDC(
+        latent_channels=32, attention_head_dim=8, encoder_block_types=kinds, decoder_block_types=kinds,
+        encoder_block_out_channels=widths, decoder_block_out_channels=widths, encoder_layers_per_block=(1,) * 6,
+        decoder_layers_per_block=(1,) * 6, encoder_qkv_multiscales=scales, decoder_qkv_multiscales=scales,
+        downsample_block_type="conv", upsample_block_type="interpolate", scaling_factor=0.41407,
+    )  # fmt: skip
+
+
+def tiny_sana() -> SanaTransformer2DModel:
+    """Two blocks of width 64; the feed-forward part is 160 wide inside, which is no multiple of a group."""
+    return SanaTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=32, num_layers=2, num_cross_attention_heads=2, cross_attention_head_dim=32,
+        cross_attention_dim=64, caption_channels=64,
+    )  # fmt: skip
+
+
+def tiny_pixart() -> PixArtTransformer2DModel:
+    return PixArtTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=32, num_layers=2, cross_attention_dim=64, caption_channels=64,
+        interpolation_scale=2, use_additional_conditions=False,
+    )  # fmt: skip
+
+
+def _in_bfloat16(pipeline: SanaPipeline | PixArtSigmaPipeline, folder: Path) -> Path:
+    for part in ("vae", "text_encoder", "transformer"):
+        nn.Module.to(getattr(pipeline, part), torch.bfloat16)
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sana_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `SanaPipeline.save_pretrained` writes, tiny."""
+    folder = tmp_path_factory.mktemp("models") / "sana-tiny"
+    gemma = Gemma2Config(
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=32, pad_token_id=0, eos_token_id=1, bos_token_id=1,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(6)
+        pipeline = SanaPipeline(
+            tokenizer=_tokenizer("<bos>", 2048, folder / "tokenizer", first=True),
+            text_encoder=Gemma2Model(gemma),
+            vae=tiny_dc_ae(),
+            transformer=tiny_sana(),
+            scheduler=DPMSolverMultistepScheduler(
+                use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0
+            ),
+        )
+    return _in_bfloat16(pipeline, folder)
+
+
+@pytest.fixture(scope="session")
+def pixart_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `PixArtSigmaPipeline.save_pretrained` writes, tiny."""
+    folder = tmp_path_factory.mktemp("models") / "pixart-tiny"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        pipeline = PixArtSigmaPipeline(
+            tokenizer=_tokenizer("</s>", 512, folder / "tokenizer"),
+            text_encoder=tiny_t5(),
+            vae=AutoencoderKL(
+                block_out_channels=(8, 8, 8, 8), down_block_types=["DownEncoderBlock2D"] * 4,
+                up_block_types=["UpDecoderBlock2D"] * 4, layers_per_block=1, latent_channels=4, norm_num_groups=4,
+                sample_size=64, scaling_factor=0.13025,
+            ),
+            transformer=tiny_pixart(),
+            scheduler=DPMSolverMultistepScheduler(),
+        )  # fmt: skip
+    return _in_bfloat16(pipeline, folder)
