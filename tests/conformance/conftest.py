@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from loragraft.adapters.checkpoint import Adapter, load_adapter, write_adapter
 from loragraft.adapters.inject import adapter_factors, inject_adapter, remove_adapter
-from loragraft.backbones.flow import predict_velocity
 from loragraft.backbones.load import find_spec, list_bases, load_16bit, load_backbone
 from loragraft.backbones.spec import Backbone, BaseSpec, Profile
 from loragraft.recipes.schema import AdapterConfig, WeightsConfig
@@ -67,7 +66,7 @@ class Case:
         text = {key: value.to(torch.float32) for key, value in text.items()}
         times = torch.tensor([0.3, 0.8])
         chosen = backbone.transformer if model is None else model
-        return predict_velocity(chosen, noisy, times, text, self.spec.training_guidance)
+        return self.spec.family.predict(chosen, noisy, times, text, self.spec.training_guidance)
 
     def adapter(self, folder: Path, strength: float = 2.0) -> Adapter:
         """An adapter on every target, strong enough to change the answer, through its file."""
@@ -80,7 +79,7 @@ class Case:
             pairs[path] = (down, strength * drawn / down.shape[0] ** 0.5)
         remove_adapter(backbone.transformer)
         about = {"base": self.spec.name, "base_id": backbone.base_id, "name": "strong"}
-        return load_adapter(write_adapter(pairs, folder, about))
+        return load_adapter(write_adapter(pairs, folder, about, component=self.spec.family.component))
 
 
 def _tiny() -> ModuleType:

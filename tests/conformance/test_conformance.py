@@ -1,5 +1,6 @@
 """What every base must do, on a CPU, tiny and in its own architecture. A new base is tested by its file in `backbones/` alone."""
 
+import inspect
 import json
 import os
 import signal
@@ -19,7 +20,7 @@ from loragraft.adapters.graft import graft, ungraft
 from loragraft.adapters.inject import expand_targets, inject_adapter, load_factors, remove_adapter
 from loragraft.backbones.file_size import base_bytes, predicted_bytes, stored_bytes
 from loragraft.backbones.load import list_bases, load_backbone
-from loragraft.backbones.sampler import build_pipeline, generate_images
+from loragraft.backbones.sampler import build_pipeline, generate_images, other_pipeline
 from loragraft.backbones.skeleton import plan_architecture
 from loragraft.backbones.spec import Backbone
 from loragraft.kernels.layout import relative_rms
@@ -180,7 +181,7 @@ def test_a_graft_is_the_adapter_kept_apart_and_its_undoing_the_base(
 @torch.no_grad()
 def test_the_stock_pipeline_reads_the_adapter_file(case: Any, backbone: Backbone, tmp_path: Path) -> None:
     adapter, model = case.adapter(tmp_path), case.plain()
-    pipeline = build_pipeline(model, backbone.encoders)
+    pipeline = build_pipeline(case.spec.family, model, backbone.encoders)
     if not hasattr(pipeline, "load_lora_weights"):
         pytest.skip(f"diffusers' {type(pipeline).__name__} reads no LoRA files")
     graft(model, adapter, any_base=True)
@@ -199,32 +200,40 @@ def picture(seed: int) -> Image.Image:
     return Image.fromarray(low).resize((64, 64), Image.Resampling.BILINEAR)
 
 
-def stock(auto: type[Any], backbone: Backbone) -> Any:
-    """The stock sibling of the base's pipeline around the quantized denoiser; skips where diffusers has none."""
-    plain = build_pipeline(backbone.transformer, backbone.encoders)
+def stock(task: str, case: Any, backbone: Backbone) -> Any:
+    """The stock pipeline for a task around the quantized denoiser; skips where diffusers has none."""
+    family, auto = (
+        case.spec.family,
+        {"image_to_image": AutoPipelineForImage2Image, "inpaint": AutoPipelineForInpainting},
+    )
+    plain = build_pipeline(family, backbone.transformer, backbone.encoders)
     try:
-        found = auto.from_pipe(plain)
+        known: type[Any] | None = type(auto[task].from_pipe(plain, **family.options))
     except ValueError:
-        pytest.skip(
-            f"diffusers has no {auto.__name__.removeprefix('AutoPipelineFor')} sibling of {type(plain).__name__}"
-        )
-    found.set_progress_bar_config(disable=True)
-    return found
+        known = None
+    assert getattr(family, task) is known, "the family does not name what diffusers has"
+    if known is None:
+        with pytest.raises(ValueError, match="draw from text alone"):
+            other_pipeline(family, plain, task)
+        pytest.skip(f"diffusers has no {task} pipeline beside {type(plain).__name__}")
+    return other_pipeline(family, plain, task)
 
 
 @torch.no_grad()
 def draw(pipeline: Any, backbone: Backbone, caption: str, **how: Any) -> torch.Tensor:
     """Latents of one picture from a caption, unscaled by guidance."""
     text = backbone.encoders.encode_text([caption])
+    taken = inspect.signature(pipeline.__call__).parameters
+    size = {name: 64 for name in ("height", "width") if name in taken}
     found = pipeline(
-        **text, **how, height=64, width=64, num_inference_steps=2, guidance_scale=1.0,
+        **text, **how, **size, num_inference_steps=2, guidance_scale=1.0,
         generator=torch.Generator().manual_seed(0), output_type="latent",
     )  # fmt: skip
     return found.images
 
 
 def test_image_to_image_through_the_stock_pipeline(case: Any, backbone: Backbone) -> None:
-    pipeline = stock(AutoPipelineForImage2Image, backbone)
+    pipeline = stock("image_to_image", case, backbone)
     first, second = (draw(pipeline, backbone, "a heart", image=picture(seed), strength=0.5) for seed in (0, 1))
     assert first.isfinite().all()
     assert not torch.equal(first, second), "the picture was not looked at"
@@ -232,7 +241,7 @@ def test_image_to_image_through_the_stock_pipeline(case: Any, backbone: Backbone
 
 
 def test_inpainting_through_the_stock_pipeline_keeps_what_is_not_masked(case: Any, backbone: Backbone) -> None:
-    pipeline = stock(AutoPipelineForInpainting, backbone)
+    pipeline = stock("inpaint", case, backbone)
     mask = Image.new("L", (64, 64), 0)
     mask.paste(255, (0, 0, 64, 32))
     heart, umbrella = (

@@ -137,21 +137,27 @@ TEXT_ENCODERS: dict[str, Callable[[], PreTrainedModel]] = {
     "T5EncoderModel": _t5,
     "Gemma2PreTrainedModel": _gemma,
 }
-TOKENIZERS = {"CLIPTokenizer": ("<end>", 77), "T5Tokenizer": ("</s>", 512), "GemmaTokenizer": ("<eos>", 1024)}
-"""Constructor's class -> (end mark, longest input)."""
+TOKENIZERS = {
+    "CLIPTokenizer": ("<end>", 77, False),
+    "T5Tokenizer": ("</s>", 512, False),
+    "GemmaTokenizer": ("<bos>", 2048, True),
+}
+"""Constructor's class -> (mark, longest input, whether the mark comes first)."""
 
 
-def tiny_tokenizer(end: str, length: int) -> PreTrainedTokenizerFast:
-    """One token a letter; spaces are dropped. Offsets and the end mark are those of the real ones."""
-    vocabulary = {token: i for i, token in enumerate(["<pad>", end, "<unk>", *LETTERS])}
+def tiny_tokenizer(mark: str, length: int, first: bool) -> PreTrainedTokenizerFast:
+    """One token a letter; spaces are dropped. Offsets and the mark are those of the real ones."""
+    vocabulary = {token: i for i, token in enumerate(["<pad>", mark, "<unk>", *LETTERS])}
     raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     raw.normalizer = normalizers.Lowercase()
     raw.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(r"\s+"), "removed"), pre_tokenizers.Split("", "isolated")]
     )
-    raw.post_processor = processors.TemplateProcessing(single=f"$A {end}", special_tokens=[(end, 1)])
+    raw.post_processor = processors.TemplateProcessing(
+        single=f"{mark} $A" if first else f"$A {mark}", special_tokens=[(mark, 1)]
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="<pad>", eos_token=end, unk_token="<unk>", model_max_length=length
+        tokenizer_object=raw, pad_token="<pad>", eos_token=mark, unk_token="<unk>", model_max_length=length
     )
 
 
