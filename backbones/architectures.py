@@ -75,7 +75,24 @@ UNET = Architecture(
 )
 """Stable Diffusion's UNets. Few rows: the text's keys and values (77 a picture) and a resnet's time (1). The projections around
 the transformers are convolutions of 1x1 in SD1.5, linear layers in SD 2 and SDXL: one pattern of each list finds them."""
-ARCHITECTURES = {found.class_name: found for found in (FLUX, UNET)}
+_ATTENTION = _DOUBLE + r"attn[12]\.(to_q|to_k|to_v|to_out\.0)"
+SANA = Architecture(
+    class_name="SanaTransformer2DModel",
+    quantize=(_ATTENTION,),
+    quantize_w4a16=(r"time_embed\.linear",),
+    keep_16bit=(r"time_embed\.emb\..*", r"caption_projection\.linear_[12]", "proj_out"),
+    quantize_conv=(_DOUBLE + r"ff\.(conv_inverted|conv_point)",),
+)
+"""Its feed-forward part is made of convolutions: the 1x1 ones carry the profile, the depthwise 3x3 between them stays."""
+PIXART = Architecture(
+    class_name="PixArtTransformer2DModel",
+    quantize=(_ATTENTION, _DOUBLE + r"ff\.net\.(0\.proj|2)"),
+    quantize_w4a16=(r"adaln_single\.linear",),
+    keep_16bit=(r"adaln_single\.emb\..*", r"caption_projection\.linear_[12]", "proj_out"),
+)
+ARCHITECTURES = {found.class_name: found for found in (FLUX, UNET, SANA, PIXART)}
+PIXART_ONCE = "Transformer2DModel"
+"""diffusers' class of PixArt until it had one of its own: PixArt-Sigma is published under it."""
 COMPONENTS: tuple[Component, ...] = ("transformer", "unet")
 """Folders of a pipeline in which its denoiser may lie."""
 
@@ -99,6 +116,9 @@ def open_model(path: Path) -> tuple[WeightSource, Architecture, dict[str, Any]]:
         )
     if config is None:
         config = flux_config(source, path)
+    if config.get("_class_name") == PIXART_ONCE and config.get("norm_type") == "ada_norm_single":
+        sized = "adaln_single.emb.resolution_embedder.linear_1.weight" in source.tensors
+        config = {**config, "_class_name": PIXART.class_name, "use_additional_conditions": sized}
     name = str(config.get("_class_name"))
     if name not in ARCHITECTURES:
         raise CheckpointError(f"{path} is a {name}; quantized from files are {', '.join(ARCHITECTURES)}")

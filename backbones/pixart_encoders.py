@@ -15,8 +15,7 @@ from diffusers import AutoencoderKL, PixArtSigmaPipeline
 from torch import Tensor
 
 from loragraft.backbones.masked_encoders import MaskedEncoders
-
-TOKENS = 300
+from loragraft.backbones.pixart_sigma import TOKENS
 
 
 class PixArtEncoders(MaskedEncoders):

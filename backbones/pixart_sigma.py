@@ -18,8 +18,8 @@ from loragraft.backbones.masked_dit import PIXART_LIKE, PIXART_SCHEDULER
 from loragraft.backbones.pipeline_stats import PROMPTS
 from loragraft.backbones.spec import BaseSpec, Encoders, External
 
-EMBEDDING = 4096
-"""Width of T5-XXL."""
+TOKENS, EMBEDDING = 300, 4096
+"""T5-XXL's of a caption, padding included, and its width."""
 CONFIG: Mapping[str, Any] = {
     "_class_name": "PixArtTransformer2DModel",
     "num_attention_heads": 16,
@@ -81,7 +81,6 @@ def _open(folder: Path, device: torch.device, dtype: torch.dtype) -> Encoders:
 
 def _random(seed: int, device: torch.device, dtype: torch.dtype) -> Encoders:
     from loragraft.backbones.masked_encoders import RandomMaskedEncoders
-    from loragraft.backbones.pixart_encoders import TOKENS
 
     autoencoder, scheduler = (AutoencoderKL, VAE), (DPMSolverMultistepScheduler, PIXART_SCHEDULER)
     return RandomMaskedEncoders("pixart", autoencoder, scheduler, (TOKENS, EMBEDDING), seed, device, dtype)
@@ -98,6 +97,8 @@ SPEC = BaseSpec(
         check=check_transformer,
         open_encoders=_open,
         random_encoders=_random,
+        text_bytes=0,
+        t5_tokens=TOKENS,
     ),
     resolution=1024,
     quantize=PIXART.quantize,

@@ -43,6 +43,8 @@ SHAPES: dict[Size, dict[str, int]] = {
 }
 EMBEDDING = 2304
 """Width of Gemma-2 2B."""
+GEMMA_BYTES = 256_000 * EMBEDDING * 2 + 2**28
+"""Its embedding, the largest layer of those that are streamed, and what 8 captions of 560 tokens take."""
 CHANNELS = 32
 _EVIT = ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3
 _SCALES: list[list[int]] = [[], [], [], [5], [5], [5]]
@@ -130,11 +132,13 @@ def sana_spec(size: Size) -> BaseSpec:
             check=partial(check_transformer, size),
             open_encoders=_open,
             random_encoders=_random,
+            text_bytes=GEMMA_BYTES,
         ),
         resolution=1024,
         quantize=SANA.quantize,
         quantize_w4a16=SANA.quantize_w4a16,
         keep_16bit=SANA.keep_16bit,
+        quantize_conv=SANA.quantize_conv,
         lora_targets=SANA.quantize,
         calibration_prompts=PROMPTS,
         guidance=4.5,
