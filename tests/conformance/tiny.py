@@ -94,8 +94,9 @@ def tiny_autoencoder(true: Mapping[str, Any]) -> nn.Module:
     known = {key: value for key, value in true.items() if not key.startswith("_")}
     if true["_class_name"] == "AutoencoderDC":
         levels = len(true["encoder_block_out_channels"])
+        widths = (8,) * (levels - 2) + (16, true["latent_channels"])  # the last is averaged to the latents' channels
         narrow: Config = {
-            "encoder_block_out_channels": (8,) * (levels - 1) + (16,), "decoder_block_out_channels": (8,) * (levels - 1) + (16,),
+            "encoder_block_out_channels": widths, "decoder_block_out_channels": widths,
             "encoder_layers_per_block": (1,) * levels, "decoder_layers_per_block": (1,) * levels, "attention_head_dim": 8,
         }  # fmt: skip
         return diffusers.AutoencoderDC.from_config({**known, **narrow})
