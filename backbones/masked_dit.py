@@ -41,8 +41,8 @@ PIXART_SCHEDULER = {
     "algorithm_type": "dpmsolver++",
     "solver_order": 2,
 }
-UNBINNED = {"use_resolution_binning": False, "clean_caption": False}
-"""Pictures are drawn at the size that is asked for."""
+ARGUMENTS = {"use_resolution_binning": False, "clean_caption": False, "negative_prompt": None}
+"""Of both pipelines: pictures at the size that is asked for, captions as they are, the empty prompt as embeddings."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ SANA_LIKE = SanaFamily(
     patch=1,
     text_to_image=SanaPipeline,
     scheduler=sana_scheduler,
-    arguments=UNBINNED,
+    arguments=ARGUMENTS,
 )
 PIXART_LIKE = PixArtFamily(
     component="transformer",
@@ -131,5 +131,5 @@ PIXART_LIKE = PixArtFamily(
     patch=2,
     text_to_image=PixArtSigmaPipeline,
     scheduler=pixart_scheduler,
-    arguments={**UNBINNED, "negative_prompt": None},
+    arguments=ARGUMENTS,
 )
