@@ -80,7 +80,7 @@ SANA = Architecture(
     class_name="SanaTransformer2DModel",
     quantize=(_ATTENTION,),
     quantize_w4a16=(r"time_embed\.linear",),
-    keep_16bit=(r"time_embed\.emb\..*", r"caption_projection\.linear_[12]", "proj_out"),
+    keep_16bit=(r"time_embed\.emb\..*", r"caption_projection\.linear_[12]", r"proj_out|patch_embed\.proj"),
     quantize_conv=(_DOUBLE + r"ff\.(conv_inverted|conv_point)",),
 )
 """Its feed-forward part is made of convolutions: the 1x1 ones carry the profile, the depthwise 3x3 between them stays."""
@@ -88,7 +88,7 @@ PIXART = Architecture(
     class_name="PixArtTransformer2DModel",
     quantize=(_ATTENTION, _DOUBLE + r"ff\.net\.(0\.proj|2)"),
     quantize_w4a16=(r"adaln_single\.linear",),
-    keep_16bit=(r"adaln_single\.emb\..*", r"caption_projection\.linear_[12]", "proj_out"),
+    keep_16bit=(r"adaln_single\.emb\..*", r"caption_projection\.linear_[12]", r"proj_out|pos_embed\.proj"),
 )
 ARCHITECTURES = {found.class_name: found for found in (FLUX, UNET, SANA, PIXART)}
 PIXART_ONCE = "Transformer2DModel"

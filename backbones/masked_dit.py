@@ -72,7 +72,7 @@ class SanaFamily(Family):
             timestep=times * STEPS,
             return_dict=False,
         )
-        return velocity  # type: ignore[no-any-return]
+        return velocity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,7 @@ class PixArtFamily(Family):
             timestep=self.process.steps(times),
             return_dict=False,
         )
-        return both[:, : latents.shape[1]]  # type: ignore[no-any-return]
+        return both[:, : latents.shape[1]]
 
     def reporting(self, report: Callable[[int], None] | None) -> dict[str, Any]:
         """This pipeline has diffusers' older callback."""

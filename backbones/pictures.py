@@ -13,7 +13,7 @@ has other latents, and they are what is trained on.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, SchedulerMixin
@@ -25,7 +25,7 @@ SMALL_GPU = 9 * 2**30
 """Bytes: cards sold as 8 GB and less."""
 TILE, STRIDE = 512, 448
 
-Autoencoder = AutoencoderKL | AutoencoderDC
+Autoencoder: TypeAlias = AutoencoderKL | AutoencoderDC
 
 
 class Pictures:
@@ -65,7 +65,7 @@ class Pictures:
     @property
     def pipeline_parts(self) -> dict[str, Any]:
         made, config = self._scheduler
-        return {"vae": self.vae, "scheduler": made.from_config(dict(config)), "text_encoder": None, "tokenizer": None}  # type: ignore[attr-defined]
+        return {"vae": self.vae, "scheduler": made.from_config(dict(config)), "text_encoder": None, "tokenizer": None}
 
 
 def random_autoencoder(
