@@ -15,7 +15,7 @@ failed or its peak is not within max(10 %, 300 MiB) of preflight.
 | file_gb | its INT4 file, profile native, in 10^9 bytes (file_gb_16bit: in 16 bits) |
 | step_ms | median step |
 | peak_gib, preflight_gib | `torch.cuda.max_memory_allocated` and its prediction |
-| conv_vs_cudnn | speed of its 3x3 INT4 convolutions against cuDNN's bf16 ones, from --conv; null where it has none |
+| conv_vs_cudnn | all its 3x3 convolutions: cuDNN's time in bf16 over ours, from --conv (SDXL, one picture); null if not timed |
 """
 
 import argparse
@@ -43,6 +43,8 @@ BESIDE = 4
 """Predictions that run at once."""
 TIMEOUT = 150
 """Seconds for one base's prediction or measurement."""
+CONV_BASE = "sdxl"
+"""Whose convolutions benchmarks/conv.py times."""
 ROW = "row: "
 
 
@@ -108,11 +110,10 @@ def in_its_own_process(what: str, base: str) -> dict[str, Any]:
 
 
 def conv_figures(file: Path | None) -> dict[str, float]:
-    """Base -> conv_vs_cudnn, from the JSON of benchmarks/conv.py. Raises KeyError where that has no such block."""
+    """Base -> conv_vs_cudnn, from the JSON of benchmarks/conv.py. Raises KeyError where that has no such figure."""
     if file is None:
         return {}
-    found: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))["conv_vs_cudnn"]
-    return found
+    return {CONV_BASE: float(json.loads(file.read_text(encoding="utf-8"))["batches"]["1"]["conv_vs_cudnn"])}
 
 
 def line(base: str, row: dict[str, Any]) -> str:

@@ -46,7 +46,8 @@ def test_every_base_has_a_row_with_every_key(
     benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     answering(benchmark, monkeypatch)
-    (tmp_path / "conv.json").write_text(json.dumps({"conv_vs_cudnn": {"flux1-dev": 1.25}}))
+    monkeypatch.setattr(benchmark, "CONV_BASE", "flux1-dev")
+    (tmp_path / "conv.json").write_text(json.dumps({"batches": {"1": {"conv_vs_cudnn": 1.25}}}))
     code, result = run(benchmark, monkeypatch, tmp_path / "bases.json", "--conv", str(tmp_path / "conv.json"))
     assert code == 0
     assert list(result["bases"]) == [name for name in list_bases() if name != "pocket"]

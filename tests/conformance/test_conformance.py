@@ -6,7 +6,7 @@ import os
 import signal
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ import torch
 from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
 from PIL import Image
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from loragraft.adapters.checkpoint import load_adapter
 from loragraft.adapters.graft import graft, ungraft
@@ -30,6 +31,7 @@ from loragraft.quantization.settings import QuantSettings
 from loragraft.recipes.load import load_recipe
 from loragraft.recipes.schema import AdapterConfig, WeightsConfig
 from loragraft.train import lora
+from loragraft.train.memory import set_checkpointing
 from loragraft.train.preflight import preflight
 from loragraft.train.run_folder import RunFolder
 
@@ -48,14 +50,18 @@ def plain(case: Any) -> nn.Module:
     return case.plain()
 
 
+def stood_for(layer: Any) -> torch.Tensor:
+    """The weight that a quantized layer stands for, in its 16-bit shape."""
+    return layer.kernel_weight() if hasattr(layer, "kernel_weight") else layer.dequantized_weight()
+
+
 def test_what_is_quantized_is_near_its_16_bit_weight(case: Any, backbone: Backbone, plain: nn.Module) -> None:
     layers = quantized_layers(backbone.transformer)
     spec, paths = case.spec, list(layers)
     planned = match_paths([*spec.quantize, *spec.quantize_w4a16], paths)
     assert sorted(path for matched in planned.values() for path in matched) == sorted(paths)
     for path, layer in layers.items():
-        weight = plain.get_parameter(f"{path}.weight")
-        assert relative_rms(layer.dequantized_weight().reshape(weight.shape), weight) < 0.12, path
+        assert relative_rms(stood_for(layer), plain.get_parameter(f"{path}.weight")) < 0.12, path
     assert relative_rms(case.predict(backbone), case.predict(backbone, plain)) < 0.15
 
 
@@ -77,8 +83,7 @@ def dequantized(quantized: nn.Module, plain: nn.Module) -> nn.Module:
         if name in state:
             parameter.copy_(state[name])
     for path, layer in quantized_layers(quantized).items():
-        weight = plain.get_parameter(f"{path}.weight")
-        weight.copy_(layer.dequantized_weight().reshape(weight.shape))
+        plain.get_parameter(f"{path}.weight").copy_(stood_for(layer))
     return plain
 
 
@@ -200,7 +205,7 @@ def picture(seed: int) -> Image.Image:
     return Image.fromarray(low).resize((64, 64), Image.Resampling.BILINEAR)
 
 
-def stock(task: str, case: Any, backbone: Backbone) -> Any:
+def stock(task: Literal["image_to_image", "inpaint"], case: Any, backbone: Backbone) -> Any:
     """The stock pipeline for a task around the quantized denoiser; skips where diffusers has none."""
     family, auto = (
         case.spec.family,
@@ -263,6 +268,30 @@ def test_preflight_counts_its_weights_exactly_and_knows_every_op(case: Any) -> N
     assert found.train.at_peak["INT4 weights"] + found.train.at_peak["16-bit weights"] == nbytes
     trained = inject_adapter(model, recipe.adapter, case.spec.lora_targets)
     assert found.adapter_parameters == sum(parameter.numel() for parameter in trained)
+
+
+def kept_and_gradients(case: Any, policy: Literal["none", "block"]) -> tuple[int, list[torch.Tensor | None]]:
+    """(bytes that autograd keeps of a step, gradients of the adapter) under a checkpointing policy."""
+    backbone, sizes = case.load(), []
+    parameters = inject_adapter(backbone.transformer, AdapterConfig(rank=2, alpha=2), case.spec.lora_targets)
+    set_checkpointing(backbone.transformer, policy)
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        sizes.append(tensor.nbytes)
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = case.predict(backbone).square().mean()
+    torch.autograd.backward(loss)
+    return sum(sizes), [parameter.grad for parameter in parameters]
+
+
+def test_checkpointing_keeps_less_and_changes_no_gradient(case: Any) -> None:
+    """UNets look at their training mode before they checkpoint, so what a policy returns proves nothing."""
+    (all_kept, without), (kept, gradients) = (kept_and_gradients(case, policy) for policy in ("none", "block"))
+    assert kept < all_kept
+    for ours, expected in zip(gradients, without, strict=True):
+        assert ours is not None and expected is not None and torch.equal(ours, expected)
 
 
 def test_the_file_is_as_large_as_its_configuration_says(case: Any, backbone: Backbone) -> None:
