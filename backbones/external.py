@@ -1,7 +1,7 @@
 """A base whose weights do not travel with the package: found where the recipe says, on disk or on the Hub, and opened.
 
     diffusers pipeline       its denoiser (transformer or UNet), text encoders and autoencoder
-    denoiser alone           16-bit folder or file, our INT4 folder, an SVDQuant file of another program; the encoders come from
+    denoiser alone           16-bit folder or file (of a UNet also the file of a whole pipeline), our INT4 folder, an SVDQuant file of another program; the encoders come from
                              the pipeline around it, or from weights.encoders
 
 16-bit weights are quantized once, layer by layer, into <cache root>/bases/<base>-<profile>-<key>, key = their names, sizes and
@@ -23,6 +23,7 @@ from torch import nn
 from tqdm import tqdm
 
 from loragraft.backbones.architectures import FOLDER_RANK, NUMERICS, folder_settings, open_model, quantize_files
+from loragraft.backbones.single_file import as_folder
 from loragraft.backbones.skeleton import meta_transformer, plan_architecture, randomize
 from loragraft.backbones.spec import BaseSpec, External, Profile, Weights
 from loragraft.quantization.checkpoint import (
@@ -151,6 +152,8 @@ def open_transformer(
     """
     if _is_quantized(path):
         return _ready_made(spec, external, path, profile)
+    if path.is_file() and spec.family.component == "unet":
+        path = as_folder(spec, external, path, cache_root)
     _, _, config = open_model(path)
     external.check(config, str(path))
     if profile is None:

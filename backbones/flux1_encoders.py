@@ -14,7 +14,7 @@ import contextlib
 import gc
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,11 @@ RELEASED = "the text encoders were released: encode captions before release_text
 _WHOLE, _SAMPLES, _SAMPLE = 2**24, 64, 2**16
 
 
-class _Pictures:
-    """The autoencoder's half of `Encoders`."""
+class KlPictures:
+    """The half of `Encoders` that an AutoencoderKL does."""
 
     def __init__(self, vae: AutoencoderKL, scheduler: Mapping[str, Any], device: torch.device) -> None:
+        """scheduler: its configuration."""
         self.vae, self._scheduler, self._device = vae, scheduler, device
         vae.eval().requires_grad_(False)
         vae.enable_slicing()  # one picture at a time: at 1024 px each takes 1.5 GiB of activations
@@ -51,7 +52,7 @@ class _Pictures:
         `release_text`.
         """
         mean = self.vae.encode(pixels.to(self._device, self.vae.dtype)).latent_dist.mode()
-        latents: Tensor = (mean - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+        latents: Tensor = (mean - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
         return latents
 
     @property
@@ -66,14 +67,12 @@ class _Pictures:
         }
 
 
-class Flux1Encoders(_Pictures):
+class Flux1Encoders(KlPictures):
     """From the folder of a diffusers pipeline. Raises CheckpointError where that is incomplete."""
 
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, tokens: int) -> None:
         self.folder, self.tokens, self._dtype = folder, tokens, dtype
-        missing = [part for part in (*PARTS, "scheduler") if not (folder / part).is_dir()]
-        if missing:
-            raise CheckpointError(f"the pipeline {folder} lacks {', '.join(missing)}: fetch it again")
+        check_parts(folder, (*PARTS, "scheduler"))
         vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=dtype, local_files_only=True)
         scheduler = FlowMatchEulerDiscreteScheduler.load_config(folder / "scheduler", local_files_only=True)
         super().__init__(vae, scheduler, device)
@@ -82,20 +81,8 @@ class Flux1Encoders(_Pictures):
 
     @cached_property
     def id(self) -> str:
-        """`flux1-<16 hex digits>-<tokens>` over the files of encoders and tokenizers: names, sizes, small ones whole, of large
-        ones 64 samples of 64 KiB."""
-        digest = hashlib.sha256()
-        for file in sorted(file for part in PARTS for file in (self.folder / part).rglob("*") if file.is_file()):
-            size = file.stat().st_size
-            digest.update(f"{file.relative_to(self.folder)} {size}\n".encode())
-            with file.open("rb") as content:
-                if size <= _WHOLE:
-                    digest.update(content.read())
-                    continue
-                for i in range(_SAMPLES):
-                    content.seek(i * (size - _SAMPLE) // (_SAMPLES - 1))
-                    digest.update(content.read(_SAMPLE))
-        return f"flux1-{digest.hexdigest()[:16]}-{self.tokens}"
+        """`flux1-<digest of the files>-<tokens>`."""
+        return f"flux1-{digest_of(self.folder, PARTS)}-{self.tokens}"
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -117,7 +104,7 @@ class Flux1Encoders(_Pictures):
         text = self._loaded_text()
         rest(self.vae)
         states, pooled = [], []
-        with _without_warnings():
+        with without_warnings():
             for start in range(0, len(captions), CAPTIONS_TOGETHER):
                 found = text.encode_prompt(
                     captions[start : start + CAPTIONS_TOGETHER], device=self._device, max_sequence_length=self.tokens
@@ -151,11 +138,34 @@ class Flux1Encoders(_Pictures):
             torch.cuda.empty_cache()
 
 
+def check_parts(folder: Path, parts: Sequence[str]) -> None:
+    """Raises CheckpointError naming the folders of a pipeline that are not there."""
+    missing = [part for part in parts if not (folder / part).is_dir()]
+    if missing:
+        raise CheckpointError(f"the pipeline {folder} lacks {', '.join(missing)}: fetch it again")
+
+
+def digest_of(folder: Path, parts: Sequence[str]) -> str:
+    """16 hex digits over the files of a pipeline's parts: names, sizes, small ones whole, of large ones 64 samples of 64 KiB."""
+    digest = hashlib.sha256()
+    for file in sorted(file for part in parts for file in (folder / part).rglob("*") if file.is_file()):
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(folder)} {size}\n".encode())
+        with file.open("rb") as content:
+            if size <= _WHOLE:
+                digest.update(content.read())
+                continue
+            for i in range(_SAMPLES):
+                content.seek(i * (size - _SAMPLE) // (_SAMPLES - 1))
+                digest.update(content.read(_SAMPLE))
+    return digest.hexdigest()[:16]
+
+
 @contextlib.contextmanager
-def _without_warnings() -> Iterator[None]:
-    """diffusers and transformers warn of every caption that is longer than CLIP's 77 tokens, which is as it should be; one that
-    is longer than T5 reads is `readable`'s matter."""
-    loggers = [logging.getLogger(name) for name in ("diffusers.pipelines.flux", "transformers.tokenization_utils_base")]
+def without_warnings(pipelines: str = "diffusers.pipelines.flux") -> Iterator[None]:
+    """diffusers and transformers warn of every caption that is longer than CLIP's 77 tokens; what is longer than is read is
+    `readable`'s matter."""
+    loggers = [logging.getLogger(name) for name in (pipelines, "transformers.tokenization_utils_base")]
     before = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
@@ -166,7 +176,7 @@ def _without_warnings() -> Iterator[None]:
             logger.setLevel(level)
 
 
-class RandomFlux1Encoders(_Pictures):
+class RandomFlux1Encoders(KlPictures):
     """FLUX.1's shapes without its files. The autoencoder has random weights. There is no text encoder: a caption's embeddings
     are normal numbers drawn from a seed that is its sha256, so equal captions agree and different ones mean nothing."""
 
@@ -180,10 +190,7 @@ class RandomFlux1Encoders(_Pictures):
         dtype: torch.dtype,
     ) -> None:
         """`text`: (T tokens, D width of a token, P width of the pooled vector)."""
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            random = AutoencoderKL.from_config(dict(vae))
-        super().__init__(nn.Module.to(random, dtype=dtype), scheduler, device)
+        super().__init__(random_vae(vae, seed, dtype), scheduler, device)
         self._shape, self._seed, self._released = text, seed, False
 
     @property
@@ -199,11 +206,7 @@ class RandomFlux1Encoders(_Pictures):
         if self._released:
             raise RuntimeError(RELEASED)
         tokens, width, pooled = self._shape
-        drawn = []
-        for caption in captions:
-            seed = int.from_bytes(hashlib.sha256(f"{self._seed}/{caption}".encode()).digest()[:8], "little") >> 1
-            drawn.append(torch.randn(tokens * width + pooled, generator=torch.Generator().manual_seed(seed)))
-        both = torch.stack(drawn)
+        both = torch.stack([drawn_for(caption, self._seed, tokens * width + pooled) for caption in captions])
         return {
             "prompt_embeds": both[:, : tokens * width].unflatten(1, (tokens, width)),
             "pooled_prompt_embeds": both[:, tokens * width :],
@@ -213,3 +216,18 @@ class RandomFlux1Encoders(_Pictures):
         """There is none to free; the autoencoder leaves the device."""
         self._released = True
         rest(self.vae)
+
+
+def random_vae(config: Mapping[str, Any], seed: int, dtype: torch.dtype) -> AutoencoderKL:
+    """Its shapes with values from `seed`; the global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        random: AutoencoderKL = AutoencoderKL.from_config(dict(config))
+    nn.Module.to(random, dtype=dtype)
+    return random
+
+
+def drawn_for(caption: str, seed: int, count: int) -> Tensor:
+    """`count` numbers, N(0, 1), that depend on caption and seed."""
+    own = int.from_bytes(hashlib.sha256(f"{seed}/{caption}".encode()).digest()[:8], "little") >> 1
+    return torch.randn(count, generator=torch.Generator().manual_seed(own))

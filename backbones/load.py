@@ -13,6 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 from loragraft.backbones.architectures import NUMERICS
+from loragraft.backbones.bases import list_bases
 from loragraft.backbones.sampler import build_pipeline, generate_from_text
 from loragraft.backbones.spec import Backbone, BaseSpec, Encoders, Profile, Weights
 from loragraft.quantization.checkpoint import load_quantized, record_base_id, recorded_base_id, save_quantized
@@ -23,12 +24,7 @@ from loragraft.quantization.settings import LayerReport, QuantSettings, Smoothin
 from loragraft.quantization.tensor_file import CheckpointError
 
 CALIBRATION_STEPS = 10
-
-
-def list_bases() -> list[str]:
-    """Names of the bases: the files in this folder that export a `SPEC`, with `-` for `_`."""
-    here = Path(__file__).parent
-    return sorted(f.stem.replace("_", "-") for f in here.glob("*.py") if "\nSPEC = " in f.read_text(encoding="utf-8"))
+__all__ = ["find_spec", "list_bases", "load_16bit", "load_backbone", "quantize_base", "shipped_bases"]
 
 
 def shipped_bases() -> list[str]:

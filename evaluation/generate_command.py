@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loragraft.backbones.bases import list_bases
+
 if TYPE_CHECKING:
     from loragraft.backbones.spec import Profile
     from loragraft.recipes.schema import WeightsConfig
@@ -22,15 +24,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--prompt", action="append", help="can be repeated")
     parser.add_argument("--negative-prompt", default="")
-    parser.add_argument("--base", help="default: the adapter's own, else pocket")
+    parser.add_argument("--base", help=f"one of {', '.join(list_bases())}; default: the adapter's own, else pocket")
     parser.add_argument("--profile", choices=PROFILES, help="default: the adapter's own, else native")
     parser.add_argument("--any-base", action="store_true", help="graft an adapter that was trained on another base")
     parser.add_argument("--out", default="images", help="folder for the images (default: images)")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--per-prompt", type=int, default=1, help="images per prompt, at consecutive seeds")
-    parser.add_argument("--steps", type=int, help="Euler steps (default: the recipe's, else the base's own)")
+    parser.add_argument("--steps", type=int, help="sampling steps (default: the recipe's, else the base's own)")
     parser.add_argument(
-        "--guidance", type=float, help="classifier-free on pocket (1 = off), the distilled model's own on flux1-dev"
+        "--guidance", type=float, help="classifier-free (1 = off); on flux1-dev the distilled model's own"
     )
     parser.add_argument(
         "--true-guidance", type=float, help="classifier-free guidance of a distilled base; a negative prompt needs it"

@@ -32,6 +32,8 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 """safetensors' names of dtypes."""
+PLAIN_NAME = "diffusion_pytorch_model.safetensors"
+"""What diffusers reads unless it is told of a variant."""
 INDEX_SUFFIX = ".safetensors.index.json"
 
 
@@ -135,6 +137,8 @@ def _files(path: Path) -> list[Path]:
         raise CheckpointError(f"no file or folder {path}")
     indices = sorted(path.glob("*" + INDEX_SUFFIX))
     singles = sorted(path.glob("*.safetensors"))
+    if len(singles) > 1 and not indices and path / PLAIN_NAME in singles:
+        singles = [path / PLAIN_NAME]  # beside it may lie its variants: .fp16, .non_ema
     if len(indices) > 1 or (not indices and len(singles) != 1):
         found = ", ".join(file.name for file in indices or singles) or "none"
         raise CheckpointError(

@@ -19,7 +19,7 @@ Switch = Literal["auto", "always", "never"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WeightsConfig:
-    """Where the weights of a base come from that does not travel with the package, such as `flux1-dev`."""
+    """Where the weights of a base come from that does not travel with the package: every base but `pocket`."""
 
     path: str = ""
     """One of: the folder of a diffusers pipeline, or its name on the Hub (`black-forest-labs/FLUX.1-dev`); a transformer's
@@ -191,10 +191,10 @@ class SampleConfig:
     negative_prompt: str = ""
     """What guidance moves away from; empty = the empty prompt."""
     steps: int = 20
-    """Euler steps; 1 to 1000."""
+    """Sampling steps; 1 to 1000."""
     guidance: float = 3.0
-    """Guidance in the base's own kind, 1 to 100. Classifier-free (`pocket`): 1 = off, one pass per step instead of two.
-    Embedded (`flux1-dev`): an input of the transformer, always one pass. `flux1-schnell` has none."""
+    """Guidance in the base's own kind, 1 to 100. Classifier-free (`pocket`, `sdxl`): 1 = off, one pass per step instead of two.
+    Embedded (`flux1-dev`): an input of the transformer, always one pass. `flux1-schnell` and the Turbo bases have none."""
     true_guidance: float = 1.0
     """Classifier-free guidance of a distilled base, beside `guidance`; 1 = off; 1 to 100. A negative prompt needs it."""
     seed: int = 0

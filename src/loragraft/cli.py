@@ -47,10 +47,12 @@ def _train(arguments: list[str]) -> int:
 def _recipe(args: argparse.Namespace) -> int:
     import yaml
 
+    from loragraft.backbones.bases import list_bases
     from loragraft.recipes.load import list_recipes, load_recipe, recipe_hash, recipe_to_dict
 
     if args.name is None:
         print("\n".join(list_recipes()))
+        print(f"# bases (base=NAME): {', '.join(list_bases())}")
         return 0
     recipe = load_recipe(args.name, args.overrides)
     print(yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False), end="")
@@ -214,7 +216,9 @@ def _parser() -> argparse.ArgumentParser:
     recipe = verb(
         "recipe", _recipe, "list the recipes, or show one resolved", "loragraft recipe marketing train.steps=800"
     )
-    recipe.add_argument("name", nargs="?", help="a shipped recipe's name or a YAML file; without it: the list")
+    recipe.add_argument(
+        "name", nargs="?", help="a shipped recipe's name or a YAML file; without it: the list, and the bases"
+    )
     recipe.add_argument("overrides", nargs="*", metavar="key=value")
 
     prompts = verb(

@@ -1,8 +1,10 @@
 """A FLUX.1 pipeline small enough for a CPU: every part of a diffusers folder, with tokenizers that were never trained."""
 
-from collections.abc import Iterator
+import importlib.util
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -110,6 +112,30 @@ def flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def schnell_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same without a guidance embedding."""
     return write_pipeline(tmp_path_factory.mktemp("models") / "FLUX.1-tiny-schnell", kind="schnell")
+
+
+@pytest.fixture(scope="session")
+def tiny_unets() -> ModuleType:
+    """`tiny_unets.py`."""
+    spec = importlib.util.spec_from_file_location("tiny_unets", Path(__file__).with_name("tiny_unets.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def unet_folder(tiny_unets: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Name of a UNet base -> a tiny pipeline of its kind."""
+    root, made = tmp_path_factory.mktemp("unets"), dict[str, Path]()
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            made[name] = tiny_unets.write_pipeline(root / name, name)
+        return made[name]
+
+    return folder
 
 
 @contextmanager

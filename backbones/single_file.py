@@ -1,0 +1,56 @@
+"""A UNet in one file, in the key names of its authors (`model.diffusion_model.input_blocks...`) or in diffusers': as a folder.
+
+What people share of Stable Diffusion is one safetensors file of the whole pipeline. diffusers converts the UNet in it
+(`UNet2DConditionModel.from_single_file`), once, into <cache root>/bases/<base>-16bit-<key>: what is quantized from there, and what
+the 16-bit model is loaded from. Text encoders and autoencoder come from `weights.encoders`.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from diffusers.loaders.single_file_utils import SingleFileComponentError
+
+from loragraft.backbones.spec import BaseSpec, External
+from loragraft.disk import replacing_folder
+from loragraft.quantization.checkpoint import CONFIG_NAME
+from loragraft.quantization.tensor_file import CheckpointError
+from loragraft.quantization.weight_source import FileSource
+
+UNET_KEYS = ("model.diffusion_model.", "down_blocks.")
+"""What a UNet's tensors begin with, in its authors' names and in diffusers'."""
+TEXT_WIDTH = "attn2.to_k.weight"
+"""Ends the name of tensors whose second axis is the width of the text."""
+
+
+def as_folder(spec: BaseSpec, external: External, file: Path, cache_root: Path) -> Path:
+    """The folder with the UNet of `file`, in bfloat16. Raises CheckpointError for a file without one, ValueError for another base's."""
+    source = FileSource(file)
+    folder = cache_root / "bases" / f"{spec.name}-16bit-{source.identity[:16]}"
+    if folder.exists():
+        return folder
+    if not any(name.startswith(UNET_KEYS) for name in source.tensors):
+        raise CheckpointError(f"{file} holds no UNet, neither in Stable Diffusion's key names nor in diffusers'")
+    _check_width(spec, external, source, file)
+    print(f"{file} is one file: converting its UNet once, into {folder}", file=sys.stderr)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as here:
+        (Path(here) / CONFIG_NAME).write_text(json.dumps(dict(external.config)))
+        try:
+            model = spec.transformer_class.from_single_file(  # type: ignore[attr-defined]
+                str(file), config=here, dtype=torch.bfloat16, local_files_only=True
+            )
+        except (KeyError, RuntimeError, ValueError, SingleFileComponentError) as error:
+            raise CheckpointError(f"{file} is no {spec.name}: its UNet has other tensors ({error})") from error
+    with replacing_folder(folder, overwrite=False) as made:
+        model.save_pretrained(made)
+    return folder
+
+
+def _check_width(spec: BaseSpec, external: External, source: FileSource, file: Path) -> None:
+    expected = external.config.get("cross_attention_dim")
+    found = {i.shape[1] for n, i in source.tensors.items() if n.startswith(UNET_KEYS) and n.endswith(TEXT_WIDTH)}
+    if found and found != {expected}:
+        raise ValueError(f"{file} reads text of width {found.pop()}, {spec.name} of {expected}: it is another base's")
