@@ -224,8 +224,11 @@ def compile_blocks(transformer: nn.Module, shapes: int = 1) -> int:
     Blocks of one class share compiled code as long as their quantized layers are set up alike and see one of the `shapes`. With
     more than `MOST_KINDS` kinds nothing is compiled, a warning says so, and the result is 0: compiling would take minutes.
     """
-    names = getattr(transformer, "_repeated_blocks", None) or []
-    blocks = [module for module in transformer.modules() if type(module).__name__ in names]
+    names = getattr(transformer, "_repeated_blocks", None) or getattr(transformer, "_no_split_modules", None) or ()
+    named = [(path, module) for path, module in transformer.named_modules() if type(module).__name__ in names]
+    blocks = [
+        module for path, module in named if path.rpartition(".")[2].isdigit()
+    ]  # items of a list, as `block_paths`
     kinds = Counter(_kind(block) for block in blocks)
     if not blocks or len(kinds) > MOST_KINDS:
         _log.warning(

@@ -1,5 +1,6 @@
 """SANA's and PixArt-Sigma's families: what the transformer is told, which loss, gradients, and pictures through the stock pipelines."""
 
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from loragraft.quantization.checkpoint import quantized_layers
 from loragraft.quantization.convert import quantize_model
 from loragraft.quantization.settings import QuantSettings
 from loragraft.recipes.schema import AdapterConfig
+from loragraft.train.step import compile_blocks
 
 CPU = torch.device("cpu")
 KINDS: list[tuple[Family, Architecture, type[Any], int]] = [
@@ -185,3 +187,23 @@ def test_pictures_are_the_stock_pipelines(
             family, build_pipeline(family, model, encoders), text, empty, [3, 4], resolution=64, steps=2, guidance=1.0,
             start=torch.zeros(1, channels, 4, 4), strength=0.5,
         )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "lists", "pipeline", "channels"), KINDS)
+def test_blocks_compile_whole(
+    family: Family, lists: Architecture, pipeline: type[Any], channels: int, folders: Folders
+) -> None:
+    """No graph break: what is traced runs as it is, and no code is generated."""
+    settings = QuantSettings("w4a8", rank=4, smoothing="hadamard", search="subsampled", iterations=1, grid=1)
+    model = opened(folders[lists.class_name], pipeline)
+    quantize_model(model, plan_architecture(lists, settings, model), {}, keep=lists.keep_16bit)
+    parameters = inject_adapter(model, AdapterConfig(rank=2, alpha=2), lists.quantize)
+    expected = family.loss(model, *inputs(channels))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
+        assert compile_blocks(model) == 2
+    loss = family.loss(model, *inputs(channels))
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in parameters)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import PixArtSigmaPipeline, SanaPipeline
 from PIL import Image
 from torch import Tensor
 
@@ -121,3 +122,22 @@ def test_generate_draws_before_and_after(trained: Trained, monkeypatch: pytest.M
         assert image.size == (64, 64)
     assert (about["base"], about["guidance"], about["steps"]) == (base, 4.5, 2)
     assert Path("drawn/before_after.png").exists()
+
+
+def test_sana_pipeline_loads_the_adapter_as_it_is(trained: Trained) -> None:
+    """Onto the 16-bit weights, through diffusers' own loader; PixArtSigmaPipeline has none."""
+    base, run, folder, *_ = trained
+    pipeline_class = SanaPipeline if base == "sana-16b" else PixArtSigmaPipeline
+    parts = dict.fromkeys(("text_encoder", "tokenizer", "vae"))
+    pipeline = pipeline_class.from_pretrained(folder, **parts, dtype=torch.float32, local_files_only=True)
+    if base != "sana-16b":
+        assert not hasattr(pipeline, "load_lora_weights")
+        return
+    pairs = load_adapter(run / "adapter").pairs
+    before = {path: pipeline.transformer.get_submodule(path).weight.clone() for path in pairs}
+    pipeline.load_lora_weights(run / "adapter")
+    pipeline.fuse_lora()
+    for path, (down, up) in pairs.items():
+        layer = pipeline.transformer.get_submodule(path).get_base_layer()
+        shaped = (up.float() @ down.float()).reshape(before[path].shape)
+        torch.testing.assert_close(layer.weight, before[path] + shaped, msg=path)
