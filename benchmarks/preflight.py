@@ -125,8 +125,6 @@ def prepared(module: nn.Module, model: Model, configuration: Configuration) -> l
         return []
     parameters = inject_adapter(module, AdapterConfig(), model.spec.lora_targets)
     set_checkpointing(module, "block" if configuration.checkpointing else "none")
-    if configuration.checkpointing:
-        module.train()  # UNets checkpoint in training mode only; there is no dropout
     return parameters
 
 

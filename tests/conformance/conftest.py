@@ -42,7 +42,7 @@ class Case:
         """Of a recipe: this base, small, on one thread."""
         where = [] if self.folder is None else [f"weights.path={self.folder}"]
         return [
-            f"base={self.spec.name}", *where, "data.count=16", f"data.resolution={EDGE}", "train.batch_size=2",
+            f"base={self.spec.name}", *where, "data.count=16", f"data.resolution={EDGE}", "data.long_captions=cut", "train.batch_size=2",
             "train.threads=1", "train.validate_every=0", "train.checkpoint_every=0", "optim.warmup_steps=0",
             "adapter.rank=2", "adapter.alpha=2", "sample.steps=1", "sample.prompts=[promo tile]", "tracking.mode=disabled",
         ]  # fmt: skip

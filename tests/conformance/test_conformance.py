@@ -287,7 +287,7 @@ def kept_and_gradients(case: Any, policy: Literal["none", "block"]) -> tuple[int
 
 
 def test_checkpointing_keeps_less_and_changes_no_gradient(case: Any) -> None:
-    """UNets look at their training mode before they checkpoint, so what a policy returns proves nothing."""
+    """What a policy returns says which blocks were told, not that they do it."""
     (all_kept, without), (kept, gradients) = (kept_and_gradients(case, policy) for policy in ("none", "block"))
     assert kept < all_kept
     for ours, expected in zip(gradients, without, strict=True):

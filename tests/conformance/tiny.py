@@ -52,15 +52,14 @@ def _flux(true: Mapping[str, Any]) -> Config:
 
 
 def _unet(true: Mapping[str, Any]) -> Config:
-    """One ResNet and at most one transformer block where there were several; levels and kinds of block as they were."""
+    """The first and the last of its levels, one ResNet and at most one transformer block where there were several."""
     pooled = true.get("addition_embed_type") == "text_time"
-    heads, depth = true.get("attention_head_dim", 8), true.get("transformer_layers_per_block", 1)
+    several = isinstance(true.get("attention_head_dim"), list | tuple)
     small: Config = {
-        "block_out_channels": [max(32, width // 10) for width in true["block_out_channels"]],
-        "norm_num_groups": 8, "layers_per_block": 1, "sample_size": 8,
-        "attention_head_dim": [1 for _ in heads] if isinstance(heads, list | tuple) else 2,
-        "transformer_layers_per_block": [1 for _ in depth] if isinstance(depth, list | tuple) else 1,
-        "cross_attention_dim": 2 * CLIP if pooled else CLIP,
+        "down_block_types": [true["down_block_types"][0], true["down_block_types"][-1]],
+        "up_block_types": [true["up_block_types"][0], true["up_block_types"][-1]],
+        "attention_head_dim": [1, 2] if several else 2, "transformer_layers_per_block": 1, "block_out_channels": [32, 64],
+        "norm_num_groups": 8, "layers_per_block": 1, "sample_size": 8, "cross_attention_dim": 2 * CLIP if pooled else CLIP,
     }  # fmt: skip
     if pooled:
         small |= {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 6 * 8 + CLIP}
