@@ -218,11 +218,11 @@ class RandomFlux1Encoders(KlPictures):
         rest(self.vae)
 
 
-def random_vae(config: Mapping[str, Any], seed: int, dtype: torch.dtype) -> AutoencoderKL:
-    """Its shapes with values from `seed`; the global generator is left as it was."""
+def random_vae(config: Mapping[str, Any], seed: int, dtype: torch.dtype, made: type[Any] = AutoencoderKL) -> Any:
+    """The shapes of an autoencoder of class `made` with values from `seed`; the global generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        random: AutoencoderKL = AutoencoderKL.from_config(dict(config))
+        random = made.from_config(dict(config))
     nn.Module.to(random, dtype=dtype)
     return random
 

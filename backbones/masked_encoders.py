@@ -9,7 +9,6 @@ forward pass. `encode_text` loads it when it is first called, so a run that find
 """
 
 import gc
-import hashlib
 from bisect import bisect_right
 from collections.abc import Mapping
 from functools import cached_property
@@ -21,15 +20,21 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor
 
-from loragraft.backbones.pictures import Autoencoder, Pictures, random_autoencoder
-from loragraft.backbones.pipeline_folder import check_parts, digest, open_scheduler, variant
+from loragraft.backbones.flux1_encoders import (
+    CAPTIONS_TOGETHER,
+    RELEASED,
+    check_parts,
+    digest_of,
+    drawn_for,
+    random_vae,
+    without_warnings,
+)
+from loragraft.backbones.pictures import Pictures
+from loragraft.backbones.pipeline_folder import open_scheduler, variant
 from loragraft.backbones.resting import rest, stream_layers
 from loragraft.quantization.tensor_file import CheckpointError
 
-CAPTIONS_TOGETHER = 8
-"""Captions in one forward pass of the text encoder."""
 PARTS = ("text_encoder", "tokenizer", "vae")
-RELEASED = "the text encoder was released: encode captions before release_text()"
 
 
 class MaskedEncoders(Pictures):
@@ -39,7 +44,7 @@ class MaskedEncoders(Pictures):
     """In the id."""
     pipeline: type[DiffusionPipeline]
     """The stock pipeline, whose `encode_prompt` encodes."""
-    autoencoder: type[Autoencoder]
+    autoencoder: type[Any]
     tokens: int
     """T."""
 
@@ -56,7 +61,7 @@ class MaskedEncoders(Pictures):
     @cached_property
     def id(self) -> str:
         """`<name>-<digest of the files>-<tokens>`."""
-        return f"{self.name}-{digest(self.folder, PARTS)}-{self.tokens}"
+        return f"{self.name}-{digest_of(self.folder, PARTS)}-{self.tokens}"
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -88,10 +93,11 @@ class MaskedEncoders(Pictures):
         text = self._loaded_text()
         rest(self.vae)
         states, masks = [], []
-        for start in range(0, len(captions), CAPTIONS_TOGETHER):
-            found, mask = self._encode(text, captions[start : start + CAPTIONS_TOGETHER])
-            states.append(found.cpu())
-            masks.append(mask.to("cpu", found.dtype))
+        with without_warnings("diffusers.pipelines"):
+            for start in range(0, len(captions), CAPTIONS_TOGETHER):
+                found, mask = self._encode(text, captions[start : start + CAPTIONS_TOGETHER])
+                states.append(found.cpu())
+                masks.append(mask.to("cpu", found.dtype))
         return {"prompt_embeds": torch.cat(states), "prompt_attention_mask": torch.cat(masks)}
 
     @torch.no_grad()
@@ -134,7 +140,7 @@ class RandomMaskedEncoders(Pictures):
     def __init__(
         self,
         name: str,
-        autoencoder: tuple[type[Autoencoder], Mapping[str, Any]],
+        autoencoder: tuple[type[Any], Mapping[str, Any]],
         scheduler: tuple[type[SchedulerMixin], Mapping[str, Any]],
         text: tuple[int, int],
         seed: int,
@@ -142,7 +148,7 @@ class RandomMaskedEncoders(Pictures):
         dtype: torch.dtype,
     ) -> None:
         """`text`: (T tokens, D width of a token)."""
-        super().__init__(random_autoencoder(*autoencoder, seed, dtype), scheduler, device)
+        super().__init__(random_vae(autoencoder[1], seed, dtype, autoencoder[0]), scheduler, device)
         self._name, self._shape, self._seed, self._released = name, text, seed, False
 
     @property
@@ -157,12 +163,11 @@ class RandomMaskedEncoders(Pictures):
         """B captions -> `prompt_embeds` [B, T, D], N(0, 1), and `prompt_attention_mask` [B, T], float32 on the CPU."""
         if self._released:
             raise RuntimeError(RELEASED)
-        states, masks = [], []
-        for caption in captions:
-            seed = int.from_bytes(hashlib.sha256(f"{self._seed}/{caption}".encode()).digest()[:8], "little") >> 1
-            states.append(torch.randn(self._shape, generator=torch.Generator().manual_seed(seed)))
-            masks.append((torch.arange(self._shape[0]) < len(caption.split()) + 2).float())
-        return {"prompt_embeds": torch.stack(states), "prompt_attention_mask": torch.stack(masks)}
+        tokens, width = self._shape
+        states = torch.stack([drawn_for(caption, self._seed, tokens * width) for caption in captions])
+        said = torch.tensor([len(caption.split()) + 2 for caption in captions])
+        mask = (torch.arange(tokens) < said.unsqueeze(1)).float()
+        return {"prompt_embeds": states.unflatten(1, (tokens, width)), "prompt_attention_mask": mask}
 
     def release_text(self) -> None:
         """There is none to free; the autoencoder leaves the device."""

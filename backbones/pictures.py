@@ -13,38 +13,35 @@ has other latents, and they are what is trained on.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, SchedulerMixin
-from torch import Tensor, nn
+from torch import Tensor
 
-from loragraft.backbones.resting import rest_between_calls
+from loragraft.backbones.flux1_encoders import KlPictures
 
 SMALL_GPU = 9 * 2**30
 """Bytes: cards sold as 8 GB and less."""
 TILE, STRIDE = 512, 448
 
-Autoencoder: TypeAlias = AutoencoderKL | AutoencoderDC
 
-
-class Pictures:
-    """An autoencoder and the scheduler of its pipeline."""
+class Pictures(KlPictures):
+    """An autoencoder of either class, and the scheduler of its pipeline."""
 
     def __init__(
         self,
-        vae: Autoencoder,
+        vae: AutoencoderKL | AutoencoderDC,
         scheduler: tuple[type[SchedulerMixin], Mapping[str, Any]],
         device: torch.device,
     ) -> None:
-        self.vae, self._scheduler, self._device = vae, scheduler, device
-        vae.eval().requires_grad_(False)
-        vae.enable_slicing()  # one picture at a time
-        if isinstance(vae, AutoencoderKL):
-            vae.enable_tiling()  # takes effect above the size that it was trained at
-        elif is_small(device):
-            tile_decoding(vae)
-        rest_between_calls(vae, device)
+        """scheduler: its class and configuration."""
+        super().__init__(vae, scheduler[1], device)
+        self._scheduler_class = scheduler[0]
+        if isinstance(vae, AutoencoderDC):
+            vae.disable_tiling()
+            if is_small(device):
+                tile_decoding(vae)
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
@@ -52,31 +49,17 @@ class Pictures:
 
         The autoencoder stays on the device for the next picture, until `rest`.
         """
-        pixels = pixels.to(self._device, self.vae.dtype)
-        if isinstance(self.vae, AutoencoderDC):
-            with _whole(self.vae):
-                z: Tensor = self.vae.encode(pixels).latent
-        else:
-            z = self.vae.encode(pixels).latent_dist.mode()
-        shift = self.vae.config.get("shift_factor") or 0.0
-        scaled: Tensor = (z - shift) * self.vae.config.scaling_factor
+        if not isinstance(self.vae, AutoencoderDC):
+            return super().encode_images(pixels)
+        with _whole(self.vae):
+            z = self.vae.encode(pixels.to(self._device, self.vae.dtype)).latent
+        scaled: Tensor = z * self.vae.config.scaling_factor
         return scaled
 
     @property
     def pipeline_parts(self) -> dict[str, Any]:
-        made, config = self._scheduler
-        return {"vae": self.vae, "scheduler": made.from_config(dict(config)), "text_encoder": None, "tokenizer": None}
-
-
-def random_autoencoder(
-    made: type[Autoencoder], config: Mapping[str, Any], seed: int, dtype: torch.dtype
-) -> Autoencoder:
-    """Its shapes with values from `seed`; the global generator is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        vae: Autoencoder = made.from_config(dict(config))
-    nn.Module.to(vae, dtype=dtype)
-    return vae
+        scheduler = self._scheduler_class.from_config(dict(self._scheduler))
+        return {"vae": self.vae, "scheduler": scheduler, "text_encoder": None, "tokenizer": None}
 
 
 def is_small(device: torch.device) -> bool:

@@ -1,7 +1,5 @@
-"""What is asked of a diffusers pipeline's folder before anything of it is loaded: is it whole, in which variant, which files."""
+"""What a diffusers pipeline's folder says before anything of it is loaded: the variant of its weights, its scheduler."""
 
-import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,32 +9,6 @@ from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
 
 from loragraft.quantization.dialects.assembly import read_json
 from loragraft.quantization.tensor_file import CheckpointError
-
-WHOLE, SAMPLES, SAMPLE = 2**24, 64, 2**16
-"""A file of at most WHOLE bytes is read for its digest, of a larger one SAMPLES stretches of SAMPLE bytes."""
-
-
-def check_parts(folder: Path, parts: Sequence[str]) -> None:
-    """Raises CheckpointError naming the parts that `folder` lacks."""
-    missing = [part for part in parts if not (folder / part).is_dir()]
-    if missing:
-        raise CheckpointError(f"the pipeline {folder} lacks {', '.join(missing)}: fetch it again")
-
-
-def digest(folder: Path, parts: Sequence[str]) -> str:
-    """16 hex digits over the files of `parts`: names, sizes, small ones whole, of large ones stretches from end to end."""
-    found = hashlib.sha256()
-    for file in sorted(file for part in parts for file in (folder / part).rglob("*") if file.is_file()):
-        size = file.stat().st_size
-        found.update(f"{file.relative_to(folder)} {size}\n".encode())
-        with file.open("rb") as content:
-            if size <= WHOLE:
-                found.update(content.read())
-                continue
-            for i in range(SAMPLES):
-                content.seek(i * (size - SAMPLE) // (SAMPLES - 1))
-                found.update(content.read(SAMPLE))
-    return found.hexdigest()[:16]
 
 
 def variant(folder: Path) -> str | None:

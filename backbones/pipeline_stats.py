@@ -1,22 +1,24 @@
-"""Activation statistics of a FLUX pipeline that lies in a folder: its own text encoders, its own denoising.
+"""Activation statistics of a pipeline that lies in a folder: its own text encoders, its own denoising, guidance included.
 
-The 16-bit transformer runs whole, so this step, unlike quantizing, takes the memory of the model. The text encoders are
+The 16-bit denoiser runs whole, so this step, unlike quantizing, takes the memory of the model. The text encoders are
 gone before it is loaded onto the device.
 """
 
-import gc
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from diffusers import FluxPipeline
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
+from loragraft.backbones.load import find_spec, list_bases
+from loragraft.backbones.sampler import build_pipeline, generate_from_text
+from loragraft.backbones.spec import BaseSpec, External
 from loragraft.quantization.calibrate import collect, save_stats
+from loragraft.quantization.dialects.assembly import read_json
 
-STEPS, GUIDANCE, TEXT_TOKENS = 8, 3.5, 512
+STEPS = 8
 PROMPTS = (
     "a photograph of an old fisherman mending nets at dawn",
     "a red sports car parked in front of a modern glass building",
@@ -46,49 +48,51 @@ def collect_pipeline_stats(
     *,
     prompts: Sequence[str] = PROMPTS,
     steps: int = STEPS,
-    resolution: int = 1024,
+    resolution: int | None = None,
 ) -> None:
     """Denoises every prompt once, from seed 0, 1, ..., and writes what `layers` received to `out` (`calibrate.save_stats`).
 
-    Raises ValueError without prompts, OSError for an incomplete pipeline folder.
+    resolution None: the base's own. Raises ValueError without prompts and for a pipeline of no known base, CheckpointError or
+    OSError for an incomplete folder.
     """
     if not prompts:
         raise ValueError("calibration needs at least one prompt")
+    spec, external = base_of(folder)
     device = torch.device(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    texts = _encode(folder, prompts, device, dtype)
-    pipeline = FluxPipeline.from_pretrained(
-        folder, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None, torch_dtype=dtype,
-        local_files_only=True,
-    )  # fmt: skip
-    nn.Module.to(pipeline.transformer, device)
-    pipeline.transformer.eval().requires_grad_(False)
-    pipeline.set_progress_bar_config(disable=True)
+    encoders = external.open_encoders(folder, device, dtype)
+    texts, empty = [encoders.encode_text([prompt]) for prompt in prompts], encoders.encode_text([""])
+    encoders.release_text()
+    model = spec.transformer_class.from_pretrained(  # type: ignore[attr-defined]
+        folder / spec.family.component, dtype=dtype, local_files_only=True
+    )
+    nn.Module.to(model, device)
+    model.eval().requires_grad_(False)
+    family = replace(spec.family, arguments={**spec.family.arguments, "output_type": "latent"})  # nothing is decoded
+    pipeline = build_pipeline(family, model, encoders)
 
     def run() -> None:
         for seed, text in enumerate(tqdm(texts, desc="calibrate", unit="prompt")):
-            pipeline(
-                **{name: tensor.to(device) for name, tensor in text.items()}, num_inference_steps=steps,
-                guidance_scale=GUIDANCE, height=resolution, width=resolution, output_type="latent",
-                generator=torch.Generator().manual_seed(seed),
+            generate_from_text(
+                family, pipeline, text, empty, [seed],
+                resolution=spec.resolution if resolution is None else resolution, steps=steps,
+                **spec.guided(spec.guidance),
             )  # fmt: skip
 
-    save_stats(out, collect(pipeline.transformer, layers, run))
+    save_stats(out, collect(model, layers, run))
 
 
-def _encode(folder: Path, prompts: Sequence[str], device: torch.device, dtype: torch.dtype) -> list[dict[str, Tensor]]:
-    """Per prompt the arguments of the pipeline, on the CPU; the encoders are freed."""
-    encoders: Any = FluxPipeline.from_pretrained(
-        folder, transformer=None, vae=None, torch_dtype=dtype, local_files_only=True
-    )
-    encoders.to(device)
-    texts = []
-    with torch.no_grad():
-        for prompt in prompts:
-            states, pooled, _ = encoders.encode_prompt(prompt, device=device, max_sequence_length=TEXT_TOKENS)
-            texts.append({"prompt_embeds": states.cpu(), "pooled_prompt_embeds": pooled.cpu()})
-    del encoders
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    return texts
+def base_of(folder: Path) -> tuple[BaseSpec, External]:
+    """The base that the pipeline in `folder` is. Raises ValueError saying why it is none."""
+    found, reasons = read_json(folder / "model_index.json").get("_class_name"), []
+    for spec in map(find_spec, list_bases()):
+        if spec.external is None or spec.external.pipeline_class != found:
+            continue
+        config = read_json(folder / spec.family.component / "config.json")
+        try:
+            spec.external.check(config, str(folder))
+        except ValueError as error:
+            reasons.append(f"{spec.name}: {error}")
+        else:
+            return spec, spec.external
+    raise ValueError(f"{folder} is a {found} of no known base: {'; '.join(reasons) or ', '.join(list_bases())}")

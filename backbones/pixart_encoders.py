@@ -6,13 +6,7 @@
 Captions are stripped and put in lower case, as diffusers' PixArtSigmaPipeline does without `clean_caption`.
 """
 
-import contextlib
-import logging
-from collections.abc import Iterator
-from typing import Any
-
 from diffusers import AutoencoderKL, PixArtSigmaPipeline
-from torch import Tensor
 
 from loragraft.backbones.masked_encoders import MaskedEncoders
 from loragraft.backbones.pixart_sigma import TOKENS
@@ -22,19 +16,3 @@ class PixArtEncoders(MaskedEncoders):
     """From the folder of a PixArt-Sigma pipeline. Raises CheckpointError where that is incomplete."""
 
     name, pipeline, autoencoder, tokens = "pixart", PixArtSigmaPipeline, AutoencoderKL, TOKENS
-
-    def _encode(self, text: Any, captions: list[str]) -> tuple[Tensor, Tensor]:
-        with _without_warnings():
-            return super()._encode(text, captions)
-
-
-@contextlib.contextmanager
-def _without_warnings() -> Iterator[None]:
-    """diffusers warns of a caption that is longer than T5 reads, which is `readable`'s matter, once a batch."""
-    logger = logging.getLogger("diffusers.pipelines.pixart_alpha.pipeline_pixart_sigma")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)

@@ -35,8 +35,12 @@ class SanaEncoders(MaskedEncoders):
 
     def readable(self, caption: str) -> str:
         """The caption as far as Gemma's tokens reach beside the instruction's."""
-        room = len(self._tokenizer(_instruction())["input_ids"]) + self.tokens - 2
-        return self._cut(caption, before=_instruction(), tokens=room, end_marks=0)
+        return self._cut(caption, before=_instruction(), tokens=self._room, end_marks=0)
+
+    @cached_property
+    def _room(self) -> int:
+        """Tokens of instruction and caption together, as SanaPipeline counts them."""
+        return len(self._tokenizer(_instruction())["input_ids"]) + self.tokens - 2
 
     @torch.no_grad()
     def _encode(self, text: Any, captions: list[str]) -> tuple[Tensor, Tensor]:

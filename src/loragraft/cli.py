@@ -312,7 +312,7 @@ def _parser() -> argparse.ArgumentParser:
         "--prompts", metavar="FILE", help="calibrate a pipeline on these, one a line (default: 16 of ours)"
     )
     quantize.add_argument(
-        "--resolution", type=int, default=1024, help="pixels of a pipeline's calibration (default 1024)"
+        "--resolution", type=int, help="pixels of a pipeline's calibration (default: the base's own)"
     )
     quantize.add_argument("--out", required=True, help="folder to write; must not exist")
 

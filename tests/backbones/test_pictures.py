@@ -7,7 +7,8 @@ import torch
 from diffusers import AutoencoderDC, DPMSolverMultistepScheduler
 
 from loragraft.backbones import pictures
-from loragraft.backbones.pictures import Pictures, is_small, random_autoencoder, tile_decoding
+from loragraft.backbones.flux1_encoders import random_vae
+from loragraft.backbones.pictures import Pictures, is_small, tile_decoding
 from loragraft.backbones.sana import DC_AE
 
 NARROW = {
@@ -17,7 +18,7 @@ NARROW = {
 
 
 def made() -> tuple[AutoencoderDC, Pictures]:
-    vae = random_autoencoder(AutoencoderDC, NARROW, 0, torch.float32)
+    vae = random_vae(NARROW, 0, torch.float32, AutoencoderDC)
     assert isinstance(vae, AutoencoderDC)
     return vae, Pictures(vae, (DPMSolverMultistepScheduler, {}), torch.device("cpu"))
 
@@ -60,7 +61,7 @@ def test_a_small_gpu_is_one_of_8_gb(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_tiles_take_less_memory() -> None:
-    vae = random_autoencoder(AutoencoderDC, DC_AE, 0, torch.bfloat16)
+    vae = random_vae(DC_AE, 0, torch.bfloat16, AutoencoderDC)
     assert isinstance(vae, AutoencoderDC)
     vae.to("cuda")
     latents = torch.zeros(1, 32, 32, 32, device="cuda", dtype=torch.bfloat16)

@@ -11,7 +11,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config,
 
 from loragraft import cli
 from loragraft.backbones import architectures, pipeline_stats
-from loragraft.backbones.pipeline_stats import collect_pipeline_stats
+from loragraft.backbones.pipeline_stats import base_of, collect_pipeline_stats
 from loragraft.quantization.calibrate import StatsFile
 from loragraft.quantization.stream import quantize_stream
 
@@ -29,7 +29,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
         FluxPipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(),
             vae=AutoencoderKL(
-                block_out_channels=(4,), latent_channels=4, norm_num_groups=1, down_block_types=("DownEncoderBlock2D",),
+                block_out_channels=(4,), latent_channels=16, norm_num_groups=1, down_block_types=("DownEncoderBlock2D",),
                 up_block_types=("UpDecoderBlock2D",), shift_factor=0.0, scaling_factor=1.0,
             ),
             tokenizer=CLIPTokenizer(
@@ -46,7 +46,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 T5Config(vocab_size=64, d_model=64, d_kv=16, d_ff=37, num_layers=1, num_heads=4)
             ),
             transformer=FluxTransformer2DModel(
-                patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=128,
+                patch_size=1, in_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=128,
                 num_attention_heads=1, joint_attention_dim=64, pooled_projection_dim=32, guidance_embeds=True,
                 axes_dims_rope=(16, 56, 56),
             ),
@@ -100,3 +100,26 @@ def test_the_command_calibrates_once_and_leaves_nothing_beside_the_checkpoint(
     assert [path.name for path in out.parent.iterdir()] == ["out"]
     report = json.loads((out / "quantization_report.json").read_text())
     assert any(layer["alpha"] > 0 for layer in report["layers"])
+
+
+def test_every_kind_of_pipeline_calibrates_itself(sana_folder: Path, pixart_folder: Path, tmp_path: Path) -> None:
+    """Guidance included: the empty prompt's pass is watched too."""
+    for folder, names, tokens in ((sana_folder, {"sana-06b", "sana-16b"}, 4), (pixart_folder, {"pixart-sigma"}, 16)):
+        assert base_of(folder)[0].name in names
+        out = tmp_path / f"{folder.name}.safetensors"
+        layer = "transformer_blocks.0.attn1.to_q"
+        collect_pipeline_stats(folder, [layer], out, "cpu", prompts=["a cat"], steps=2, resolution=64)
+        assert StatsFile(out).read(layer).samples_SK.shape == (2 * 2 * tokens, 64)
+
+
+def test_a_pipeline_of_no_known_base_is_refused(sana_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "transformer").mkdir()
+    config = json.loads((sana_folder / "transformer" / "config.json").read_text())
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps({**config, "guidance_embeds": True}))
+    for name, expected in (
+        ("SanaPipeline", "sana-16b: .* SANA-Sprint"),
+        ("WanPipeline", "is a WanPipeline of no known"),
+    ):
+        (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
+        with pytest.raises(ValueError, match=expected):
+            base_of(tmp_path)
