@@ -3,8 +3,8 @@
 import dataclasses
 import importlib
 import importlib.util
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from loragraft.adapters.checkpoint import Adapter, load_adapter, write_adapter
-from loragraft.adapters.inject import adapter_factors, inject_adapter, remove_adapter
+from loragraft.adapters.inject import adapter_factors, expand_targets, inject_adapter, remove_adapter
 from loragraft.backbones.load import find_spec, list_bases, load_16bit, load_backbone
+from loragraft.backbones.skeleton import meta_transformer
 from loragraft.backbones.spec import Backbone, BaseSpec, Profile
 from loragraft.recipes.schema import AdapterConfig, WeightsConfig
 
@@ -32,6 +33,8 @@ class Case:
     folder: Path | None
     """Its diffusers pipeline; None where the weights travel with the package."""
     cache: Path
+    true: Mapping[str, Any] = field(default_factory=dict)
+    """The configuration that is published."""
 
     @property
     def weights(self) -> WeightsConfig | None:
@@ -56,6 +59,17 @@ class Case:
         """The 16-bit denoiser, in float32."""
         model = load_16bit(self.spec) if self.folder is None else self.load(None).transformer
         return nn.Module.to(model, dtype=torch.float32).requires_grad_(False).eval()
+
+    def layers(self, base: str) -> dict[str, tuple[int, ...]]:
+        """Target -> shape of its weight in a base at its true shapes, where an adapter goes."""
+        spec = self.spec if base == self.spec.name else find_spec(base)
+        assert spec.external is not None
+        config = self.true if spec is self.spec else spec.external.config
+        model = meta_transformer(spec.transformer_class, config)
+        return {
+            path: tuple(model.get_parameter(f"{path}.weight").shape)
+            for path in expand_targets(model, spec.lora_targets)
+        }
 
     def predict(self, backbone: Backbone, model: nn.Module | None = None, seed: int = 0) -> Tensor:
         """What `model` (the backbone's own unless given) answers to two noisy latents, a caption and no caption."""
@@ -118,4 +132,4 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         )  # fmt: skip
         small = dataclasses.replace(spec, external=external)
         patch.setattr(importlib.import_module(f"loragraft.backbones.{spec.name.replace('-', '_')}"), "SPEC", small)
-        yield Case(small, folder, root / "cache")
+        yield Case(small, folder, root / "cache", spec.external.config)

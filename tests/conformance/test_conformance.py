@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import re
 import signal
 from functools import partial
 from pathlib import Path
@@ -56,10 +57,10 @@ def stood_for(layer: Any) -> torch.Tensor:
 
 
 def test_what_is_quantized_is_near_its_16_bit_weight(case: Any, backbone: Backbone, plain: nn.Module) -> None:
-    layers = quantized_layers(backbone.transformer)
-    spec, paths = case.spec, list(layers)
-    planned = match_paths([*spec.quantize, *spec.quantize_w4a16], paths)
-    assert sorted(path for matched in planned.values() for path in matched) == sorted(paths)
+    layers, spec = quantized_layers(backbone.transformer), case.spec
+    patterns = [re.compile(pattern) for pattern in (*spec.quantize, *spec.quantize_w4a16, *spec.quantize_conv)]
+    weights = (path for path, module in plain.named_modules() if isinstance(module, nn.Linear | nn.Conv2d))
+    assert set(layers) == {path for path in weights if any(pattern.fullmatch(path) for pattern in patterns)}
     for path, layer in layers.items():
         assert relative_rms(stood_for(layer), plain.get_parameter(f"{path}.weight")) < 0.12, path
     assert relative_rms(case.predict(backbone), case.predict(backbone, plain)) < 0.15
@@ -96,9 +97,9 @@ def adapter_gradients(case: Any, backbone: Backbone, model: nn.Module) -> list[t
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
-@pytest.mark.parametrize(("profile", "off"), [("weight-only", 1e-4), ("native", 0.1)])
+@pytest.mark.parametrize(("profile", "off"), [("weight-only", 1e-4), ("native", 0.2)])
 def test_the_gradient_is_that_of_the_dequantized_model(case: Any, profile: str, off: float) -> None:
-    """To rounding where activations are not quantized; INT8 activations leave their own error."""
+    """Up to rounding where activations are not quantized; INT8 activations leave their own error, which a wrong term exceeds."""
     backbone = case.load(profile)
     backbone.set_training_numerics("raw", "dequantized")
     twin = dequantized(backbone.transformer, case.plain())
@@ -130,6 +131,8 @@ def test_it_trains_or_says_on_which_base_to_train(
         with pytest.raises(ValueError, match="base=") as refused:
             lora.main(["--recipe", "marketing", "--cpu", f"base={case.spec.name}", "weights.random=true"])
         assert any(f"base={name}" in str(refused.value) for name in list_bases() if name != case.spec.name)
+        if sibling := re.search(r"Train on base=([\w-]+)", case.spec.refuses_training):
+            assert case.layers(case.spec.name) == case.layers(sibling[1]), "its adapters are not adapters of this one"
         return
     run: Path = request.getfixturevalue("run")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
