@@ -2,6 +2,7 @@
 
     pytorch_lora_weights.safetensors
       transformer.<path>.lora_A.weight [r, K]     transformer.<path>.lora_B.weight [N, r], already times alpha / r
+      (of a convolution A [r, C, k, k] and B [N, r, 1, 1], as PEFT has them)
       header: lora_adapter_metadata (PEFT's configuration with alpha = r, keys "transformer.<field>": diffusers'
               `LoraBaseMixin._save_lora_weights`), loragraft (which base, recipe, rank: `Adapter.metadata`)
 
@@ -12,7 +13,7 @@ There are no `.alpha` tensors: diffusers refuses a file that has both them and t
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -44,7 +45,7 @@ class Adapter:
     metadata: dict[str, Any]
     """The `loragraft` block: base, base_id, profile, rank, alpha, targets, recipe, created, versions, ..."""
     pairs: dict[str, tuple[Tensor, Tensor]]
-    """Path -> (A [r, K], B [N, r] with alpha / r in it)."""
+    """Path -> (A [r, K], B [N, r] with alpha / r in it); of a convolution A [r, C, k, k] and B [N, r, 1, 1]."""
     component: Component = "transformer"
     """The part of a pipeline that it is for."""
 
@@ -189,9 +190,9 @@ def _pairs(file: Path, tensors: dict[str, Tensor], component: Component) -> dict
         bare = key.removeprefix(f"{component}.")
         if bare == key or not bare.endswith((DOWN, UP)):
             raise CheckpointError(f"{file}: tensor {key!r} is not {component}.<path>{DOWN} or {UP}")
-        if tensor.ndim != 2 or not tensor.is_floating_point():
+        if tensor.ndim not in (2, 4) or not tensor.is_floating_point():
             raise CheckpointError(
-                f"{file}: tensor {key!r} is {tensor.dtype} {tuple(tensor.shape)}, expected a float matrix"
+                f"{file}: tensor {key!r} is {tensor.dtype} {tuple(tensor.shape)}, expected a float matrix, or a kernel [., ., k, k]"
             )
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{file}: tensor {key!r} holds NaN or infinity")
@@ -199,6 +200,11 @@ def _pairs(file: Path, tensors: dict[str, Tensor], component: Component) -> dict
     for path in sorted(downs.keys() ^ ups.keys()):
         raise CheckpointError(f"{file}: {path!r} has only one factor, {DOWN if path in downs else UP}")
     for path, down in downs.items():
+        if down.ndim != ups[path].ndim or set(ups[path].shape[2:]) - {1}:
+            raise CheckpointError(
+                f"{file}: {path!r} has A {tuple(down.shape)} and B {tuple(ups[path].shape)}: expected [r, K] and [N, r], or "
+                "[r, C, k, k] and [N, r, 1, 1]"
+            )
         if down.shape[0] != ups[path].shape[1] or down.shape[0] == 0:
             raise CheckpointError(
                 f"{file}: {path!r} has A {tuple(down.shape)} and B {tuple(ups[path].shape)}: ranks differ"
@@ -219,8 +225,8 @@ def _check_scale(file: Path, header: dict[str, str], component: Component) -> No
         )
 
 
-def check_fits(adapter: Adapter, layers: Mapping[str, tuple[int, int]]) -> None:
-    """Every pair must meet a layer of its shape; `layers` is path -> (K, N).
+def check_fits(adapter: Adapter, layers: Mapping[str, tuple[tuple[int, ...], int]]) -> None:
+    """Every pair must meet a layer of its shape; `layers` is path -> ((K,) or (C, k, k), N).
 
     Raises ValueError listing what does not fit, with the nearest paths.
     """
@@ -231,8 +237,13 @@ def check_fits(adapter: Adapter, layers: Mapping[str, tuple[int, int]]) -> None:
             f"{unknown[0]!r}; {nearest(unknown[0], layers)}"
         )
     for path, (down, up) in adapter.pairs.items():
-        if (down.shape[1], up.shape[0]) != layers[path]:
+        if (tuple(down.shape[1:]), up.shape[0]) != layers[path]:
             raise ValueError(
-                f"adapter {adapter.name!r}: {path!r} maps {down.shape[1]} to {up.shape[0]} features, "
-                f"the layer {layers[path][0]} to {layers[path][1]}"
+                f"adapter {adapter.name!r}: {path!r} maps {_sizes(down.shape[1:])} to {up.shape[0]} features, "
+                f"the layer {_sizes(layers[path][0])} to {layers[path][1]}"
             )
+
+
+def _sizes(shape: Sequence[int]) -> str:
+    """256, or 64 x 3 x 3."""
+    return " x ".join(map(str, shape))

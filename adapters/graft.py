@@ -6,17 +6,19 @@ The branch reads raw x (SVDQUANT's `lora_down` is stored divided by the smoothin
 as it is. The originals stay in memory: every change recomposes the branch from them, hence any order of grafting,
 re-weighting and removing ends in the same bytes, and after the last removal in the original ones.
 
-In a 16-bit model, which has no branch, W + w B A takes the place of W, by the same bookkeeping.
+A convolution's A [r, C, k, k] and B [N, r, 1, 1] join as matrices over (tap, channel). In a 16-bit model, which has no branch, W + w B A takes the place of W, by the same bookkeeping.
 """
 
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loragraft.adapters.checkpoint import Adapter, check_fits
 from loragraft.kernels.layout import relative_rms
 from loragraft.quantization.checkpoint import quantized_layers, recorded_base_id
+from loragraft.quantization.conv import SVDQuantConv2d, is_quantizable
 from loragraft.quantization.linear import SVDQuantLinear
 from loragraft.quantization.names import named_module
 
@@ -93,19 +95,32 @@ def _state(transformer: nn.Module, name: str) -> _Grafts:
     return state
 
 
-def _targets(transformer: nn.Module) -> dict[str, tuple[int, int]]:
-    """Path -> (K, N) of the layers that can carry a graft: quantized ones, or all linears of a 16-bit model."""
+def _targets(transformer: nn.Module) -> dict[str, tuple[tuple[int, ...], int]]:
+    """Path -> (shape of A without its rank, N) of the layers that can carry a graft: quantized ones, or all linear layers and
+    ungrouped convolutions of a 16-bit model."""
     layers: dict[str, SVDQuantLinear] = quantized_layers(transformer)
     if layers:
-        return {path: (layer.in_features, layer.out_features) for path, layer in layers.items()}
-    plain = ((path, m) for path, m in transformer.named_modules() if isinstance(m, nn.Linear))
-    return {path: (module.in_features, module.out_features) for path, module in plain}
+        return {path: (_inputs(layer), layer.out_features) for path, layer in layers.items()}
+    plain = ((path, m) for path, m in transformer.named_modules() if is_quantizable(m))
+    weights = {path: module.get_parameter("weight") for path, module in plain}
+    return {path: (tuple(weight.shape[1:]), weight.shape[0]) for path, weight in weights.items()}
+
+
+def _inputs(layer: SVDQuantLinear) -> tuple[int, ...]:
+    """(K,), or (C, k, k) of a convolution."""
+    return layer.adapter_shape if isinstance(layer, SVDQuantConv2d) else (layer.in_features,)
+
+
+def _as_matrices(layer: SVDQuantLinear, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """(A, B) as the layer's branch has its factors: [r, in_features] and [N, r]."""
+    down, up = pair
+    return (layer.adapter_columns(down), up.flatten(1)) if isinstance(layer, SVDQuantConv2d) else pair
 
 
 def _current(layer: nn.Module) -> tuple[Tensor, ...]:
     if isinstance(layer, SVDQuantLinear):
         return layer.lora_down, layer.lora_up
-    assert isinstance(layer, nn.Linear)  # check_fits
+    assert isinstance(layer, nn.Linear | nn.Conv2d)  # check_fits
     return (layer.weight.detach(),)
 
 
@@ -118,9 +133,10 @@ def _compose(transformer: nn.Module, state: _Grafts, paths: list[str]) -> None:
         originals = tuple(tensor.to(device) for tensor in state.originals[path])
         if isinstance(layer, SVDQuantLinear):
             down, up = originals
-            layer.set_branch(*_widened(down, up, pairs) if pairs else (down, up))
+            matrices = [(_as_matrices(layer, pair), weight) for pair, weight in pairs]
+            layer.set_branch(*_widened(down, up, matrices) if pairs else (down, up))
         else:
-            assert isinstance(layer, nn.Linear)
+            assert isinstance(layer, nn.Linear | nn.Conv2d)
             layer.weight = nn.Parameter(_merged(originals[0], pairs), requires_grad=False)
         if not pairs:
             del state.originals[path]
@@ -141,7 +157,7 @@ def _merged(original: Tensor, pairs: list[tuple[tuple[Tensor, Tensor], float]]) 
         return original
     total = original.float()
     for (down, up), weight in pairs:
-        total = total + weight * (up.to(total) @ down.to(total))
+        total = total + weight * (up.to(total).flatten(1) @ down.to(total).flatten(1)).view_as(total)
     return total.to(original.dtype)
 
 
@@ -163,7 +179,8 @@ class GraftDeviation:
 def graft_deviation(
     transformer: nn.Module, adapter: Adapter, inputs: dict[str, Tensor], weight: float = 1.0
 ) -> list[GraftDeviation]:
-    """Compare y(grafted) with y(base) + adapter for x = `inputs[path]` [..., K] at each quantized layer named there.
+    """Compare y(grafted) with y(base) + adapter for x = `inputs[path]` [..., K] (images for a convolution) at each quantized
+    layer named there.
 
     The adapter kept apart has the same bfloat16 factors as the graft, as the branch's dtype demands. `transformer` must
     carry no graft; it is left as it was. Raises ValueError as `graft` does.
@@ -173,10 +190,11 @@ def graft_deviation(
             f"ungraft {', '.join(grafted(transformer))} first: deviations are measured against the bare base"
         )
     layers = quantized_layers(transformer)
-    check_fits(adapter, {path: (layer.in_features, layer.out_features) for path, layer in layers.items()})
+    check_fits(adapter, {path: (_inputs(layer), layer.out_features) for path, layer in layers.items()})
     deviations = []
     for path, x in inputs.items():
-        layer, (down, up) = layers[path], adapter.pairs[path]
+        layer = layers[path]
+        down, up = _as_matrices(layer, adapter.pairs[path])
         original = layer.lora_down, layer.lora_up
         wide_down, wide_up = _widened(*original, [((down, up), weight)])
         rank = original[0].shape[0]
@@ -185,8 +203,7 @@ def graft_deviation(
         layer.set_branch(wide_down, wide_up)
         merged = layer(x)
         layer.set_branch(*original)
-        x64 = x.double()
-        added = (x64 @ down.double().T) @ up.double().T
+        added = _exactly_added(layer, x.double(), down.double(), up.double())
         exact = layer(x.float()).double() + added
         deviations.append(
             GraftDeviation(
@@ -198,3 +215,11 @@ def graft_deviation(
             )
         )
     return deviations
+
+
+def _exactly_added(layer: SVDQuantLinear, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    """What the adapter adds, in x's dtype."""
+    if not isinstance(layer, SVDQuantConv2d):
+        return (x @ down.T) @ up.T
+    h = F.conv2d(x, layer.as_kernel(down), None, layer.stride, layer.padding)
+    return F.conv2d(h, up[..., None, None])

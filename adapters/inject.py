@@ -1,6 +1,6 @@
 """LoRA factors onto a frozen base, through PEFT: A [r, K] and B [N, r] beside every target, y += (alpha / r) B A x.
 
-PEFT does the walking, naming and bookkeeping; `SVDQuantLoraLinear` is the one module it lacks. It hands A and (alpha/r) B to
+PEFT does the walking, naming and bookkeeping; `SVDQuantLoraLinear` and `SVDQuantLoraConv2d` are the modules it lacks. They hand A and (alpha/r) B to
 the base layer's fused op, so that the adapter is computed where the SVD branch is, and what is trained is what a graft runs.
 """
 
@@ -13,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from loragraft.quantization.conv import SVDQuantConv2d, is_quantizable
 from loragraft.quantization.linear import SVDQuantLinear
 from loragraft.quantization.names import match_paths, nearest, replace_module
 from loragraft.recipes.schema import AdapterConfig
@@ -53,19 +54,7 @@ class SVDQuantLoraLinear(nn.Module, LoraLayer):
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig, **kwargs: Any) -> None:
         """Add an adapter. Raises ValueError for what the fused op does not compute."""
-        refused = {
-            "lora_dropout": config.lora_dropout > 0,
-            "use_dora": config.use_dora,
-            "use_rslora": config.use_rslora,
-            "lora_bias": config.lora_bias,
-            "init_lora_weights": config.init_lora_weights not in (True, False, "gaussian"),
-        }
-        asked = [name for name, wanted in refused.items() if wanted]
-        if asked:
-            raise ValueError(
-                f"{', '.join(asked)} cannot be used on a SVDQuant layer: it computes plain LoRA, (alpha / r) B A x, inside "
-                "its low-rank branch; leave the option at its default"
-            )
+        _check_plain(config)
         LoraLayer.update_layer(self, adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -100,25 +89,112 @@ class SVDQuantLoraLinear(nn.Module, LoraLayer):
         raise NotImplementedError("a SVDQuant layer is never merged; use adapters.graft.ungraft")
 
 
+class SVDQuantLoraConv2d(nn.Module, LoraLayer):
+    """The same over a `SVDQuantConv2d`: A [r, C, k, k] and B [N, r, 1, 1] as PEFT has them for `nn.Conv2d`."""
+
+    def __init__(
+        self,
+        base_layer: SVDQuantConv2d,
+        adapter_name: str,
+        config: LoraConfig,
+        r: int,
+        lora_alpha: float,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        LoraLayer.__init__(self, base_layer)
+        self.fan_in_fan_out = False
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        assert isinstance(module, SVDQuantConv2d)  # PEFT reaches us through the registered type
+        return module.in_channels, module.out_channels
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig, **kwargs: Any) -> None:
+        """Add an adapter. Raises ValueError for what the fused op does not compute."""
+        _check_plain(config)
+        LoraLayer.update_layer(self, adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)  # type: ignore[arg-type]
+        base = self.get_base_layer()
+        assert isinstance(base, SVDQuantConv2d)
+        # PEFT made matrices for a linear layer of as many channels; its own `_ConvNd` makes them of the base layer's class.
+        window = base.kernel_size, base.stride, base.padding
+        self.lora_A[adapter_name] = nn.Conv2d(base.in_channels, r, *window, bias=False)
+        self.lora_B[adapter_name] = nn.Conv2d(r, base.out_channels, 1, bias=False)
+        if config.init_lora_weights:
+            self.reset_lora_parameters(adapter_name, config.init_lora_weights)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's forward with the active adapters' ranks concatenated, in the order they are active."""
+        if args or kwargs:
+            raise ValueError(f"SVDQuantLoraConv2d takes x only, got {len(args)} more and {sorted(kwargs)}")
+        base = self.get_base_layer()
+        assert isinstance(base, SVDQuantConv2d)
+        active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]
+        if not active:
+            return base(x)
+        factors = [(layer_factors(self, name), self.scaling[name]) for name in active]
+        downs = [base.adapter_columns(down) for (down, _), _ in factors]
+        ups = [up.flatten(1) if scale == 1 else up.flatten(1) * scale for (_, up), scale in factors]
+        if len(active) == 1:
+            return base(x, downs[0], ups[0])
+        return base(x, torch.cat(downs), torch.cat(ups, dim=1))
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """(alpha / r) B A [N, C, k, k]."""
+        down, up = layer_factors(self, adapter)
+        return self.scaling[adapter] * (up.flatten(1) @ down.flatten(1)).view(-1, *down.shape[1:])
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Always raises: four-bit codes take no adapter without being quantized again."""
+        raise NotImplementedError("a SVDQuant layer is not merged into; save the adapter and graft it (adapters.graft)")
+
+    def unmerge(self) -> None:
+        """Always raises, as `merge` does."""
+        raise NotImplementedError("a SVDQuant layer is never merged; use adapters.graft.ungraft")
+
+
+def _check_plain(config: LoraConfig) -> None:
+    refused = {
+        "lora_dropout": config.lora_dropout > 0,
+        "use_dora": config.use_dora,
+        "use_rslora": config.use_rslora,
+        "lora_bias": config.lora_bias,
+        "init_lora_weights": config.init_lora_weights not in (True, False, "gaussian"),
+    }
+    asked = [name for name, wanted in refused.items() if wanted]
+    if asked:
+        raise ValueError(
+            f"{', '.join(asked)} cannot be used on a SVDQuant layer: it computes plain LoRA, (alpha / r) B A x, inside "
+            "its low-rank branch; leave the option at its default"
+        )
+
+
 def expand_targets(transformer: nn.Module, patterns: Sequence[str]) -> list[str]:
     """Full-path regular expressions -> paths of the layers that get an adapter, in module order.
 
-    Targets are quantized layers; in a model that has none (the 16-bit base) they are `nn.Linear`. Raises ValueError for a
+    Targets are quantized layers; in a model that has none (the 16-bit base) they are `nn.Linear` and `nn.Conv2d`. Raises ValueError for a
     pattern that matches nothing, or something that cannot carry an adapter of ours, with the nearest layers.
     """
     if not patterns:
         raise ValueError("no adapter targets: give at least one full-path regular expression")
     modules = {path: module for path, module in transformer.named_modules() if path}
     quantized = any(isinstance(module, SVDQuantLinear) for module in modules.values())
-    kind: type[nn.Module] = SVDQuantLinear if quantized else nn.Linear
-    eligible = [path for path, module in modules.items() if isinstance(module, kind)]
+    kind = "SVDQuantLinear or SVDQuantConv2d" if quantized else "Linear or ungrouped Conv2d"
+
+    def carries(module: nn.Module) -> bool:
+        return isinstance(module, SVDQuantLinear) if quantized else is_quantizable(module)
+
+    eligible = [path for path, module in modules.items() if carries(module)]
     chosen: set[str] = set()
     for pattern, paths in match_paths(patterns, list(modules)).items():
-        wrong = [path for path in paths if not isinstance(modules[path], kind)]
+        wrong = [path for path in paths if not carries(modules[path])]
         if wrong:
             what = type(modules[wrong[0]]).__name__
             raise ValueError(
-                f"target pattern {pattern!r} matches {wrong[0]!r}, a {what}, not a {kind.__name__}; "
+                f"target pattern {pattern!r} matches {wrong[0]!r}, a {what}, not a {kind}; "
                 f"{nearest(wrong[0], eligible)}"
             )
         chosen.update(paths)
@@ -142,7 +218,7 @@ def inject_adapter(
     paths = expand_targets(transformer, config.targets or default_targets)
     transformer.requires_grad_(False)
     peft_config = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=_exactly(paths))  # type: ignore[arg-type]
-    peft_config._register_custom_module({SVDQuantLinear: SVDQuantLoraLinear})
+    peft_config._register_custom_module({SVDQuantConv2d: SVDQuantLoraConv2d, SVDQuantLinear: SVDQuantLoraLinear})
     with torch.random.fork_rng(devices=[]):  # PEFT initialises on the CPU and moves
         torch.default_generator.manual_seed(config.seed)  # torch.manual_seed would reach every GPU's generator too
         inject_adapter_in_model(peft_config, transformer, adapter_name=name)
@@ -161,7 +237,7 @@ def _exactly(paths: Sequence[str]) -> str:
 
 
 def layer_factors(layer: LoraLayer, name: str) -> tuple[nn.Parameter, nn.Parameter]:
-    """A [r, K] and B [N, r] of one adapter on one layer."""
+    """A [r, K] and B [N, r] of one adapter on one layer; of a convolution A [r, C, k, k] and B [N, r, 1, 1]."""
     down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
     assert isinstance(down, nn.Parameter)
     assert isinstance(up, nn.Parameter)

@@ -4,6 +4,7 @@ A base of this folder names its architecture; a folder or file that is no base i
 bare FLUX file, by the shapes of its tensors.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,11 @@ from typing import Any
 import torch
 
 from loragraft.backbones.family import Component
-from loragraft.backbones.spec import Profile
+from loragraft.backbones.spec import BaseSpec, Profile
 from loragraft.quantization.calibrate import StatsFile
-from loragraft.quantization.names import nearest
+from loragraft.quantization.names import match_paths, nearest
 from loragraft.quantization.settings import LayerReport, Numerics, QuantSettings, Smoothing
-from loragraft.quantization.stream import plan_source, quantize_stream
+from loragraft.quantization.stream import plan_source, quantize_stream, weight_layers
 from loragraft.quantization.tensor_file import CheckpointError
 from loragraft.quantization.weight_source import FileSource, WeightSource
 
@@ -27,6 +28,8 @@ FOLDER_ROUNDS = 20
 """Rounds of the alternation; each ends early where it no longer pays."""
 DATA_FREE_GRID, CALIBRATED_GRID = 4, 10
 ORIGINAL_FLUX_KEYS = ("double_blocks.", "model.diffusion_model.double_blocks.")
+UNET_KEYS = ("model.diffusion_model.input_blocks.", "down_blocks.")
+"""What tensors of a UNet begin with, in its authors' names and in diffusers'."""
 ROPE_AXES = {128: (16, 56, 56)}
 """Width of an attention head -> FLUX's split of it among text, row and column, which no tensor shows."""
 
@@ -43,7 +46,7 @@ class Architecture:
     """Layers with few rows (adaLN): INT4 weights, 16-bit activations."""
     keep_16bit: tuple[str, ...]
     quantize_conv: tuple[str, ...] = ()
-    """Convolutions that carry the profile where it covers convolutions; all others stay in 16 bits."""
+    """Convolutions that carry the profile; kernels larger than 1x1 in `native` alone (`plan_rules`)."""
 
 
 _DOUBLE = r"transformer_blocks\.\d+\."
@@ -67,7 +70,7 @@ UNET = Architecture(
         r"|.*attentions\.\d+\.(proj_in|proj_out)",
     ),
     quantize_w4a16=(_TRANSFORMER + r"attn2\.(to_k|to_v)", _RESNET + "time_emb_proj"),
-    keep_16bit=(r"(time|add)_embedding\.linear_[12]",),
+    keep_16bit=(r"(time|add)_embedding\.linear_[12]|conv_(in|out)",),
     quantize_conv=(
         _RESNET + r"(conv1|conv2|conv_shortcut)|.*\.(downsamplers|upsamplers)\.\d+\.conv"
         r"|.*attentions\.\d+\.(proj_in|proj_out)",
@@ -113,6 +116,11 @@ def open_model(path: Path) -> tuple[WeightSource, Architecture, dict[str, Any]]:
         raise CheckpointError(
             f"{path} has the original FLUX key names; load it with diffusers' "
             "FluxTransformer2DModel.from_single_file and save_pretrained, then quantize that folder"
+        )
+    if config is None and any(name.startswith(UNET_KEYS) for name in source.tensors):
+        raise CheckpointError(
+            f"{path} is a UNet without config.json. A base converts and quantizes it, such as base=sdxl weights.path={path.name} "
+            "weights.encoders=PIPELINE; or save it with diffusers' UNet2DConditionModel, and quantize that folder"
         )
     if config is None:
         config = flux_config(source, path)
@@ -191,11 +199,30 @@ def folder_settings(
     )
 
 
-def plan_model(source: WeightSource, architecture: Architecture, main: QuantSettings) -> dict[str, QuantSettings]:
-    """Layer -> settings: `main` everywhere but on the few-row layers (W4A16)."""
+def plan_rules(
+    lists: Architecture | BaseSpec, main: QuantSettings, convolutions: Mapping[str, int]
+) -> tuple[dict[str, QuantSettings], list[str]]:
+    """(pattern -> settings, patterns of what stays in 16 bits): `main` everywhere but on the few-row layers (W4A16).
+
+    convolutions: path -> edge of the kernel, of those that can be quantized. 1x1 ones of `quantize_conv` are linear layers and
+    carry any numerics; larger ones are W4A8 or stay.
+    """
     few_rows = QuantSettings("w4a16", search=main.search, seed=main.seed)
-    rules = dict.fromkeys(architecture.quantize, main) | dict.fromkeys(architecture.quantize_w4a16, few_rows)
-    return plan_source(source, rules, architecture.keep_16bit)
+    rules = dict.fromkeys(lists.quantize, main) | dict.fromkeys(lists.quantize_w4a16, few_rows)
+    keep = list(lists.keep_16bit)
+    for path in (path for paths in match_paths(lists.quantize_conv, list(convolutions)).values() for path in paths):
+        if convolutions[path] == 1 or main.numerics == "w4a8":
+            rules[re.escape(path)] = main
+        else:
+            keep.append(re.escape(path))
+    return rules, keep
+
+
+def plan_model(source: WeightSource, architecture: Architecture, main: QuantSettings) -> dict[str, QuantSettings]:
+    """Layer -> settings of weights in files, as `plan_rules`. Raises as `plan_source`."""
+    shapes = {path: source.tensors[f"{path}.weight"].shape for path in weight_layers(source)}
+    kernels = {path: shape[2] for path, shape in shapes.items() if len(shape) == 4}
+    return plan_source(source, *plan_rules(architecture, main, kernels))
 
 
 def quantize_files(

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor
+from torch import Tensor, nn
 
 from loragraft.backbones.flux1_encoders import (
     RELEASED,
@@ -136,7 +136,7 @@ class ClipEncoders(_UNetPictures):
                         model = kinds[name].from_pretrained(
                             self.folder / name, dtype=self._dtype, local_files_only=True
                         )
-                        parts[name] = model.to(self._device).eval().requires_grad_(False)
+                        parts[name] = nn.Module.to(model, self._device).eval().requires_grad_(False)
                     else:
                         parts[name] = AutoTokenizer.from_pretrained(self.folder / name, local_files_only=True)
             except OSError as error:

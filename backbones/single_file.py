@@ -13,14 +13,13 @@ from pathlib import Path
 import torch
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 
+from loragraft.backbones.architectures import UNET_KEYS
 from loragraft.backbones.spec import BaseSpec, External
 from loragraft.disk import replacing_folder
 from loragraft.quantization.checkpoint import CONFIG_NAME
 from loragraft.quantization.tensor_file import CheckpointError
 from loragraft.quantization.weight_source import FileSource
 
-UNET_KEYS = ("model.diffusion_model.", "down_blocks.")
-"""What a UNet's tensors begin with, in its authors' names and in diffusers'."""
 TEXT_WIDTH = "attn2.to_k.weight"
 """Ends the name of tensors whose second axis is the width of the text."""
 

@@ -14,11 +14,12 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
-from loragraft.backbones.architectures import Architecture
+from loragraft.backbones.architectures import Architecture, plan_rules
 from loragraft.backbones.spec import BaseSpec
 from loragraft.kernels.layout import GROUP, pack_int4, pack_words
 from loragraft.quantization.checkpoint import record_base_id
-from loragraft.quantization.convert import linear_paths, plan_layers
+from loragraft.quantization.conv import SVDQuantConv2d
+from loragraft.quantization.convert import layer_paths, plan_layers
 from loragraft.quantization.linear import SVDQuantLinear, share_inputs
 from loragraft.quantization.names import nearest
 from loragraft.quantization.settings import QuantSettings
@@ -37,7 +38,7 @@ def meta_transformer(
     config: Mapping[str, Any],
     plan: Plan | Callable[[nn.Module], Plan] | None = None,
 ) -> nn.Module:
-    """A frozen diffusers model of `config` on the meta device, the planned linears replaced by empty `SVDQuantLinear`.
+    """A frozen diffusers model of `config` on the meta device, the planned layers replaced by empty quantized ones.
 
     plan: layer -> settings, or what makes one of the 16-bit model (`plan_architecture`); None leaves all in 16 bits. A layer
     is rotated where its settings say "hadamard", and smoothed unless they say that or "none". Buffers that a model computes for itself (positions) are real, as ever.
@@ -46,10 +47,10 @@ def meta_transformer(
     with init_empty_weights(include_buffers=False):
         model: nn.Module = transformer_class.from_config(dict(config))  # type: ignore[attr-defined]
     chosen = plan(model) if callable(plan) else (plan or {})
-    linears = set(linear_paths(model))
+    known = set(layer_paths(model))
     for path, settings in chosen.items():
-        if path not in linears:
-            raise ValueError(f"plan names {path!r}, which is no linear layer of the model; {nearest(path, linears)}")
+        if path not in known:
+            raise ValueError(f"plan names {path!r}, which is no linear layer of the model; {nearest(path, known)}")
         model.set_submodule(path, _empty_like(model.get_submodule(path), settings))
     share_inputs(model)
     return model.requires_grad_(False).eval()
@@ -58,14 +59,20 @@ def meta_transformer(
 def plan_architecture(
     lists: Architecture | BaseSpec, main: QuantSettings, model: nn.Module
 ) -> dict[str, QuantSettings]:
-    """Layer -> settings of a 16-bit `model`: `main` everywhere but on the few-row layers (W4A16). Raises as `plan_layers`."""
-    few_rows = QuantSettings("w4a16", search=main.search, seed=main.seed)
-    rules = dict.fromkeys(lists.quantize, main) | dict.fromkeys(lists.quantize_w4a16, few_rows)
-    return plan_layers(model, rules, lists.keep_16bit)
+    """Layer -> settings of a 16-bit `model`, as `plan_rules`. Raises as `plan_layers`."""
+    named = dict(model.named_modules())
+    kernels = {path: m.kernel_size[0] for path in layer_paths(model) if isinstance(m := named[path], nn.Conv2d)}
+    return plan_layers(model, *plan_rules(lists, main, kernels))
 
 
 def _empty_like(linear: nn.Module, settings: QuantSettings) -> SVDQuantLinear:
-    assert isinstance(linear, nn.Linear)  # its path is one of linear_paths
+    if isinstance(linear, nn.Conv2d):
+        rotated = settings.smoothing_mode == "hadamard" and linear.in_channels % GROUP == 0
+        rank, group = settings.branch_rank, settings.group_size
+        conv = SVDQuantConv2d.empty_like(linear, settings.numerics, rank=rank, group_size=group, hadamard=rotated)
+        conv.smoothed = conv.smooth is not None and settings.smoothing_mode not in ("hadamard", "none")
+        return conv
+    assert isinstance(linear, nn.Linear)  # its path is one of layer_paths
     layer = SVDQuantLinear.empty(
         linear.in_features,
         linear.out_features,
@@ -134,6 +141,8 @@ def _fill_quantized(layer: SVDQuantLinear, generator: torch.Generator) -> None:
         layer.wzero = (layer.wscale.float() * -7.5).to(layer.wzero.dtype)
     if layer.smooth is not None:
         smooth = uniform((K,), 0.75, 1.25) if layer.smoothed else torch.ones(K, device=device)
+        if isinstance(layer, SVDQuantConv2d):  # one value for all taps of a channel
+            smooth = smooth[: K // layer.taps].repeat(layer.taps)
         layer.smooth = smooth.to(layer.smooth.dtype)
     layer.lora_down = _normal((R, K), K, generator).to(layer.lora_down.dtype)
     layer.lora_up = (_normal((N, R), max(R, 1), generator) * BRANCH_SHARE).to(layer.lora_up.dtype)

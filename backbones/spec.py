@@ -136,7 +136,7 @@ class BaseSpec:
     keep_16bit: tuple[str, ...]
     """Linears that stay as they are. Every linear is in exactly one of the three lists, or quantization refuses."""
     quantize_conv: tuple[str, ...] = ()
-    """Convolutions that carry the INT4 profile where it covers convolutions; all others stay in 16 bits."""
+    """Convolutions that carry the INT4 profile; kernels larger than 1x1 in `native` alone."""
     lora_targets: tuple[str, ...]
     """Where an adapter goes unless the recipe says otherwise."""
     calibration_prompts: tuple[str, ...]

@@ -29,8 +29,6 @@ from loragraft.backbones.family import Family
 
 LATENT_PIXELS = 8
 """Pixels along the edge of a latent pixel."""
-LEVELS = 4
-"""Most sizes at which a UNet's transformers run: h w, h w / 4, ..."""
 SCHEDULER = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
@@ -48,6 +46,8 @@ class UNetFamily(Family):
     process: Ddpm
     sized: bool
     """Whether it also reads the pooled text and the sizes."""
+    levels: tuple[int, ...]
+    """Where its transformers run: level l sees h w / 4^l tokens."""
 
     def predict(
         self, model: nn.Module, latents: Tensor, times: Tensor, text: dict[str, Tensor], guidance: float | None = None
@@ -63,9 +63,9 @@ class UNetFamily(Family):
         return prediction
 
     def rows(self, latents: tuple[int, ...], text: dict[str, Tensor]) -> set[int]:
-        """The text's, and the picture's at every level."""
+        """The text's, and the picture's at every level of the transformers."""
         b, _, h, w = latents
-        levels = {b * (h >> level) * (w >> level) for level in range(LEVELS)}
+        levels = {b * (h >> level) * (w >> level) for level in self.levels}
         return {b * text["prompt_embeds"].shape[1], *levels}
 
 
@@ -91,6 +91,7 @@ SD_LIKE = UNetFamily(
     scheduler=_scheduler,
     options={"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
     sized=False,
+    levels=(0, 1, 2, 3),
 )
 SDXL_LIKE = UNetFamily(
     component="unet",
@@ -103,4 +104,5 @@ SDXL_LIKE = UNetFamily(
     scheduler=_scheduler,
     options={"add_watermarker": False},
     sized=True,
+    levels=(1, 2),
 )

@@ -17,7 +17,6 @@ import argparse
 import json
 import math
 import platform
-import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ import torch.nn.functional as F
 import triton
 from peft import LoraConfig, inject_adapter_in_model
 from rivals import RivalError, build, int_mm
+from timing import compare, eager_us
 from torch import Tensor, nn
 
 from loragraft.kernels.gemm import w4a8_gemm
@@ -90,53 +90,6 @@ CHECKED = tuple(
         (1100, 1280, 1280, True, 64),
     )
 )  # fmt: skip
-
-
-def compare(steps: dict[str, Callable[[], object]], inner: int = 10, rounds: int = 9) -> dict[str, float]:
-    """Microseconds a call: medians over replays of CUDA graphs of `inner` calls, one of each step in turn, `rounds` times.
-
-    In turn, because the clock of a card follows its load: steps timed one after the other do not meet the same card.
-    """
-    graphs = {name: _captured(step, inner) for name, step in steps.items()}
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, graph in graphs.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times[name].append(start.elapsed_time(end) / inner * 1e3)
-    return {name: float(statistics.median(values)) for name, values in times.items()}
-
-
-def _captured(step: Callable[[], object], inner: int) -> torch.cuda.CUDAGraph:
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(inner):
-            step()
-    graph.replay()
-    return graph
-
-
-def eager_us(step: Callable[[], object], repeats: int = 15) -> float:
-    """Median microseconds of a call as Python makes it, by CUDA events."""
-    step()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()
-        step()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3)
-    return float(statistics.median(times))
 
 
 def largest_error() -> float:

@@ -13,8 +13,9 @@ import json
 from pathlib import Path
 
 import torch
-from int4_engine import BF16, DEVICE, compare, native_weights
+from int4_engine import BF16, DEVICE, native_weights
 from int4_engine import FLUX as LAYERS
+from timing import compare
 
 from loragraft.kernels.hopper_gemm import card_name, hopper_gemm
 from loragraft.kernels.unpack import transposed_int8

@@ -59,8 +59,8 @@ def untrained_like(adapter: Adapter, seed: int) -> Adapter:
 
 
 def product_norm(down_RK: torch.Tensor, up_NR: torch.Tensor) -> float:
-    """|B A| (Frobenius) from two r x r matrices: |B A|^2 = tr(B^T B A A^T)."""
-    down, up = down_RK.double(), up_NR.double()
+    """|B A| (Frobenius) from two r x r matrices: |B A|^2 = tr(B^T B A A^T); a convolution's A [r, C, k, k] is a matrix too."""
+    down, up = down_RK.double().flatten(1), up_NR.double().flatten(1)
     return float(((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt())
 
 

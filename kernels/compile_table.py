@@ -16,10 +16,13 @@ from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 from loragraft.kernels import (
     act_quant,
+    conv_gemm,
     gemm,
+    hopper_conv,
     hopper_gemm,
     hopper_quant,
     row_product,
+    taps,
     token_quant,
     unpack,
     w4a16_linear,
@@ -118,6 +121,7 @@ def _transients() -> list[Build]:
     native = {"p_q": "*u8", "p_words": "*i32", "p_scale": "*fp32", "p_hadamard": "*fp16", "s_ur": "i32"}
     return [
         Build(unpack.transposed_int8_kernel, {"BN": 64}, {"p_q": "*u8", "p_words": "*i32", "p_out": "*i8"}, quick=True),
+        Build(unpack.plain_int8_kernel, {"BN": 64}, {"p_q": "*u8", "p_words": "*i32", "p_out": "*i8"}),
         Build(unpack.effective_weight_kernel, {"W4A8": True, **flags}, native, quick=True),
         Build(
             unpack.effective_weight_kernel,
@@ -127,9 +131,46 @@ def _transients() -> list[Build]:
     ]
 
 
+def _convolutions() -> list[Build]:
+    sizes = dict.fromkeys(("H", "W", "HO", "WO", "R"), "i32")
+    codes = {**sizes, "p_x": "*i8", "p_a": "*fp32", "p_w": "*i8", "p_s": "*fp32", "s_ur": "i32"}
+    window = {"KERNEL": 3, "STRIDE": 1, "PADDING": 1}
+    builds = [
+        Build(taps.sum_taps_kernel, {**window, "BP": 32, "BR": 64}, {**sizes, "s_em": "i32"}, quick=True),
+        Build(taps.spread_taps_kernel, {**window, "BM": 64, "BR": 16}, {**sizes, "s_gp": "i32"}, quick=True),
+    ]
+    for name, config in conv_gemm.CONFIGS.items():
+        tiles = {key: config[key] for key in ("BM", "BN", "BK")}
+        for stride in (1, 2) if name == "portable" else (1,):
+            constants = {**window, "STRIDE": stride, "RANKS": 3, "BR": 16, "GROUP_M": 8, **tiles}
+            launch: dict[str, Any] = {key: config[key] for key in ("num_warps", "num_stages")}
+            quick, portable = name == "portable" and stride == 1, name != "deep"
+            builds.append(Build(conv_gemm.conv_gemm_kernel, constants, codes, quick=quick, portable=portable, **launch))
+    return builds
+
+
+def _hopper_convolutions() -> list[Build]:
+    only: dict[str, Any] = {"least": 90, "most": 90, "portable": False, "num_stages": 1}
+    numbers = dict.fromkeys(("M_TILES", "H", "W", "HO", "WO", "steps", "CT64"), "i32")
+    types = {**numbers, "p_a": "*fp32", "p_words": "*i32", "p_s": "*fp32", "w_desc": _descriptor("i8", [64, 64], 64),
+             "up_desc": _descriptor("bf16", [64, 32], 64)}  # fmt: skip
+    builds = []
+    for odd, shape in ((True, (1, 128)), (False, (1, 128)), (False, (4, 16)), (True, (8, 8))):
+        high, wide = shape
+        box = _descriptor("i8", [1, high, wide, 64], 64)
+        boxes = {"x_desc": box, "h_desc": box, "y_desc": _descriptor("bf16", [1, high, wide, 64], 128)}
+        constants = {"ODD": odd, "KERNEL": 3, "PADDING": 1, "RANK_STEPS": 2, "TH": high, "TW": wide, "WN": 64, "GROUP_M": 8,
+                     "STAGES": hopper_conv.stages(high * wide)}  # fmt: skip
+        builds.append(
+            Build(hopper_conv.hopper_conv_kernel, constants, {**types, **boxes}, quick=shape == (1, 128), **only)
+        )
+    return builds
+
+
 def _descriptor(dtype: str, shape: list[int], swizzle: int) -> str:
     """Type of a host descriptor in a signature."""
-    return f"tensordesc<{dtype}{shape},{gl.NVMMASharedLayout(swizzle, 8 if dtype == 'i8' else 16)!r}>"
+    layout = gl.NVMMASharedLayout(swizzle, 8 if dtype == "i8" else 16, rank=len(shape))
+    return f"tensordesc<{dtype}{shape},{layout!r}>"
 
 
 def _hopper() -> list[Build]:
@@ -205,4 +246,6 @@ def _w4a16() -> list[Build]:
     return builds
 
 
-TABLE: tuple[Build, ...] = (*_quantizers(), *_products(), *_transients(), *_w4a16(), *_hopper())
+TABLE: tuple[Build, ...] = (
+    *_quantizers(), *_products(), *_transients(), *_convolutions(), *_w4a16(), *_hopper(), *_hopper_convolutions(),
+)  # fmt: skip

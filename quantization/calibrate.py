@@ -1,4 +1,4 @@
-"""Activation statistics of linear layers, gathered by hooks while a caller runs the model.
+"""Activation statistics of linear layers and convolutions, gathered by hooks while a caller runs the model.
 
 Per layer: max|x_k| over everything seen, and a bounded uniform sample of input rows. The sample is a reservoir: each row
 draws a uniform key and the `rows` largest keys stay, which is a uniform sample without replacement of the whole stream
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from loragraft.quantization.names import named_module
+from loragraft.quantization.patches import rows_of
 from loragraft.quantization.tensor_file import CheckpointError, write_tensors
 from loragraft.quantization.weight_source import FileSource
 
@@ -23,7 +24,7 @@ DEFAULT_ROWS = 512
 
 @dataclass(frozen=True)
 class ActivationStats:
-    """What one linear layer receives."""
+    """What one linear layer receives; a convolution receives patches (`patches`)."""
 
     absmax_K: Tensor
     """[K] float32: largest magnitude seen per in feature."""
@@ -44,17 +45,17 @@ class _Collector:
 
     def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
-        x_MK = x.detach().reshape(-1, x.shape[-1])
-        absmax = x_MK.abs().amax(0).float()
+        rows = rows_of(module, x)
+        absmax = rows.absmax()
         if not torch.isfinite(absmax).all():
             raise ValueError(f"layer {self.path!r} received NaN or infinity during calibration")
         self.absmax = absmax if self.absmax is None else torch.maximum(self.absmax, absmax)
-        keys = torch.rand(x_MK.shape[0], generator=self.generator)
+        keys = torch.rand(rows.count, generator=self.generator)
         full = self.keys.numel() == self.rows
         index = torch.nonzero(keys > self.keys.min()).flatten() if full else torch.arange(keys.numel())
         if index.numel() == 0:
             return
-        drawn = x_MK[index.to(x_MK.device)].float()
+        drawn = rows.draw(index)
         samples = drawn if self.samples is None else torch.cat([self.samples, drawn])
         all_keys = torch.cat([self.keys, keys[index]])
         keep = all_keys.topk(min(self.rows, all_keys.numel())).indices

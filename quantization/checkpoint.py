@@ -1,7 +1,8 @@
-"""Our INT4 checkpoint: a diffusers model folder whose `config.json` says how each linear layer is stored.
+"""Our INT4 checkpoint: a diffusers model folder whose `config.json` says how each linear layer and convolution is stored.
 
     config.json                            the model's own configuration + quantization_config
-    diffusion_pytorch_model.safetensors    diffusers' module names; per quantized layer the buffers of `SVDQuantLinear`
+    diffusion_pytorch_model.safetensors    diffusers' module names; per quantized layer the buffers of `SVDQuantLinear`,
+                                           a convolution's over its patches (`conv`)
 
 quantization_config = {quant_method: "loragraft", version, profile, layers: {path: {numerics, group_size, hadamard,
 act_unsigned, act_shift, rank, output_error}}} (and act_unsigned_from, where only the later columns are unsigned). Codes are row-major, low nibble = even column; whatever order a kernel wants
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from loragraft.disk import replacing_folder
 from loragraft.kernels.act_quant import GELU_SHIFT
+from loragraft.quantization.conv import SVDQuantConv2d, is_quantizable
 from loragraft.quantization.linear import SVDQuantLinear, buffer_layout, fits_dtype, share_inputs
 from loragraft.quantization.names import named_module, nearest, replace_module
 from loragraft.quantization.settings import Numerics
@@ -213,30 +215,33 @@ def check_block(block: dict[str, Any], path: Path | str) -> None:
 def empty_layer(
     model: nn.Module, path: str, layer: dict[str, Any], bias: Tensor | None, folder: Path | str
 ) -> SVDQuantLinear:
-    """An empty layer as quantization_config describes it, for the linear of `model` at `path`; the bias has `bias`' dtype.
+    """An empty layer as quantization_config describes it, for the linear layer or convolution of `model` at `path`; the bias has `bias`' dtype.
 
     Raises CheckpointError naming the nearest layers if there is none, or if the description does not fit it.
     """
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if path not in linears:
+    known = [name for name, module in model.named_modules() if is_quantizable(module)]
+    if path not in known:
         raise CheckpointError(
-            f"{folder}: quantized layer {path!r} is no linear layer of the model; {nearest(path, linears)}"
+            f"{folder}: quantized layer {path!r} is no linear layer of the model and no convolution that can be quantized; "
+            f"{nearest(path, known)}"
         )
-    linear = named_module(model, path)
-    assert isinstance(linear, nn.Linear)
+    module = named_module(model, path)
+    options = {
+        "rank": layer["rank"],
+        "group_size": layer["group_size"],
+        "hadamard": layer["hadamard"],
+        "act_unsigned": layer["act_unsigned"],
+        "unsigned_from": layer.get("act_unsigned_from", 0),
+        "output_error": layer.get("output_error"),
+        "bias_dtype": bias.dtype if bias is not None and bias.is_floating_point() else torch.bfloat16,
+    }
     try:
+        if isinstance(module, nn.Conv2d):
+            return SVDQuantConv2d.empty_like(module, layer["numerics"], path=path, **options)
+        assert isinstance(module, nn.Linear)  # is_quantizable
+        has_bias = module.bias is not None
         return SVDQuantLinear.empty(
-            linear.in_features,
-            linear.out_features,
-            layer["numerics"],
-            rank=layer["rank"],
-            bias=linear.bias is not None,
-            group_size=layer["group_size"],
-            hadamard=layer["hadamard"],
-            act_unsigned=layer["act_unsigned"],
-            unsigned_from=layer.get("act_unsigned_from", 0),
-            output_error=layer.get("output_error"),
-            bias_dtype=bias.dtype if bias is not None and bias.is_floating_point() else torch.bfloat16,
+            module.in_features, module.out_features, layer["numerics"], bias=has_bias, **options
         )
     except ValueError as error:
         raise CheckpointError(f"{folder}: layer {path!r}: {error}") from error

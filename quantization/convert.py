@@ -1,4 +1,4 @@
-"""Turn a float model into an SVDQuant model in place: every `nn.Linear` is either in the plan or kept on purpose.
+"""Turn a float model into an SVDQuant model in place: every linear layer and convolution is in the plan or kept on purpose.
 
 plan = plan_layers(model, rules={r"transformer_blocks\\.\\d+\\.attn\\..*": QuantSettings()}, keep=[r"x_embedder", ...])
 reports = quantize_backbone(model, plan, run_calibration, keep=[...])
@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import nn
 
 from loragraft.quantization.calibrate import ActivationStats, collect
+from loragraft.quantization.conv import SVDQuantConv2d, is_quantizable
 from loragraft.quantization.linear import SVDQuantLinear, share_inputs
 from loragraft.quantization.names import match_paths, named_module, nearest, replace_module
 from loragraft.quantization.settings import LayerReport, QuantSettings
@@ -22,19 +23,35 @@ def linear_paths(model: nn.Module) -> list[str]:
     return [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
 
 
+def layer_paths(model: nn.Module) -> list[str]:
+    """Paths of everything that can be quantized, in module order: `nn.Linear`, and `nn.Conv2d` but for `why_16bit`."""
+    return [path for path, module in model.named_modules() if is_quantizable(module)]
+
+
+def _always_16bit(model: nn.Module) -> list[str]:
+    """Paths of the convolutions that cannot be quantized; a keep pattern may name them, and need not."""
+    return [
+        path for path, module in model.named_modules() if isinstance(module, nn.Conv2d) and not is_quantizable(module)
+    ]
+
+
 def plan_layers(
     model: nn.Module, rules: Mapping[str, QuantSettings], keep: Sequence[str] = ()
 ) -> dict[str, QuantSettings]:
     """Expand full-path regular expressions into path -> settings, in module order. Raises as `plan_paths` does."""
-    return plan_paths(linear_paths(model), rules, keep)
+    return plan_paths(layer_paths(model), rules, keep, _always_16bit(model))
 
 
 def plan_paths(
-    paths: Sequence[str], rules: Mapping[str, QuantSettings], keep: Sequence[str] = ()
+    paths: Sequence[str],
+    rules: Mapping[str, QuantSettings],
+    keep: Sequence[str] = (),
+    always_16bit: Sequence[str] = (),
 ) -> dict[str, QuantSettings]:
-    """Expand full-path regular expressions into path -> settings, in the order of `paths`, all linear layers of a model.
+    """Expand full-path regular expressions into path -> settings, in the order of `paths`, all that can be quantized.
 
-    Raises ValueError for a pattern that matches no linear layer, a layer that two rules claim with different settings,
+    `always_16bit` are layers that cannot be, which `keep` may name too.
+    Raises ValueError for a pattern that matches no such layer, a layer that two rules claim with different settings,
     a layer both planned and kept, and a layer that is neither.
     """
     plan: dict[str, QuantSettings] = {}
@@ -44,15 +61,19 @@ def plan_paths(
                 raise ValueError(
                     f"layer {path!r} is claimed by two rules with different settings; the second is {pattern!r}"
                 )
-    _check_cover(paths, plan, keep)
+    _check_cover(paths, plan, keep, always_16bit)
     return {path: plan[path] for path in paths if path in plan}
 
 
-def _check_cover(paths: Sequence[str], plan: Mapping[str, QuantSettings], keep: Sequence[str]) -> None:
-    kept = {path for matched in match_paths(keep, paths).values() for path in matched}
+def _check_cover(
+    paths: Sequence[str], plan: Mapping[str, QuantSettings], keep: Sequence[str], always_16bit: Sequence[str]
+) -> None:
+    kept = {path for matched in match_paths(keep, [*paths, *always_16bit]).values() for path in matched}
     unknown = [path for path in plan if path not in paths]
     if unknown:
-        raise ValueError(f"plan names {unknown[0]!r}, which is no nn.Linear of the model; {nearest(unknown[0], paths)}")
+        raise ValueError(
+            f"plan names {unknown[0]!r}, no nn.Linear of the model and no convolution that can be quantized; {nearest(unknown[0], paths)}"
+        )
     both = sorted(kept & plan.keys())
     if both:
         raise ValueError(f"layer {both[0]!r} is both planned and kept in 16 bits; narrow one of the patterns")
@@ -60,7 +81,7 @@ def _check_cover(paths: Sequence[str], plan: Mapping[str, QuantSettings], keep: 
     if neither:
         listed = ", ".join(neither[:8]) + (", ..." if len(neither) > 8 else "")
         raise ValueError(
-            f"{len(neither)} linear layer(s) are neither planned nor kept: {listed}; name them in one of both"
+            f"{len(neither)} layer(s) are neither planned nor kept: {listed}; name them in one of both"
         )
 
 
@@ -72,12 +93,12 @@ def quantize_model(
     *,
     keep: Sequence[str] = (),
 ) -> list[LayerReport]:
-    """Swap every planned `nn.Linear` for a `SVDQuantLinear`, in the plan's order.
+    """Swap every planned `nn.Linear` for a `SVDQuantLinear` and `nn.Conv2d` for a `SVDQuantConv2d`, in the plan's order.
 
     `keep` are full-path patterns of layers that stay as they are. Everything that can be refused is checked before the
     first layer is swapped. Raises as `plan_layers` and `quantize_linear` do.
     """
-    _check_cover(linear_paths(model), plan, keep)
+    _check_cover(layer_paths(model), plan, keep, _always_16bit(model))
     uncalibrated = [p for p, settings in plan.items() if settings.needs_statistics and p not in stats]
     if uncalibrated:
         raise ValueError(
@@ -86,15 +107,22 @@ def quantize_model(
         )
     reports = []
     for done, (path, settings) in enumerate(plan.items(), start=1):
-        linear = named_module(model, path)
-        assert isinstance(linear, nn.Linear)  # _check_cover
-        layer, report = SVDQuantLinear.from_linear(linear, stats.get(path), settings, path=path)
+        layer, report = _quantized(named_module(model, path), stats.get(path), settings, path)
         replace_module(model, path, layer)
         reports.append(report)
         if progress is not None:
             progress(done, len(plan), path)
     share_inputs(model)
     return reports
+
+
+def _quantized(
+    module: nn.Module, stats: ActivationStats | None, settings: QuantSettings, path: str
+) -> tuple[SVDQuantLinear, LayerReport]:
+    if isinstance(module, nn.Conv2d):
+        return SVDQuantConv2d.from_conv(module, stats, settings, path=path)
+    assert isinstance(module, nn.Linear)  # _check_cover
+    return SVDQuantLinear.from_linear(module, stats, settings, path=path)
 
 
 def quantize_backbone(
@@ -109,6 +137,6 @@ def quantize_backbone(
 
     None skips the calibration, which `quantize_model` refuses unless every layer's smoothing is data-free.
     """
-    _check_cover(linear_paths(model), plan, keep)
+    _check_cover(layer_paths(model), plan, keep, _always_16bit(model))
     stats = {} if run_calibration is None else collect(model, plan, run_calibration)
     return quantize_model(model, plan, stats, progress, keep=keep)

@@ -1,4 +1,4 @@
-"""The ledger: which path every linear layer of a model takes. Nothing is left out, 16-bit layers are listed as such."""
+"""The ledger: which path every linear layer and convolution of a model takes. Nothing is left out, 16-bit ones are listed as such."""
 
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from loragraft.kernels.layout import uses_triton
+from loragraft.quantization.conv import SVDQuantConv2d
 from loragraft.quantization.linear import SVDQuantLinear
 
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
@@ -15,13 +16,14 @@ DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp
 
 @dataclass(frozen=True)
 class LedgerRow:
-    """One linear layer."""
+    """One linear layer or convolution."""
 
     path: str
     numerics: str
     """w4a8, w4a4, w4a16, or the dtype of a layer that is not quantized."""
     out_features: int
     in_features: int
+    """Of a convolution: columns of its weight as a matrix, k k C and what pads it."""
     rank: int
     group_size: int
     hadamard: bool
@@ -30,11 +32,13 @@ class LedgerRow:
     nbytes: int
     error: float | None
     """Output error measured when the layer was quantized; None if it was not, or if the checkpoint does not say."""
+    kind: str = "linear"
+    """linear, conv 3x3, conv 3x3 /2 (stride), depthwise 3x3."""
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """All linear layers of one model, in module order, and its attention."""
+    """All linear layers and convolutions of one model, in module order, and its attention."""
 
     rows: tuple[LedgerRow, ...]
     attention: str = "sdpa"
@@ -56,7 +60,7 @@ class Ledger:
 
     def table(self) -> str:
         """All rows as aligned text."""
-        head = ("path", "numerics", "N x K", "rank", "group", "H", "backend", "MB", "error %")
+        head = ("path", "kind", "numerics", "N x K", "rank", "group", "H", "backend", "MB", "error %")
         lines = [head, *(_cells(row) for row in self.rows)]
         widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
         text = (
@@ -69,6 +73,7 @@ def _cells(row: LedgerRow) -> tuple[str, ...]:
     quantized = row.backend != "torch"
     return (
         row.path,
+        row.kind,
         row.numerics,
         f"{row.out_features} x {row.in_features}",
         str(row.rank) if quantized else "-",
@@ -81,7 +86,7 @@ def _cells(row: LedgerRow) -> tuple[str, ...]:
 
 
 def build_ledger(model: nn.Module) -> Ledger:
-    """List every linear layer; the factors of injected adapters are no layers of the base and are skipped."""
+    """List every linear layer and convolution; the factors of injected adapters are no layers of the base and are skipped."""
     rows = []
     for path, module in model.named_modules():
         if ".lora_A." in f".{path}" or ".lora_B." in f".{path}":
@@ -101,12 +106,20 @@ def build_ledger(model: nn.Module) -> Ledger:
                     backend,
                     module.nbytes,
                     module.output_error,
+                    _kind(module) if isinstance(module, SVDQuantConv2d) else "linear",
                 )
             )
-        elif isinstance(module, nn.Linear):
+        elif isinstance(module, nn.Linear | nn.Conv2d):
             numerics = DTYPE_NAMES.get(module.weight.dtype, str(module.weight.dtype).removeprefix("torch."))
             nbytes = sum(parameter.nbytes for parameter in module.parameters())
-            rows.append(
-                LedgerRow(name, numerics, module.out_features, module.in_features, 0, 0, False, "torch", nbytes, None)
-            )
+            N, K = module.weight.shape[0], module.weight[:1].numel()
+            kind = _kind(module) if isinstance(module, nn.Conv2d) else "linear"
+            rows.append(LedgerRow(name, numerics, N, K, 0, 0, False, "torch", nbytes, None, kind))
     return Ledger(tuple(rows))
+
+
+def _kind(conv: SVDQuantConv2d | nn.Conv2d) -> str:
+    """conv 3x3, conv 3x3 /2, depthwise 3x3."""
+    (high, wide), stride = conv.kernel_size, conv.stride[0]
+    name = "depthwise" if isinstance(conv, nn.Conv2d) and conv.groups > 1 else "conv"
+    return f"{name} {high}x{wide}" + (f" /{stride}" if stride != 1 else "")

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from loragraft.kernels.act_quant import GELU_SHIFT
 from loragraft.kernels.layout import apply_hadamard, pack_int4, relative_rms
 from loragraft.quantization.checkpoint import check_saveable, quantized_layers, record_base_id
+from loragraft.quantization.conv import SVDQuantConv2d
 from loragraft.quantization.linear import SVDQuantLinear
 from loragraft.quantization.names import replace_module
 from loragraft.quantization.weight_quant import round_progressive, round_symmetric
@@ -60,7 +61,8 @@ def convert_numerics(
     """
     if numerics not in ("w4a8", "w4a4"):
         raise ValueError(f"numerics {numerics!r}: expected w4a8 or w4a4")
-    layers = {p: m for p, m in quantized_layers(model).items() if m.numerics in ("w4a8", "w4a4")}
+    found = quantized_layers(model).items()
+    layers = {p: m for p, m in found if m.numerics in ("w4a8", "w4a4") and not isinstance(m, SVDQuantConv2d)}
     common = _common_smoothing(layers, together) if numerics == "w4a4" else {}
     rotated = {path for path, layer in layers.items() if numerics == "w4a4" and layer.hadamard}
     chosen = {p: m for p, m in layers.items() if m.numerics != numerics or p in rotated or p in common}

@@ -43,6 +43,8 @@ class Layer:
     settings: QuantSettings
     measured: bool
     """Whether the rows are activations that were measured, not synthetic ones."""
+    taps: int = 1
+    """Blocks of columns that share scales of their own per row, smoothing and rotation: the k^2 taps of a convolution."""
     fitted_SK: Tensor | None = None
     """Measured rows besides those that judge, for what is fitted to its rows and would flatter itself on them."""
 
@@ -178,8 +180,10 @@ def quantized_inputs(layer: Layer, smooth_K: Tensor, hadamard: bool) -> Tensor:
     if layer.settings.numerics == "w4a16":
         return layer.rows_SK
     bits = 8 if layer.settings.numerics == "w4a8" else 4
-    codes, scale = quantize_activation(layer.rows_SK, smooth_K, hadamard, bits)
-    return dequantize_activation(codes, scale, torch.float32)[:, : layer.rows_SK.shape[1]]
+    S, K = layer.rows_SK.shape
+    C = K // layer.taps  # a scale is a pixel's: that of one tap
+    codes, scale = quantize_activation(layer.rows_SK.reshape(-1, C), smooth_K[:C], hadamard, bits)
+    return dequantize_activation(codes, scale, torch.float32)[:, :C].reshape(S, K)
 
 
 def layer_output(layer: Layer, split: Split) -> Tensor:

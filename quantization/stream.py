@@ -25,6 +25,7 @@ from tqdm import tqdm
 from loragraft.disk import flush, sweep, write_atomic
 from loragraft.quantization.calibrate import ActivationStats
 from loragraft.quantization.checkpoint import CONFIG_NAME, PROFILES, QUANT_METHOD, VERSION, WEIGHTS_NAME
+from loragraft.quantization.conv import conv_columns, quantize_conv_weight
 from loragraft.quantization.convert import plan_paths
 from loragraft.quantization.linear import buffer_layout
 from loragraft.quantization.partial_file import JOURNAL, PartialFile
@@ -68,9 +69,19 @@ class _Piece:
     """None: kept in 16 bits."""
 
 
-def linear_layers(source: WeightSource) -> list[str]:
-    """Paths of all two-dimensional `.weight`s: the linear layers of a transformer, in natural order of their names."""
-    found = (name for name, info in source.tensors.items() if name.endswith(".weight") and len(info.shape) == 2)
+def weight_layers(source: WeightSource) -> list[str]:
+    """Paths of what can be quantized, in natural order of their names: all two-dimensional `.weight`s, the linear layers,
+    and the four-dimensional ones of square kernels over more than one channel."""
+    return _paths(source, lambda shape: len(shape) == 2 or (len(shape) == 4 and not _always_16bit(shape)))
+
+
+def _always_16bit(shape: tuple[int, ...]) -> bool:
+    """Whether a convolution of this weight cannot be quantized: depthwise, or not square."""
+    return len(shape) == 4 and (shape[1] == 1 or shape[2] != shape[3])
+
+
+def _paths(source: WeightSource, wanted: Callable[[tuple[int, ...]], bool]) -> list[str]:
+    found = (name for name, info in source.tensors.items() if name.endswith(".weight") and wanted(info.shape))
     return sorted((name.removesuffix(".weight") for name in found), key=_natural)
 
 
@@ -78,7 +89,7 @@ def plan_source(
     source: WeightSource, rules: Mapping[str, QuantSettings], keep: Sequence[str]
 ) -> dict[str, QuantSettings]:
     """Which layer is quantized how. Raises ValueError as `plan_paths` does."""
-    return plan_paths(linear_layers(source), rules, keep)
+    return plan_paths(weight_layers(source), rules, keep, _paths(source, _always_16bit))
 
 
 def quantize_stream(
@@ -135,7 +146,7 @@ def _pieces(source: WeightSource, plan: Mapping[str, QuantSettings]) -> tuple[li
     tensors: dict[str, TensorInfo] = {}
     taken: set[str] = set()
     for path, settings in plan.items():
-        N, K = source.tensors[f"{path}.weight"].shape
+        N, K = _matrix_shape(source.tensors[f"{path}.weight"].shape)
         layout = buffer_layout(K, N, settings.numerics, settings.group_size, min(settings.branch_rank, N, K))
         tensors |= {f"{path}.{name}": TensorInfo(dtype, shape) for name, (shape, dtype) in layout.items()}
         names = [f"{path}.weight"]
@@ -148,6 +159,11 @@ def _pieces(source: WeightSource, plan: Mapping[str, QuantSettings]) -> tuple[li
         tensors[name] = _stored(source.tensors[name])
         pieces.append(_Piece(name, (name,), None))
     return pieces, tensors
+
+
+def _matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """[N, K] of a linear layer, or of a convolution [N, C, k, k] as a matrix."""
+    return (shape[0], shape[1]) if len(shape) == 2 else (shape[0], conv_columns(shape[1], shape[2]))
 
 
 def _stored(info: TensorInfo) -> TensorInfo:
@@ -236,7 +252,8 @@ def _quantize(
         bias = bias.to(torch.bfloat16)
     stored = inputs[f"{piece.name}.weight"]
     # The copy has no name here: it leaves the device as soon as `quantize_linear` has widened it.
-    tensors, report = quantize_linear(stored.to(device, non_blocking=True), bias, stats, settings, path=piece.name)
+    quantize = quantize_linear if stored.ndim == 2 else quantize_conv_weight
+    tensors, report = quantize(stored.to(device, non_blocking=True), bias, stats, settings, path=piece.name)
     return {f"{piece.name}.{name}": tensor for name, tensor in tensors.items()}, asdict(report)
 
 

@@ -54,13 +54,14 @@ LOUD_CHANNELS, LOUDNESS = 64, 30.0
 
 
 def quantize_linear(
-    weight_NK: Tensor, bias: Tensor | None, stats: ActivationStats | None, settings: QuantSettings, *, path: str = ""
-) -> tuple[dict[str, Tensor], LayerReport]:
+    weight_NK: Tensor, bias: Tensor | None, stats: ActivationStats | None, settings: QuantSettings, *, path: str = "",
+    taps: int = 1,
+) -> tuple[dict[str, Tensor], LayerReport]:  # fmt: skip
     """Quantize one linear layer; returns the buffers of a `SVDQuantLinear` by name, and the report.
 
     weight [N, K] and bias [N] in any float dtype (the bias is kept as it is). `stats` holds the layer's measured inputs;
     it is required for calibrated smoothing and GPTQ and, where given, is what the report's errors are measured on (with GPTQ:
-    on the rows that it was not fitted to).
+    on the rows that it was not fitted to). taps: columns are so many equal blocks with one smoothing vector (a convolution).
     Raises ValueError naming `path` for non-finite weights, wrong shapes, missing statistics.
     """
     weight = weight_NK.detach().float()
@@ -68,11 +69,11 @@ def quantize_linear(
     _check(weight, stats, settings, path)
     mode = settings.smoothing_mode
     fitted, stats = _held_out(stats, settings)
-    judged = _layer(weight, stats if mode in ("calibrated", "auto", "none") else None, settings)
+    judged = _layer(weight, stats if mode in ("calibrated", "auto", "none") else None, settings, taps)
     if judged.measured and fitted is not None:
         judged = replace(judged, fitted_SK=fitted.to(weight.device).float())
     best = _search(judged) if settings.search == "subsampled" else _search_exhaustively(judged)
-    reported = judged if stats is None or judged.measured else _layer(weight, stats, settings)
+    reported = judged if stats is None or judged.measured else _layer(weight, stats, settings, taps)
     if settings.gptq and fitted is not None:
         best = _with_gptq(reported, best, fitted)
     report = LayerReport(
@@ -128,7 +129,7 @@ def _held_out(stats: ActivationStats | None, settings: QuantSettings) -> tuple[T
     return stats.samples_SK[~judge], ActivationStats(stats.absmax_K, stats.samples_SK[judge])
 
 
-def _layer(weight_NK: Tensor, stats: ActivationStats | None, settings: QuantSettings) -> Layer:
+def _layer(weight_NK: Tensor, stats: ActivationStats | None, settings: QuantSettings, taps: int) -> Layer:
     """Rows to judge on: measured ones, or synthetic ones from the settings' seed."""
     K, device = weight_NK.shape[1], weight_NK.device
     if stats is not None:
@@ -142,7 +143,13 @@ def _layer(weight_NK: Tensor, stats: ActivationStats | None, settings: QuantSett
             rows = rows / torch.where(size > 0, size, torch.ones_like(size))
         else:
             rows = _drawn_rows(K, settings.seed, device, mixed=False)
-    return Layer(weight_NK, absmax, weight_NK.abs().amax(0), rows, rows @ weight_NK.T, settings, stats is not None)
+    absmax, weight_absmax = _tied(absmax, taps), _tied(weight_NK.abs().amax(0), taps)
+    return Layer(weight_NK, absmax, weight_absmax, rows, rows @ weight_NK.T, settings, stats is not None, taps)
+
+
+def _tied(absmax_K: Tensor, taps: int) -> Tensor:
+    """The largest of every tap's, for all taps: they read the same codes."""
+    return absmax_K if taps == 1 else absmax_K.view(taps, -1).amax(0).repeat(taps)
 
 
 @lru_cache(maxsize=8)  # a model has few widths, and drawing for the widest takes longer than quantizing it

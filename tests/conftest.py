@@ -32,20 +32,21 @@ with open(os.environ["NETWORK_LOG"] + ".armed", "w"):
 
 @pytest.fixture(scope="session")
 def benchmark_module() -> Callable[..., ModuleType]:
-    """(name of a script of benchmarks/, the script `beside` it that it imports) -> the first as a module; `benchmarks/` itself
+    """(name of a script of benchmarks/, the scripts `beside` it that it imports) -> the first as a module; `benchmarks/` itself
     is no package."""
 
-    def load(name: str, beside: str = "") -> ModuleType:
+    def load(name: str, beside: str | tuple[str, ...] = ()) -> ModuleType:
+        others = (beside,) if isinstance(beside, str) else beside
         spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmarks" / f"{name}.py")
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         with pytest.MonkeyPatch.context() as patch:
-            if beside:
+            if others:
                 patch.syspath_prepend(str(ROOT / "benchmarks"))
             spec.loader.exec_module(module)
-        if beside:
-            sys.modules.pop(beside)
+        for other in others:
+            sys.modules.pop(other)
         return module
 
     return load

@@ -243,9 +243,20 @@ def compile_blocks(transformer: nn.Module, shapes: int = 1) -> int:
 
 
 def _kind(block: nn.Module) -> tuple[object, ...]:
-    """What compiled code depends on: the class, and per INT4 layer its arithmetic."""
+    """What compiled code depends on: the class, and per INT4 layer its shape and arithmetic."""
     layers = [
-        (path, m.numerics, m.group_size, m.rank, m.hadamard, m.smoothed, m.act_unsigned, m.bias is None)
+        (
+            path,
+            m.in_features,
+            m.out_features,
+            m.numerics,
+            m.group_size,
+            m.rank,
+            m.hadamard,
+            m.smoothed,
+            m.act_unsigned,
+            m.bias is None,
+        )
         for path, m in block.named_modules()
         if isinstance(m, SVDQuantLinear)
     ]

@@ -107,7 +107,9 @@ def test_the_ledger_lists_what_stays_in_16_bits(trained: Trained) -> None:
     assert {path for path in kept if "transformer_blocks" not in path} >= {
         *embedders, "caption_projection.linear_1", "caption_projection.linear_2", "proj_out",
     }  # fmt: skip
+    feed_forward = ("conv_inverted", "conv_point") if base == "sana-16b" else ("net.0.proj", "net.2")
     for i in range(2):
+        assert {rows[f"transformer_blocks.{i}.ff.{part}"].numerics for part in feed_forward} == {"w4a8"}
         for part in ("to_q", "to_k", "to_v", "to_out.0"):
             assert {rows[f"transformer_blocks.{i}.attn{j}.{part}"].numerics for j in (1, 2)} == {"w4a8"}
 

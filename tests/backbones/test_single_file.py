@@ -10,6 +10,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor
 
+from loragraft.backbones.architectures import open_model
 from loragraft.backbones.load import find_spec, load_backbone
 from loragraft.backbones.single_file import as_folder
 from loragraft.quantization.tensor_file import CheckpointError
@@ -109,6 +110,9 @@ def test_what_is_no_such_unet_is_refused(
     save_file({"lora.weight": torch.ones(2, 2)}, tmp_path / "lora.safetensors")
     with pytest.raises(CheckpointError, match="holds no UNet"):
         as_folder(spec, external, tmp_path / "lora.safetensors", tmp_path)
+    save_file(state, tmp_path / "bare.safetensors")
+    with pytest.raises(CheckpointError, match="is a UNet without config"):
+        open_model(tmp_path / "bare.safetensors")
     model = tiny_unets.tiny_unet(name)
     wide = {f"model.diffusion_model.{original(key, model)}": value for key, value in state.items()}
     for key in [key for key in wide if key.endswith("attn2.to_k.weight")]:

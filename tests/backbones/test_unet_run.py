@@ -21,8 +21,8 @@ from loragraft.recipes.schema import WeightsConfig
 from loragraft.train import lora
 
 SMALL = (
-    "data.count=24", "data.resolution=64", "train.steps=3", "train.batch_size=2", "train.accumulation=1",
-    "train.threads=1", "train.save_x=raw", "optim.warmup_steps=0", "sample.steps=2", "sample.prompts=[promo tile]",
+    "data.count=16", "data.resolution=64", "train.steps=3", "train.batch_size=2", "train.accumulation=1",
+    "train.threads=1", "train.save_x=raw", "optim.warmup_steps=0", "sample.steps=1", "train.validate_every=0", "sample.prompts=[promo tile]",
     "data.long_captions=cut", "tracking.mode=disabled",
 )  # fmt: skip
 Folder = Callable[[str], Path]
@@ -52,7 +52,8 @@ def trained(place: Path, unet_folder: Folder, quick_quantizer: None) -> Callable
             with pytest.MonkeyPatch.context() as patch:
                 patch.chdir(place)
                 patch.setenv("LORAGRAFT_CACHE", str(place / "cache"))
-                given = [f"base={name}", *SMALL, f"weights.path={unet_folder(name)}"]
+                numerics = "16bit" if name == "sd15" else "native"
+                given = [f"base={name}", f"numerics={numerics}", *SMALL, f"weights.path={unet_folder(name)}"]
                 assert lora.main(["--recipe", "marketing", "--cpu", "--out", f"runs/{name}", *given]) == 0
             runs[name] = place / "runs" / name
         return runs[name]
@@ -87,7 +88,11 @@ def test_three_steps_teach_something(name: str, trained: Callable[[str], Path], 
     run = trained(name)
     adapter = load_adapter(run / "adapter")
     assert adapter.component == "unet"
-    assert (adapter.metadata["base"], adapter.metadata["profile"], adapter.metadata["steps"]) == (name, "native", 3)
+    assert (adapter.metadata["base"], adapter.metadata["profile"], adapter.metadata["steps"]) == (
+        name,
+        "16bit" if name == "sd15" else "native",
+        3,
+    )
     assert any(bool(up.any()) for _, up in adapter.pairs.values()), "nothing was learned"
     assert all(".transformer_blocks." in path for path in adapter.pairs)
     losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -124,13 +129,14 @@ def test_an_adapter_of_sdxl_draws_on_turbo_unchanged(
 ) -> None:
     run = trained("sdxl")
     command = ["generate", "--adapter", str(run), "--base", "sdxl-turbo", "--weights", str(unet_folder("sdxl-turbo"))]
+    command += ["--profile", "16bit"]
     assert cli.main([*command, "--out", "refused"]) == 2, "it is another base, which must be said"
     assert cli.main([*command, "--out", "fast", "--any-base"]) == 0
     with Image.open("fast/0000.png") as image:
         about = json.loads(image.info["loragraft"])
         assert image.size == (64, 64)
     assert (about["base"], about["steps"], about["guidance"]) == ("sdxl-turbo", 4, 1.0)
-    adapter, turbo = load_adapter(run / "adapter"), opened("sdxl-turbo")
+    adapter, turbo = load_adapter(run / "adapter"), opened("sdxl-turbo", "16bit")
     before = turbo.fingerprint()
     graft(turbo.transformer, adapter, any_base=True)
     ungraft(turbo.transformer, adapter.name)

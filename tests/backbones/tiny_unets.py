@@ -24,7 +24,7 @@ def tiny_config(name: str) -> dict[str, Any]:
     heads = published["attention_head_dim"]
     small["attention_head_dim"] = 2 if isinstance(heads, int) else [1, *[2] * (levels - 1)]
     if KINDS[name].family.sized:
-        small |= {"transformer_layers_per_block": [1, 1, 2], "addition_time_embed_dim": 8}
+        small |= {"transformer_layers_per_block": [1, 1, 1], "addition_time_embed_dim": 8}
         small["projection_class_embeddings_input_dim"] = POOLED + 6 * 8
     return published | small
 

@@ -14,7 +14,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 @pytest.fixture(scope="module")
 def engine(benchmark_module: Callable[..., ModuleType]) -> ModuleType:
-    return benchmark_module("int4_engine", beside="rivals")
+    return benchmark_module("int4_engine", beside=("rivals", "timing"))
 
 
 def test_the_librarys_layers_are_those_of_the_rivals(engine: ModuleType) -> None:

@@ -41,10 +41,10 @@ def test_calibrated_flux(
 
 
 def test_every_linear_is_planned_or_kept(tiny_flux: FluxTransformer2DModel, flux_rules: Rules) -> None:
-    with pytest.raises(ValueError, match=r"8 linear layer\(s\) are neither planned nor kept: time_text_embed"):
+    with pytest.raises(ValueError, match=r"8 layer\(s\) are neither planned nor kept: time_text_embed"):
         plan_layers(tiny_flux, flux_rules())
     plan = dict.fromkeys(linear_paths(tiny_flux)[1:], DATA_FREE)
-    with pytest.raises(ValueError, match=r"1 linear layer\(s\) are neither"):
+    with pytest.raises(ValueError, match=r"1 layer\(s\) are neither"):
         quantize_model(tiny_flux, plan, {})
     assert not any(isinstance(module, SVDQuantLinear) for module in tiny_flux.modules())
 

@@ -16,7 +16,7 @@ from loragraft.quantization.checkpoint import CONFIG_NAME, WEIGHTS_NAME, load_qu
 from loragraft.quantization.convert import plan_layers, quantize_model
 from loragraft.quantization.partial_file import JOURNAL
 from loragraft.quantization.settings import LayerReport, QuantSettings
-from loragraft.quantization.stream import REPORT_NAME, linear_layers, plan_source, quantize_stream
+from loragraft.quantization.stream import REPORT_NAME, plan_source, quantize_stream, weight_layers
 from loragraft.quantization.svdquant import quantize_linear
 from loragraft.quantization.tensor_file import CheckpointError, read_tensors, write_tensors
 from loragraft.quantization.weight_source import FileSource
@@ -89,7 +89,7 @@ def test_it_says_what_it_waited_for(
 
 def test_layers_are_in_natural_order(folder: Path) -> None:
     source = FileSource(folder)
-    layers = linear_layers(source)
+    layers = weight_layers(source)
     assert len(layers) == len(set(layers)) == 28
     assert "transformer_blocks.0.attn.to_q" in layers
     assert "transformer_blocks.0.attn.norm_q" not in layers
@@ -135,7 +135,7 @@ def test_killed_right_before_the_journal_is_removed(
     (tmp_path / "out" / JOURNAL).unlink()
     with pytest.raises(FileExistsError, match="exists"):
         quantize(folder, tmp_path / "out")
-    assert len(whole) == len(linear_layers(source)) - 8
+    assert len(whole) == len(weight_layers(source)) - 8
 
 
 def test_statistics_are_read_layer_by_layer(

@@ -1,0 +1,328 @@
+"""Native W4A8 convolution, k x k: UINT4 weight codes, INT8 activations with a scale per pixel, a 16-bit low-rank branch.
+
+    W_ntc = s_n I_ntc,  I in INT8 as in `w4a8_linear`, K = T Ct columns (tap, channel)    T = k^2, Ct = C rounded up to 64
+    xq, a = quantize_activation(x, smooth, hadamard, bits=8)                              per pixel, over its C channels
+    y_p   = s_n sum_t a_q(p,t) (xq_q . I_t^T)  +  h_p [U, B]^T  +  bias                   a tap's sum is exact in INT32
+    h_p   = sum_t x_q(p,t) [D_t; A_t]^T                                                   raw x
+    dx    = conv^T(dy, W_eff),   W_eff = (W H) / smooth + [U, B] [D; A]                   rounding of x: straight through
+    dA_t  = sum_p (dy B)_p^T x_q(p,t),   dB = dy^T h                                      x raw, or rebuilt from xq and a
+
+q(p, t) is the input pixel that tap t of output pixel p reads (`taps`). The branch is a k x k convolution to R channels and a
+1 x 1 one to N, which is what a LoRA of a convolution is (PEFT, kohya: A [r, C, k, k], B [N, r, 1, 1]): ranks concatenate.
+
+Why a scale per pixel and not one per image, which would leave one INT32 sum over all of K: a convolution's inputs have their
+largest values in few pixels. In the 68 trained 3 x 3 convolutions of TAESD on photographs (64 channels, activations up to 39
+times their RMS) rounding x costs 0.38 % of the output per pixel (median; worst 0.93 %) and 1.01 % (1.94 %) per image, and
+finding an image's maximum takes another pass over x. The price is one conversion and one multiply-add of the tile per tap,
+against C / 64 tensor core steps: 20 % of the arithmetic's time at C = 320 and 5 % at C = 1280 where nothing hides it.
+
+Smoothing is per channel, the same for all taps, since they read the same codes. Nothing of im2col is written; the weight is
+widened to INT8 for the length of the call on devices other than Hopper. `smooth_and_rotate` acts on x before the windows.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.grad import conv2d_input
+
+from loragraft.kernels import branch
+from loragraft.kernels.act_quant import (
+    dequantize_activation,
+    quantize_activation,
+    quantize_reference,
+    smooth_and_rotate,
+)
+from loragraft.kernels.conv_gemm import CONFIGS, conv_config, conv_gemm
+from loragraft.kernels.hopper_conv import HOPPER_CONFIGS, hopper_conv, hopper_conv_runs
+from loragraft.kernels.layout import apply_hadamard, padded, rank_product, rank_rows, uses_triton
+from loragraft.kernels.row_product import row_product
+from loragraft.kernels.taps import Window, pad_taps, spread_taps, sum_taps, tap_columns, trim_taps
+from loragraft.kernels.unpack import effective_weight, plain_int8
+from loragraft.kernels.w4a8_linear import dequantize_w4a8
+
+
+def dequantize_conv(
+    qweight: Tensor,
+    row_scale: Tensor,
+    group_words: Tensor,
+    channels: int,
+    taps: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """W = s_n I, [N, T C] in dtype: still smoothed and rotated, without the padding of the codes."""
+    return trim_taps(dequantize_w4a8(qweight, row_scale, group_words, dtype), channels, taps)
+
+
+def as_kernel(matrix_NK: Tensor, kernel: int) -> Tensor:
+    """[N, T C] -> [N, C, k, k], a view: channels last, as cuDNN wants it beside pixels of that layout."""
+    return matrix_NK.unflatten(1, (kernel, kernel, -1)).permute(0, 3, 1, 2)
+
+
+def as_columns(weight: Tensor) -> Tensor:
+    """[N, C, k, k] -> [N, T C], columns (tap, channel); differentiable."""
+    return weight.permute(0, 2, 3, 1).flatten(1)
+
+
+def as_pixels(x: Tensor) -> Tensor:
+    """[B, C, H, W] -> [B H W, C], contiguous; a view of channels-last images."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).contiguous()
+
+
+def as_image(y_PN: Tensor, batch: int, height: int, width: int) -> Tensor:
+    """[B H W, N] -> [B, N, H, W], a channels-last view."""
+    return y_PN.view(batch, height, width, -1).permute(0, 3, 1, 2)
+
+
+def w4a8_conv_reference(
+    x: Tensor, qweight: Tensor, row_scale: Tensor, group_words: Tensor, smooth: Tensor | None,
+    lora_down: Tensor, lora_up: Tensor, bias: Tensor | None, *, kernel: int, stride: int = 1, padding: int = 0,
+    hadamard: bool = False, adapter_down: Tensor | None = None, adapter_up: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The formula in plain torch and in x's dtype (float64 is the oracle); autograd through it is the gradient."""
+    B, C, H, W = x.shape
+    x_MC = x.permute(0, 2, 3, 1).reshape(-1, C)
+    rotated_MC = smooth_and_rotate(x_MC, smooth, hadamard)
+    codes_MC, scale_M1 = quantize_reference(rotated_MC, bits=8)
+    rounded_MC = dequantize_activation(codes_MC, scale_M1, x.dtype)[:, :C]
+    rotated_MC = rotated_MC + (rounded_MC - rotated_MC).detach()
+    dense = dequantize_conv(qweight, row_scale, group_words, C, kernel * kernel, x.dtype)
+    y = F.conv2d(as_image(rotated_MC, B, H, W), as_kernel(dense, kernel), None, stride, padding)
+    down = branch.join(lora_down, adapter_down, 0, x.dtype)
+    if len(down):
+        h = F.conv2d(x, as_kernel(down, kernel), None, stride, padding)
+        y = y + F.conv2d(h, branch.join(lora_up, adapter_up, 1, x.dtype)[..., None, None])
+    return y if bias is None else y + bias.to(x.dtype)[:, None, None]
+
+
+@torch.library.custom_op("loragraft::w4a8_conv", mutates_args=())
+def _w4a8_conv(
+    x_MC: Tensor, qweight: Tensor, row_scale: Tensor, group_words: Tensor, smooth: Tensor | None,
+    lora_down: Tensor, lora_up: Tensor, bias: Tensor | None, adapter_down: Tensor | None, adapter_up: Tensor | None,
+    window: list[int], hadamard: bool, save_x: str, config: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(y, h, codes, scale): the last three are what the backward pass keeps."""
+    view, C = Window(*window), x_MC.shape[1]
+    down_RK = branch.join(lora_down, adapter_down, 0, x_MC.dtype)
+    up_NR = branch.join(lora_up, adapter_up, 1, x_MC.dtype)
+    codes_MC, scale_M1 = quantize_activation(x_MC, smooth, hadamard, bits=8)
+    if not uses_triton(x_MC):
+        y_PN, h_PR = _on_cpu(x_MC, codes_MC, scale_M1, qweight, row_scale, group_words, down_RK, up_NR, bias, view)
+        return y_PN, h_PR, codes_MC, scale_M1
+    R = len(down_RK)
+    down_CR = down_RK.view(R, view.taps, C).transpose(0, 1).reshape(view.taps * R, C).T
+    h_PR = sum_taps(rank_product(x_MC, down_CR), R, view)
+    config = config or choose_config(codes_MC, x_MC.dtype, up_NR, view, tap_columns(C))
+    operands = codes_MC, scale_M1
+    if config in HOPPER_CONFIGS:
+        weight = qweight, group_words, row_scale
+        y_PN = hopper_conv(*operands, *weight, h_PR, up_NR, bias, view, tap_columns(C), HOPPER_CONFIGS[config])
+    else:
+        weight_NK = plain_int8(qweight, group_words)
+        y_PN = conv_gemm(*operands, weight_NK, row_scale, h_PR, up_NR, bias, view, tap_columns(C), config)
+    return y_PN, h_PR, codes_MC, scale_M1
+
+
+def choose_config(codes_MC: Tensor, dtype: torch.dtype, up_NR: Tensor, window: Window, columns: int) -> str:
+    """The kernel and its tile sizes: as tuned for this card, else Hopper's own where it runs, else by the size of the output."""
+    on_hopper = hopper_conv_runs(codes_MC, dtype, up_NR, window)
+    tuned = conv_config(codes_MC.device, window, up_NR.shape[0], columns)
+    if tuned is not None and (on_hopper or tuned not in HOPPER_CONFIGS):
+        return tuned
+    if on_hopper:
+        return "hopper"
+    return "portable" if window.out_pixels > 64 and up_NR.shape[0] > 64 else "small"
+
+
+def _on_cpu(
+    x_MC: Tensor, codes_MC: Tensor, scale_M1: Tensor, qweight: Tensor, row_scale: Tensor, group_words: Tensor,
+    down_RK: Tensor, up_NR: Tensor, bias: Tensor | None, view: Window,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y and h by torch's float32 convolutions of the dequantized operands."""
+    C, at = x_MC.shape[1], (view.batch, view.height, view.width)
+    h_PR = rank_rows(x_MC[:1].expand(view.out_pixels, -1), len(down_RK))
+    rounded = as_image(dequantize_activation(codes_MC, scale_M1, torch.float32)[:, :C].contiguous(), *at)
+    dense = dequantize_conv(qweight, row_scale, group_words, C, view.taps)
+    y = F.conv2d(
+        rounded, as_kernel(dense, view.kernel), None if bias is None else bias.float(), view.stride, view.padding
+    )
+    y_PN = as_pixels(y)
+    if len(down_RK):
+        h = F.conv2d(
+            as_image(x_MC, *at).float(), as_kernel(down_RK, view.kernel).float(), None, view.stride, view.padding
+        )
+        h_PR.copy_(as_pixels(h))
+        y_PN = y_PN.addmm_(h_PR.float(), up_NR.float().T)
+    return y_PN.to(x_MC.dtype), h_PR
+
+
+@_w4a8_conv.register_fake
+def _(
+    x_MC, qweight, row_scale, group_words, smooth, lora_down, lora_up, bias, adapter_down, adapter_up,
+    window, hadamard, save_x, config,
+):  # fmt: skip
+    view, (M, C) = Window(*window), x_MC.shape
+    rank = lora_down.shape[0] + (0 if adapter_down is None else adapter_down.shape[0])
+    h_PR = x_MC.new_empty((view.out_pixels, (rank + 7) // 8 * 8))[:, :rank]
+    codes_MC, scale_M1 = x_MC.new_empty((M, padded(C)), dtype=torch.int8), x_MC.new_empty((M, 1), dtype=torch.float32)
+    return x_MC.new_empty((view.out_pixels, qweight.shape[0])), h_PR, codes_MC, scale_M1
+
+
+@torch.library.custom_op("loragraft::w4a8_conv_dgrad", mutates_args=())
+def _w4a8_conv_dgrad(
+    dy_PN: Tensor, up_NR: Tensor, down_RK: Tensor, qweight: Tensor, row_scale: Tensor, group_words: Tensor,
+    smooth: Tensor | None, window: list[int], hadamard: bool,
+) -> Tensor:  # fmt: skip
+    """dx [M, C]: torch's transposed convolution of dy with W_eff, written for the length of this call."""
+    view, (R, K) = Window(*window), down_RK.shape
+    C = K // view.taps
+    if uses_triton(dy_PN):
+        columns = tap_columns(C) * view.taps
+        smooth_K = None if smooth is None else F.pad(smooth, (0, tap_columns(C) - C), value=1.0).repeat(view.taps)
+        down = pad_taps(down_RK, C) if R else down_RK.new_empty((0, columns))
+        dense = effective_weight(qweight, group_words, row_scale, smooth_K, hadamard, up_NR, down)
+        dense = trim_taps(dense, C, view.taps)
+    else:
+        dense = dequantize_conv(qweight, row_scale, group_words, C, view.taps)
+        dense = branch.unrotate(dense, None if smooth is None else smooth.repeat(view.taps), hadamard)
+        dense = torch.addmm(dense, up_NR.float(), down_RK.float()).to(dy_PN.dtype)
+    dy = as_image(dy_PN, view.batch, view.out_height, view.out_width)
+    shape = (view.batch, C, view.height, view.width)
+    return as_pixels(conv2d_input(shape, as_kernel(dense, view.kernel), dy, stride=view.stride, padding=view.padding))
+
+
+@_w4a8_conv_dgrad.register_fake
+def _(dy_PN, up_NR, down_RK, qweight, row_scale, group_words, smooth, window, hadamard):
+    view = Window(*window)
+    return dy_PN.new_empty((view.pixels, down_RK.shape[1] // view.taps))
+
+
+@torch.library.custom_op("loragraft::conv_adapter_gradients", mutates_args=())
+def _conv_adapter_gradients(
+    dy_PN: Tensor, h_Pr: Tensor, x_MC: Tensor, scale_M1: Tensor | None, smooth: Tensor | None, adapter_up: Tensor,
+    window: list[int], hadamard: bool, channels: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dA [r, T C] and dB [N, r] in float32; x raw, or codes with their scale."""
+    view = Window(*window)
+    spread_TMr = spread_taps(rank_product(dy_PN, adapter_up.to(dy_PN.dtype)), view)
+    grad_TrC = torch.stack([row_product(g_Mr, x_MC, scale_M1)[:, :channels] for g_Mr in spread_TMr])
+    if scale_M1 is not None:  # rotation and smoothing of a rebuilt x act on the small dA
+        grad_TrC = apply_hadamard(grad_TrC) if hadamard else grad_TrC
+        grad_TrC = grad_TrC if smooth is None else grad_TrC * smooth.float()
+    return grad_TrC.transpose(0, 1).flatten(1), row_product(h_Pr, dy_PN).T.contiguous()
+
+
+@_conv_adapter_gradients.register_fake
+def _(dy_PN, h_Pr, x_MC, scale_M1, smooth, adapter_up, window, hadamard, channels):
+    N, r = adapter_up.shape
+    wide = {"dtype": torch.float32}
+    return dy_PN.new_empty((r, Window(*window).taps * channels), **wide), dy_PN.new_empty((N, r), **wide)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x_MC, *weights, _bias, adapter_down, adapter_up, ctx.window, ctx.hadamard, save_x, _config = inputs
+    _, h_PR, codes_MC, scale_M1 = output
+    ctx.trains, ctx.channels = any(ctx.needs_input_grad[8:10]), x_MC.shape[1]
+    kept = (h_PR, *branch.kept_x(x_MC, codes_MC, scale_M1, save_x)) if ctx.trains else (None,) * 4
+    ctx.save_for_backward(*kept, *weights, adapter_down, adapter_up)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dy_PN: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors  # read once: under checkpointing the first reading computes them again
+    h_PR, x_MC, codes_MC, scale_M1, *quantized, smooth, lora_down, lora_up, adapter_down, adapter_up = saved
+    dy_PN = dy_PN.contiguous()
+    dx_MC, grad_down, grad_up = None, None, None
+    if ctx.needs_input_grad[0]:
+        up_NR = branch.join(lora_up, adapter_up, 1, dy_PN.dtype)
+        down_RK = branch.join(lora_down, adapter_down, 0, dy_PN.dtype)
+        dx_MC = _w4a8_conv_dgrad(dy_PN, up_NR, down_RK, *quantized, smooth, ctx.window, ctx.hadamard)
+    if ctx.trains:
+        r = adapter_down.shape[0]
+        grad_down, grad_up = _conv_adapter_gradients(
+            dy_PN, h_PR[:, -r:], codes_MC if x_MC is None else x_MC, scale_M1, smooth, adapter_up, ctx.window,
+            ctx.hadamard, ctx.channels,
+        )  # fmt: skip
+        grad_down, grad_up = grad_down.to(adapter_down.dtype), grad_up.to(adapter_up.dtype)
+    return dx_MC, *(None,) * 7, grad_down, grad_up, *(None,) * 4
+
+
+_w4a8_conv.register_autograd(_backward, setup_context=_setup_context)
+
+
+def w4a8_conv(
+    x: Tensor, qweight: Tensor, row_scale: Tensor, group_words: Tensor, smooth: Tensor | None,
+    lora_down: Tensor, lora_up: Tensor, bias: Tensor | None, *, kernel: int, stride: int = 1, padding: int = 0,
+    hadamard: bool = False, adapter_down: Tensor | None = None, adapter_up: Tensor | None = None,
+    save_x: branch.SaveX = "quantized", config: str | None = None,
+) -> Tensor:  # fmt: skip
+    """x [B, C, H, W] -> y [B, N, H', W'] in x's dtype, channels last; gradients for x, adapter_down and adapter_up only.
+
+    qweight uint8 [N, Kp/2] (pack_tiles) with Kp = T Ct rounded up to 128, row_scale float32 [N], group_words int32
+    [Kp/128, N] (pack_words), smooth [C], lora_down [R, T C] with columns (tap, channel), lora_up [N, R], bias [N],
+    adapter_down [r, T C], adapter_up [N, r] (already times alpha / r). T = kernel^2. x in channels-last layout is not copied.
+    save_x: as in `w4a8_linear`. config: kernel and tile sizes by name (`conv_gemm.CONFIGS`, on Hopper with stride 1
+    `hopper_conv.HOPPER_CONFIGS` too), for benchmarks.
+    Raises ValueError for a shape, window or mode that does not fit.
+    """
+    adapter_down, adapter_up = branch.trainable_rank(adapter_down), branch.trainable_rank(adapter_up)
+    window = _check(x, qweight, row_scale, group_words, smooth, lora_down, lora_up, bias, kernel, stride, padding)
+    _check_adapter(x.shape[1] * window.taps, qweight.shape[0], adapter_down, adapter_up)
+    branch.check_modes("w4a8_conv", save_x, "dequantized")
+    if config is not None and config not in (*CONFIGS, *HOPPER_CONFIGS):
+        raise ValueError(f"w4a8_conv: config {config!r}; expected one of {', '.join((*CONFIGS, *HOPPER_CONFIGS))}")
+    if hadamard and x.shape[1] % 64:
+        raise ValueError(f"w4a8_conv: hadamard=True needs C % 64 == 0, C = {x.shape[1]}; quantize without the rotation")
+    y_PN, *_ = _w4a8_conv(
+        as_pixels(x), qweight, row_scale, group_words, smooth, lora_down, lora_up, bias, adapter_down, adapter_up,
+        list(window), hadamard, save_x, config,
+    )  # fmt: skip
+    return as_image(y_PN, window.batch, window.out_height, window.out_width)
+
+
+def _check(
+    x: Tensor, qweight: Tensor, row_scale: Tensor, group_words: Tensor, smooth: Tensor | None, lora_down: Tensor,
+    lora_up: Tensor, bias: Tensor | None, kernel: int, stride: int, padding: int,
+) -> Window:  # fmt: skip
+    """The window over x. Raises ValueError, naming the argument."""
+    if x.ndim != 4 or x.numel() == 0:
+        raise ValueError(f"w4a8_conv: x has shape {tuple(x.shape)}, must be [B, C, H, W] with at least one pixel")
+    (B, C, H, W), N = x.shape, qweight.shape[0]
+    if kernel < 1 or stride < 1 or padding < 0 or min(H, W) + 2 * padding < kernel:
+        raise ValueError(
+            f"w4a8_conv: kernel {kernel}, stride {stride}, padding {padding} leave no output of {H} x {W} pixels"
+        )
+    window = Window(B, H, W, kernel, stride, padding)
+    columns, R = padded(window.taps * tap_columns(C)), lora_up.shape[1]
+    if not (qweight.is_contiguous() and group_words.is_contiguous()):
+        raise ValueError("w4a8_conv: qweight or group_words is not contiguous; call .contiguous() once, when loading")
+    expected: dict[str, tuple[Tensor | None, tuple[int, ...], torch.dtype | None]] = {
+        "qweight": (qweight, (N, columns // 2), torch.uint8),
+        "group_words": (group_words, (columns // 128, N), torch.int32),
+        "row_scale": (row_scale, (N,), None),
+        "smooth": (smooth, (C,), None),
+        "lora_down": (lora_down, (R, window.taps * C), None),
+        "lora_up": (lora_up, (N, R), None),
+        "bias": (bias, (N,), None),
+    }
+    for name, (tensor, shape, dtype) in expected.items():
+        if tensor is not None and (tuple(tensor.shape) != shape or tensor.dtype != (dtype or tensor.dtype)):
+            raise ValueError(
+                f"w4a8_conv: {name} is {tensor.dtype} {tuple(tensor.shape)}, must be {dtype or 'a float'} {shape} "
+                f"(N = {N}, C = {C}, {kernel} x {kernel})"
+            )
+    return window
+
+
+def _check_adapter(K: int, N: int, adapter_down: Tensor | None, adapter_up: Tensor | None) -> None:
+    if (adapter_down is None) != (adapter_up is None):
+        raise ValueError("w4a8_conv: adapter_down and adapter_up come together, or neither; one of them is None")
+    if adapter_down is None or adapter_up is None:
+        return
+    r = adapter_down.shape[0]
+    if tuple(adapter_down.shape) != (r, K) or tuple(adapter_up.shape) != (N, r):
+        raise ValueError(
+            f"w4a8_conv: adapter_down {tuple(adapter_down.shape)} and adapter_up {tuple(adapter_up.shape)}, must be "
+            f"[r, {K}] and [{N}, r]"
+        )
