@@ -109,9 +109,9 @@ def _accept(config: Any, where: str) -> None:
     """In the place of `External.check`: a tiny configuration is no published one."""
 
 
-@pytest.fixture(scope="session", params=list_bases())
+@pytest.fixture(scope="module", params=list_bases())
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
-    """Each base in turn, quantized with one round and one candidate."""
+    """Each base in turn, quantized with one round and one candidate. No longer than a module: `find_spec` answers for all tests."""
     root = tmp_path_factory.mktemp(request.param)
     spec = find_spec(request.param)
     with pytest.MonkeyPatch.context() as patch:
