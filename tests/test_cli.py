@@ -41,7 +41,11 @@ def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str
 
 def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["recipe"]) == 0
-    assert "marketing" in capsys.readouterr().out.split()
+    listed = capsys.readouterr().out
+    assert "marketing" in listed.split()
+    assert {"pocket", "flux1-dev", "sd15", "sdxl-turbo"} <= set(
+        listed.rpartition("# bases (base=NAME): ")[2].strip().split(", ")
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """Pictures from tiny UNets through the stock pipelines: text-to-image, image-to-image, inpainting."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -9,9 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from loragraft.backbones.load import load_backbone
+from loragraft.backbones.clip_encoders import RandomClipEncoders
+from loragraft.backbones.load import find_spec, load_backbone
 from loragraft.backbones.sampler import build_pipeline, generate_from_text, other_pipeline
 from loragraft.backbones.spec import Backbone
+from loragraft.backbones.stable_diffusion import KINDS
 from loragraft.recipes.schema import WeightsConfig
 
 Open = Callable[[str], Backbone]
@@ -89,3 +93,26 @@ def test_the_stock_pipeline_inpaints(name: str, opened: Open) -> None:
         whole = np.asarray(picture, dtype=np.float64)
     difference = np.abs(np.asarray(drawn, dtype=np.float64) - whole).mean((0, 2))
     assert drawn.size == (64, 64) and difference.max() > 0
+
+
+def test_random_weights_draw(tiny_unets: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, kind = find_spec("sdxl"), KINDS["sdxl"]
+    assert spec.external is not None
+    shape = (77, tiny_unets.WIDTH, tiny_unets.POOLED)
+    vae = dict(tiny_unets.tiny_vae("sdxl").config)
+    small = dataclasses.replace(
+        spec,
+        external=dataclasses.replace(
+            spec.external, config=tiny_unets.tiny_config("sdxl"),
+            random_encoders=lambda *at: RandomClipEncoders(vae, kind.scheduler, kind.family, shape, *at),
+        ),
+    )  # fmt: skip
+    monkeypatch.setattr("loragraft.backbones.load.find_spec", lambda _: small)
+    drawn = []
+    for seed in (0, 0, 1):
+        backbone = load_backbone("sdxl", "native", "cpu", tmp_path, WeightsConfig(random=True, seed=seed))
+        backbone.resolution = 64
+        drawn.append(draw(backbone, ["a"], steps=1))
+    assert backbone.base_id.startswith("random-1-") and backbone.profile == "native"
+    assert np.array_equal(drawn[0], drawn[1]) and not np.array_equal(drawn[0], drawn[2])
+    assert np.isfinite(drawn[0]).all() and drawn[0].std() > 1

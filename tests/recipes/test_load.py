@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from loragraft.backbones.bases import list_bases
 from loragraft.recipes.load import RecipeError, list_recipes, load_recipe, recipe_hash, recipe_to_dict
+
+SHIPPED = Path(__file__).parents[2] / "recipes"
 
 
 def _write(folder: Path, name: str, text: str) -> Path:
@@ -206,3 +209,13 @@ def test_a_resolved_recipe_of_a_large_base_comes_back_as_it_was(tmp_path: Path) 
     recipe = load_recipe("marketing", ["base=flux1-dev", "train.batch_size=3", "sample.guidance=2"])
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_to_dict(recipe)))
     assert load_recipe(tmp_path / "recipe.yaml") == recipe
+
+
+@pytest.mark.parametrize("file", sorted(SHIPPED.glob("_on-*.yaml")), ids=lambda file: file.stem)
+def test_the_defaults_of_every_base_fit_the_domains(file: Path) -> None:
+    base = file.stem.removeprefix("_on-")
+    assert base in list_bases(), "defaults of a base that there is not"
+    for name in ("marketing", "design"):
+        recipe = load_recipe(name, [f"base={base}", "weights.random=true"])
+        assert recipe.base == base
+        assert recipe.sample.guidance == yaml.safe_load(file.read_text())["sample"]["guidance"]
