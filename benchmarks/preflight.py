@@ -3,8 +3,8 @@
     python benchmarks/preflight.py --out benchmarks/results/preflight.json --commit $(git rev-parse HEAD)
     python benchmarks/preflight.py --predict predicted.json          the memory alone, anywhere
 
-Each configuration is built from its published configuration, quantized in shape (W4A8), given an adapter of rank 16 on attention and
-feed-forward, and trained for a few steps or run forward. Memory: predicted against `torch.cuda.max_memory_allocated`, to be
+Each base has its published shapes, quantized in shape (W4A8) as it is loaded, an adapter of rank 16 where the base puts it, and is
+trained for a few steps or run forward. Memory: predicted against `torch.cuda.max_memory_allocated`, to be
 within max(10 %, 300 MiB). Time: a calibrated roofline against the median step, to be within 25 %. Exit code 1 if not.
 """
 
@@ -22,62 +22,55 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel, SanaTransformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
 
 from loragraft.adapters.inject import inject_adapter
 from loragraft.adapters.joined import JoinedFactors
-from loragraft.backbones.architectures import FLUX, Architecture
 from loragraft.backbones.compiled import compile_blocks
-from loragraft.backbones.flow import flow_loss
-from loragraft.backbones.flux1 import flux1_config
-from loragraft.backbones.skeleton import meta_transformer, plan_architecture, randomize
-from loragraft.quantization.settings import QuantSettings
+from loragraft.backbones.skeleton import randomize
+from loragraft.backbones.spec import BaseSpec
+from loragraft.data.cache import default_cache_root
+from loragraft.recipes.load import load_recipe
 from loragraft.recipes.schema import AdapterConfig
 from loragraft.train.dry_run import DryRun, dry_infer, dry_train
 from loragraft.train.machine_calibration import calibrate
 from loragraft.train.memory import set_checkpointing
+from loragraft.train.preflight import Subject, open_subject
 from loragraft.train.roofline import Machine, run_seconds
 from loragraft.train.step import GraphStep
 
 GIB, MIB = 2**30, 2**20
 WARM, STEPS = 3, 5
-SDXL = Architecture(
-    class_name="UNet2DConditionModel",
-    quantize=(r".*\.attn[12]\.(to_q|to_k|to_v|to_out\.0)", r".*\.ff\.net\.(0\.proj|2)", r".*\.proj_(in|out)"),
-    quantize_w4a16=(),
-    keep_16bit=(r"(time|add)_embedding\.linear_[12]", r".*\.time_emb_proj"),
-)
-SDXL_CONFIG: dict[str, Any] = {
-    "in_channels": 4, "out_channels": 4, "sample_size": 128, "block_out_channels": [320, 640, 1280], "layers_per_block": 2,
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    "transformer_layers_per_block": [1, 2, 10], "attention_head_dim": [5, 10, 20], "cross_attention_dim": 2048,
-    "use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}  # fmt: skip
-SANA = Architecture(
-    class_name="SanaTransformer2DModel",
-    quantize=(r".*\.attn[12]\.(to_q|to_k|to_v|to_out\.0)",),
-    quantize_w4a16=(),
-    keep_16bit=(r"time_embed\..*", r"caption_projection\..*", r"proj_out"),
-)
-SANA_CONFIG: dict[str, Any] = {
-    "in_channels": 32, "out_channels": 32, "num_attention_heads": 70, "attention_head_dim": 32, "num_layers": 20,
-    "num_cross_attention_heads": 20, "cross_attention_head_dim": 112, "cross_attention_dim": 2240,
-    "caption_channels": 2304, "mlp_ratio": 2.5, "sample_size": 32, "patch_size": 1,
-}  # fmt: skip
+MODELS = {"flux": "flux1-dev", "sdxl": "sdxl", "sana": "sana-16b"}
+"""Configuration's model -> base."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """A transformer by its configuration, and a batch for it."""
+    """A base without its weights, and a batch for it."""
 
-    transformer_class: type[nn.Module]
-    config: dict[str, Any]
-    architecture: Architecture
-    loss: Callable[[nn.Module, torch.device, int], Tensor]
-    """(model, device, pixels) -> the loss of a random batch of one."""
+    subject: Subject
+
+    @classmethod
+    def of(cls, base: str) -> "Model":
+        """The base as a recipe that names nothing else would have it. Raises ValueError for an unknown one."""
+        return cls(open_subject(load_recipe("marketing", [f"base={base}"]), default_cache_root()))
+
+    @property
+    def spec(self) -> BaseSpec:
+        return self.subject.spec
+
+    def batch(self, device: torch.device, pixels: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """(latents, times, text) of one sample, all ones but the time."""
+        latents, text = self.subject.batch(1, pixels)
+        ones = {key: _ones(device, *value.shape) for key, value in text.items()}
+        return _ones(device, *latents.shape), torch.full((1,), 0.5, device=device), ones
+
+    def loss(self, module: nn.Module, device: torch.device, pixels: int) -> Tensor:
+        """Of one sample, as training computes it."""
+        latents, times, text = self.batch(device, pixels)
+        guidance = self.spec.training_guidance
+        return self.spec.family.loss(module, latents, torch.zeros_like(latents), times, text, guidance=guidance)
 
 
 @dataclass(frozen=True)
@@ -88,8 +81,10 @@ class Configuration:
     pixels: int = 1024
     trains: bool = True
     checkpointing: bool = False
+    captured: bool = False
+    """The step replayed from a CUDA graph."""
     compiled: bool = False
-    """Repeated blocks compiled and the step captured, as a run on a GPU does it."""
+    """The repeated blocks compiled as well, as a run on a GPU does it."""
 
     def __str__(self) -> str:
         how = "infer" if not self.trains else "train" + ("-checkpointed" if self.checkpointing else "")
@@ -110,57 +105,27 @@ CONFIGURATIONS = (
     Configuration("sana", trains=False),
 )
 
-COMPILED = tuple(Configuration("flux", checkpointing=checkpointing, compiled=True) for checkpointing in (False, True))
+COMPILED = tuple(
+    Configuration("flux", checkpointing=checkpointing, captured=True, compiled=True) for checkpointing in (False, True)
+)
 """What a run on one GPU does by itself. Compiled blocks keep less than preflight says, so these are reported and not judged."""
-
-
-def _flux_loss(model: nn.Module, device: torch.device, pixels: int) -> Tensor:
-    latents = _ones(device, 1, 16, pixels // 8, pixels // 8)
-    text = {"prompt_embeds": _ones(device, 1, 512, 4096), "pooled_prompt_embeds": _ones(device, 1, 768)}
-    times = torch.full((1,), 0.5, device=device)
-    return flow_loss(model, latents, torch.zeros_like(latents), times, text, guidance=1.0)
-
-
-def _sdxl_loss(model: nn.Module, device: torch.device, pixels: int) -> Tensor:
-    latents = _ones(device, 1, 4, pixels // 8, pixels // 8)
-    more = {"text_embeds": _ones(device, 1, 1280), "time_ids": _ones(device, 1, 6)}
-    times = torch.full((1,), 500, device=device)
-    (noise,) = model(latents, times, _ones(device, 1, 77, 2048), added_cond_kwargs=more, return_dict=False)
-    return torch.nn.functional.mse_loss(noise.float(), latents.float())
-
-
-def _sana_loss(model: nn.Module, device: torch.device, pixels: int) -> Tensor:
-    latents = _ones(device, 1, 32, pixels // 32, pixels // 32)
-    times = torch.full((1,), 500, device=device)
-    (velocity,) = model(latents, _ones(device, 1, 300, 2304), times, return_dict=False)
-    return torch.nn.functional.mse_loss(velocity.float(), latents.float())
 
 
 def _ones(device: torch.device, *shape: int) -> Tensor:
     return torch.ones(shape, device=device, dtype=torch.bfloat16)
 
 
-MODELS = {
-    "flux": Model(FluxTransformer2DModel, flux1_config("dev"), FLUX, _flux_loss),
-    "sdxl": Model(UNet2DConditionModel, SDXL_CONFIG, SDXL, _sdxl_loss),
-    "sana": Model(SanaTransformer2DModel, SANA_CONFIG, SANA, _sana_loss),
-}
-
-
 def build(model: Model) -> nn.Module:
     """The quantized model on meta, its 16-bit part in bfloat16."""
-    plan = partial(plan_architecture, model.architecture, QuantSettings(rank=32, smoothing="hadamard"))
-    return nn.Module.to(meta_transformer(model.transformer_class, model.config, plan), dtype=torch.bfloat16)
+    return nn.Module.to(model.subject.transformer(), dtype=torch.bfloat16)
 
 
 def prepared(module: nn.Module, model: Model, configuration: Configuration) -> list[nn.Parameter]:
     """Adapter and checkpointing, as a run sets them up; returns what is trained."""
     if not configuration.trains:
         return []
-    parameters = inject_adapter(module, AdapterConfig(), model.architecture.quantize)
+    parameters = inject_adapter(module, AdapterConfig(), model.spec.lora_targets)
     set_checkpointing(module, "block" if configuration.checkpointing else "none")
-    if configuration.checkpointing:
-        module.train()  # UNets checkpoint in training mode only; there is no dropout
     return parameters
 
 
@@ -168,12 +133,12 @@ def predict(model: Model, configuration: Configuration) -> DryRun:
     """The dry run of a configuration."""
     module, cpu = build(model), torch.device("cpu")
     prepared(module, model, configuration)
-    if configuration.compiled:
+    if configuration.captured:
         JoinedFactors(module, torch.bfloat16)
     loss = partial(model.loss, module, cpu, configuration.pixels)
     if configuration.trains:
         optimizer = partial(torch.optim.AdamW, fused=True)
-        return dry_train(module, loss, optimizer, captured=configuration.compiled)
+        return dry_train(module, loss, optimizer, captured=configuration.captured)
     return dry_infer(module, loss)
 
 
@@ -188,7 +153,7 @@ def measure(model: Model, configuration: Configuration, device: torch.device) ->
     step = _train_step(module, parameters, loss, configuration) if configuration.trains else torch.no_grad()(loss)
     times = []
     for number in range(WARM + STEPS):
-        if number == WARM and not configuration.compiled:  # what is captured allocates once, in the first step
+        if number == WARM and not configuration.captured:  # what is captured allocates once, in the first step
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
@@ -207,6 +172,7 @@ def _train_step(
     graph = None
     if configuration.compiled:
         compile_blocks(module)
+    if configuration.captured:
         graph = GraphStep(lambda tensors: loss(), parameters, JoinedFactors(module, torch.bfloat16))
 
     def step() -> None:
@@ -237,7 +203,7 @@ def compare(predicted: dict[str, Any], measured: dict[str, float]) -> dict[str, 
 
 def figures(run: DryRun, machine: Machine | None, configuration: Configuration) -> dict[str, Any]:
     """JSON-able prediction; without a machine it has no time."""
-    seconds = None if machine is None else run_seconds(run, machine, host=not configuration.compiled)
+    seconds = None if machine is None else run_seconds(run, machine, host=not configuration.captured)
     return {
         "peak_bytes": run.peak, "reserved_bytes": run.reserved, "at_peak": run.at_peak, "saved": run.saved,
         "unknown": list(run.unknown), "seconds": seconds,
@@ -257,11 +223,12 @@ def main() -> int:
     args = parser.parse_args()
     every = (*CONFIGURATIONS, *(COMPILED if args.compiled else ()))
     chosen = [configuration for configuration in every if args.only in str(configuration)]
+    models = {name: Model.of(MODELS[name]) for name in {configuration.model for configuration in chosen}}
     if args.predict is not None:
         found = {}
         for configuration in chosen:
             start = time.perf_counter()
-            run = predict(MODELS[configuration.model], configuration)
+            run = predict(models[configuration.model], configuration)
             found[str(configuration)] = figures(run, None, configuration)
             print(f"{configuration!s:32s} {run.peak / GIB:8.2f} GiB   {time.perf_counter() - start:5.1f} s", flush=True)
         args.predict.write_text(json.dumps(found, indent=1) + "\n")
@@ -273,7 +240,7 @@ def main() -> int:
     machine = calibrate(device)
     results = {}
     for configuration in chosen:
-        model = MODELS[configuration.model]
+        model = models[configuration.model]
         predicted = figures(predict(model, configuration), machine, configuration)
         results[str(configuration)] = found = compare(predicted, measure(model, configuration, device))
         print(

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from loragraft.kernels.taps import Window, tap_columns
+
 Unit = Literal[
     "int8", "gemm", "gemm32", "attention", "attention_backward", "fast_attention", "fast_attention_backward", "conv", "memory"
 ]  # fmt: skip
@@ -163,6 +165,46 @@ def _row_product(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[Part]
     return [Part("memory", 2 * left.shape[0] * left.shape[1] * right.shape[1], _bytes(args) + _bytes(results))]
 
 
+def _conv(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[Part]:
+    """x is read and quantized; the branch is one product with all taps of [D; A], summed over taps; the codes are unpacked for
+    the convolution, and the branch is in its epilogue."""
+    x, qweight = args[:2]
+    window, (M, C), (P, N) = Window(*args[10]), x.shape, results[0].shape
+    R, T = _rank(args[5], args[8]), window.taps
+    product = M * T * R * x.dtype.itemsize
+    return [
+        Part("memory", 0, _bytes([x, *results[2:]])),
+        Part("gemm", 2 * M * C * T * R, _bytes(x) + product),
+        Part("memory", 0, product + _bytes(results[1])),
+        Part("memory", 0, 3 * _bytes(qweight)),
+        Part("int8", 2 * P * N * T * C, 2 * _bytes(qweight) + _bytes(results)),
+        Part("gemm", 2 * P * N * R, 0),
+    ]
+
+
+def _conv_dgrad(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[Part]:
+    """W_eff is written, then read by cuDNN's transposed convolution."""
+    dy, up, down, qweight = args[:4]
+    (P, N), (R, K) = dy.shape, down.shape
+    dense = N * K * dy.dtype.itemsize
+    return [
+        Part("memory", 2 * N * K * R, _bytes([qweight, up, down]) + dense),
+        Part("conv", 2 * P * N * K, _bytes([dy, *results]) + dense),
+    ]
+
+
+def _conv_adapter_gradients(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[Part]:
+    """dy B for every tap, a product with x for each tap, and dB."""
+    dy, h, x, _, _, up = args[:6]
+    (P, N), r, T = dy.shape, up.shape[1], Window(*args[6]).taps
+    spread = T * x.shape[0] * r * dy.dtype.itemsize
+    return [
+        Part("gemm", 2 * P * N * r, _bytes(dy) + 2 * spread),
+        Part("memory", 2 * T * x.shape[0] * r * args[8], T * _bytes(x) + spread + _bytes(results[0])),
+        Part("memory", 2 * P * N * r, _bytes([dy, h, results[1]])),
+    ]
+
+
 def _attention(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[Part]:
     q, k, v = (a.transpose(1, 2).shape for a in args[:3])
     return [Part("fast_attention", sdpa_flop_count(q, k, v), _bytes(args) + _bytes(results))]
@@ -191,6 +233,9 @@ _COSTS: dict[str, Callable[[tuple[Any, ...], Sequence[Tensor]], list[Part]]] = {
     "w4a4_dgrad": _w4a4_dgrad,
     "w4a16_linear": _w4a16,
     "w4a16_dx": _w4a16_dx,
+    "w4a8_conv": _conv,
+    "w4a8_conv_dgrad": _conv_dgrad,
+    "conv_adapter_gradients": _conv_adapter_gradients,
     "quantize_activation": _elementwise,
     "attention": _attention,
     "attention_backward": _attention_backward,
@@ -236,6 +281,31 @@ def _w4a4_dgrad_space(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[
     return [dy.shape[1] * down.shape[1] * dy.dtype.itemsize]
 
 
+def _conv_space(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[int]:
+    """Joined factors, [D; A] by taps, the branch's product before its sum over taps, the codes one to a byte."""
+    x, qweight = args[:2]
+    (M, C), R, T, size = x.shape, _rank(args[5], args[8]), Window(*args[10]).taps, x.dtype.itemsize
+    factors = _factors(x.dtype, args[5], args[8]) + _factors(x.dtype, args[6], args[9])
+    return [*factors, T * R * C * size, M * T * R * size, 2 * qweight.numel()]
+
+
+def _conv_dgrad_space(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[int]:
+    """W_eff in 16 bits, with the padding of each tap, and without it where there is any."""
+    dy, _, down = args[:3]
+    T, N, size = Window(*args[7]).taps, dy.shape[1], dy.dtype.itemsize
+    C = down.shape[1] // T
+    padded = T * tap_columns(C)
+    return [N * padded * size, *([N * T * C * size, len(down) * padded * size] if padded != T * C else [])]
+
+
+def _conv_adapter_space(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[int]:
+    """dy B, its taps, dA tap by tap, and the partial sums of one product."""
+    dy, _, x, _, _, up = args[:6]
+    r, T, size = up.shape[1], Window(*args[6]).taps, dy.dtype.itemsize
+    partial = _row_product_space((up.new_empty((x.shape[0], r)), x), ())
+    return [dy.shape[0] * r * size, T * x.shape[0] * r * size, 2 * results[0].numel() * 4, *partial]
+
+
 def _row_product_space(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[int]:
     """float32 partial sums of up to 512 programs."""
     (M, R), C = args[0].shape, args[1].shape[1]
@@ -273,6 +343,9 @@ _WORKSPACES: dict[str, Callable[[tuple[Any, ...], Sequence[Tensor]], list[int]]]
     "w4a4_linear": _w4a4_space,
     "w4a4_dgrad": _w4a4_dgrad_space,
     "row_product": _row_product_space,
+    "w4a8_conv": _conv_space,
+    "w4a8_conv_dgrad": _conv_dgrad_space,
+    "conv_adapter_gradients": _conv_adapter_space,
     "attention_backward": _our_attention_backward_space,
     "_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward_space,
     "convolution": _convolution_space,

@@ -1,0 +1,57 @@
+"""What preflight counts of a quantized convolution: the ops that run, and the memory that they hold beside their results."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from loragraft.kernels.taps import tap_columns
+from loragraft.quantization.conv import SVDQuantConv2d
+from loragraft.quantization.settings import QuantSettings
+from loragraft.train.op_cost import OpCost, cost_of, workspace
+
+B, C, N, EDGE, R = 2, 72, 40, 10, 4
+
+
+@pytest.fixture(scope="module")
+def seen() -> dict[str, tuple[OpCost, list[int]]]:
+    """Op -> (cost, workspace) of a forward and a backward pass with an adapter of rank 2."""
+    found: dict[str, tuple[OpCost, list[int]]] = {}
+    settings = QuantSettings(rank=R, smoothing="weight", iterations=1, grid=1)
+    layer, _ = SVDQuantConv2d.from_conv(nn.Conv2d(C, N, 3, padding=1), None, settings)
+    down = layer.adapter_columns(torch.randn(2, C, 3, 3)).requires_grad_()
+    up = torch.zeros(N, 2, requires_grad=True)
+
+    class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            out = func(*args, **(kwargs or {}))
+            if func._schema.name.startswith("loragraft::"):
+                results = [t for t in (out if isinstance(out, tuple) else (out,)) if isinstance(t, Tensor)]
+                cost = cost_of(func, args, kwargs or {}, results)
+                found[cost.name.removeprefix("loragraft::")] = cost, workspace(func, args, results)
+            return out
+
+    with Recorder():
+        layer(torch.randn(B, C, EDGE, EDGE, requires_grad=True), down, up).square().mean().backward()
+    return found
+
+
+def test_every_op_has_a_formula(seen: dict[str, tuple[OpCost, list[int]]]) -> None:
+    assert {"w4a8_conv", "w4a8_conv_dgrad", "conv_adapter_gradients"} <= seen.keys()
+    assert all(cost.modelled for cost, _ in seen.values())
+
+
+def test_operations_are_those_of_the_convolution(seen: dict[str, tuple[OpCost, list[int]]]) -> None:
+    P = B * EDGE * EDGE
+    (forward,) = (part.flops for part in seen["w4a8_conv"][0].parts if part.unit == "int8")
+    (backward,) = (part.flops for part in seen["w4a8_conv_dgrad"][0].parts if part.unit == "conv")
+    assert forward == backward == 2 * P * N * 9 * C
+
+
+def test_workspace_by_hand(seen: dict[str, tuple[OpCost, list[int]]]) -> None:
+    width, pixels = tap_columns(C), B * EDGE * EDGE
+    assert width == 128
+    space = seen["w4a8_conv"][1]
+    assert space[-1] == N * 9 * width, "codes, one to a byte"
+    assert space[-2] == pixels * 9 * (R + 2) * 4, "the branch before its sum over taps"
+    assert seen["w4a8_conv_dgrad"][1][:2] == [N * 9 * width * 4, N * 9 * C * 4], "W_eff with and without padding"
+    assert seen["conv_adapter_gradients"][1][:2] == [pixels * 2 * 4, 9 * pixels * 2 * 4]
