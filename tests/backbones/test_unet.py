@@ -1,6 +1,7 @@
 """What a UNet is given in a training step: against its own pipeline; and what its LoRA gets, against 16 bits."""
 
 import copy
+import re
 from types import ModuleType
 from typing import Any
 
