@@ -20,11 +20,13 @@ Smoothing is per channel, the same for all taps, since they read the same codes.
 widened to INT8 for the length of the call on devices other than Hopper. `smooth_and_rotate` acts on x before the windows.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.backends import cudnn
 from torch.nn.grad import conv2d_input
 
 from loragraft.kernels import branch
@@ -205,7 +207,16 @@ def _w4a8_conv_dgrad(
         dense = torch.addmm(dense, up_NR.float(), down_RK.float()).to(dy_PN.dtype)
     dy = as_image(dy_PN, view.batch, view.out_height, view.out_width)
     shape = (view.batch, C, view.height, view.width)
-    return as_pixels(conv2d_input(shape, as_kernel(dense, view.kernel), dy, stride=view.stride, padding=view.padding))
+    with _reproducible(dy_PN):
+        dx = conv2d_input(shape, as_kernel(dense, view.kernel), dy, stride=view.stride, padding=view.padding)
+    return as_pixels(dx)
+
+
+def _reproducible(x: Tensor) -> AbstractContextManager[None]:
+    """cuDNN without algorithms whose sums change their order from run to run, and without TF32: both are on by default."""
+    if not x.is_cuda:
+        return nullcontext()
+    return cudnn.flags(enabled=True, benchmark=cudnn.benchmark, deterministic=True, allow_tf32=False)
 
 
 @_w4a8_conv_dgrad.register_fake
