@@ -64,18 +64,37 @@ class FeatureStore:
 
     def of(self, paths: Sequence[Path], read: Callable[[Path], Image], how: str) -> Tensor:
         """float64 [N, 1280] of `read(path)` for each path; `how` names the way of reading, as part of the key."""
-        digest = hashlib.sha256(f"lite0 {EDGE} {how}".encode())
-        for path in paths:
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
-        file = self.folder / f"{digest.hexdigest()[:16]}.safetensors"
-        if file.exists():
-            return load(file.read_bytes())["features"]
-        if self._network is None:
-            self._network = load_lite0(self.device)
-        rows = []
-        for start in tqdm(range(0, len(paths), CHUNK), desc="features", unit="batch", leave=False):
-            rows.append(lite0_features(self._network, [read(path) for path in paths[start : start + CHUNK]]))
-        features = torch.cat(rows)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(file, save({"features": features}))
-        return features
+
+        def extract(images: Sequence[Image]) -> Tensor:
+            if self._network is None:
+                self._network = load_lite0(self.device)
+            return lite0_features(self._network, images)
+
+        return stored_features(self.folder, f"lite0 {EDGE}", paths, read, how, extract)
+
+
+def stored_features(
+    folder: Path,
+    network: str,
+    paths: Sequence[Path],
+    read: Callable[[Path], Image],
+    how: str,
+    extract: Callable[[Sequence[Image]], Tensor],
+) -> Tensor:
+    """`extract` of `read(path)` for each path, [N, D], from `folder` where it is there already.
+
+    The key is what `network` and `how` say and the files' bytes.
+    """
+    digest = hashlib.sha256(f"{network} {how}".encode())
+    for path in paths:
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    file = folder / f"{digest.hexdigest()[:16]}.safetensors"
+    if file.exists():
+        return load(file.read_bytes())["features"]
+    rows = []
+    for start in tqdm(range(0, len(paths), CHUNK), desc="features", unit="batch", leave=False):
+        rows.append(extract([read(path) for path in paths[start : start + CHUNK]]))
+    features = torch.cat(rows)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(file, save({"features": features}))
+    return features

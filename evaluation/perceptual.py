@@ -44,7 +44,7 @@ class STLPIPS:
             raise ValueError(f"ST-LPIPS needs at least {SMALLEST} pixels on an edge, got {tuple(a_BCHW.shape[-2:])}")
         total = torch.zeros(len(a_BCHW), device=self.device)
         for layer, (of_a, of_b) in enumerate(zip(self._layers(a_BCHW), self._layers(b_BCHW), strict=True)):
-            difference = (_normalised(of_a) - _normalised(of_b)).square()
+            difference = (unit_features(of_a) - unit_features(of_b)).square()
             total += conv2d(difference, self._state[f"lin{layer}.model.1.weight"]).mean((1, 2, 3))
         return total.cpu()
 
@@ -65,5 +65,6 @@ class STLPIPS:
         return conv2d(pad(x, (2, 2, 2, 2), mode="reflect"), kernel, stride=2, groups=len(kernel))
 
 
-def _normalised(features: Tensor) -> Tensor:
+def unit_features(features: Tensor) -> Tensor:
+    """[B, C, H, W] divided by its length over channels; 1e-10 keeps zero at zero."""
     return features / (features.square().sum(1, keepdim=True).sqrt() + 1e-10)
