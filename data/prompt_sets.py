@@ -19,6 +19,7 @@ import csv
 import difflib
 import json
 import random
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,7 +133,8 @@ def split_for_training(entries: Sequence[Entry], evaluation: Sequence[Entry]) ->
     """
     names, prompts = {e.name for e in evaluation}, {_plain(e.prompt) for e in evaluation}
     images = {e.image for e in evaluation if e.image}
-    kept, left = [], []
+    kept: list[Entry] = []
+    left: list[Entry] = []
     for entry in entries:
         if entry.name in names:
             continue
@@ -177,6 +179,22 @@ def write_folder(found: PromptSet, evaluation: Sequence[Entry], folder: Path) ->
     write_atomic(folder / "metadata.jsonl", ("\n".join(lines) + "\n").encode())
     splits = [split for _, split in rows]
     return {split: splits.count(split) for split in SPLITS} | {"left out": len(left)}
+
+
+def show(which: str, folder: Path, count: int | None, training_folder: str | None) -> int:
+    """`loragraft prompts SET --from DIR`: the subset as JSON lines, or a folder to train on. Raises DataError."""
+    found = read_prompt_set(which, folder)
+    chosen = svdquant_subset(found.entries, count or SVDQUANT_COUNT)
+    if training_folder:
+        counts = write_folder(found, chosen, Path(training_folder))
+        print(f"{training_folder}: " + ", ".join(f"{name} {number}" for name, number in counts.items()))
+        return 0
+    for entry in chosen:
+        about = {"name": entry.name, "prompt": entry.prompt, "seed": entry.seed, "category": entry.category}
+        about |= {"split": entry.split, "image": str(entry.image) if entry.image else None}
+        print(json.dumps(about, ensure_ascii=False))
+    print(f"{len(chosen)} of {len(found.entries)} prompts of {found.title} ({found.licence})", file=sys.stderr)
+    return 0
 
 
 def _mjhq(folder: Path) -> PromptSet:

@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from loragraft.data.images import png_bytes
 from loragraft.disk import write_atomic
+from loragraft.evaluation import standard_report
 from loragraft.evaluation.measure import read_image, reference_reader
 from loragraft.evaluation.score import WRONG, Measured, ScorePlan
 
@@ -137,6 +138,7 @@ def markdown(result: Mapping[str, Any]) -> str:
             f"{memory['cosine_generated_median']:.3f} generated, {memory['cosine_held_out_median']:.3f} held-out real; "
             f"99th percentile of held-out real {memory['cosine_held_out_p99']:.3f}.",
         ]
+    lines += standard_report.lines(result.get("standard", {}), label_of)
     lines += ["", *(f"Note: {line}." for line in result["skipped"])] if result["skipped"] else []
     about = [f"{key} {result[key]}" for key in ("base", "profile", "base_id", "adapter_hash") if key in result]
     versions = ", ".join(f"{name} {number}" for name, number in result.get("versions", {}).items())
@@ -181,6 +183,9 @@ def _csv(result: Mapping[str, Any]) -> str:
                 writer.writerow([name, entry.get("images", ""), metric, value["value"], value["low"], value["high"]])
             elif isinstance(value, float):
                 writer.writerow([name, entry.get("images", ""), metric, value, "", ""])
+    for name, found in result.get("standard", {}).items():
+        for one in found:
+            writer.writerow([name, one["n"], one["header"], one["value"], one["low"], one["high"]])
     return buffer.getvalue()
 
 

@@ -26,6 +26,8 @@ from loragraft.evaluation.controls import GENERAL_PROMPTS, untrained_like
 from loragraft.evaluation.features import FeatureStore
 from loragraft.evaluation.image_sets import ImageSet, adapter_hash, present, render_missing, rendered_on
 from loragraft.evaluation.retrieval import load_towers, text_features
+from loragraft.evaluation.standard import StandardMetrics
+from loragraft.evaluation.standard_report import measure_sets
 from loragraft.recipes.schema import EvalConfig
 
 DRIFT_IMAGES = 2 * len(GENERAL_PROMPTS)
@@ -125,11 +127,17 @@ class Measured:
 
 
 def measure_score(
-    plan: ScorePlan, folders: Mapping[str, Path], root: Path, device: str, resolution: int, say: Say
+    plan: ScorePlan,
+    folders: Mapping[str, Path],
+    root: Path,
+    device: str,
+    resolution: int,
+    say: Say,
+    standard: StandardMetrics | None = None,
 ) -> Measured:
     """All statistics of the sets that are complete; `say` gets one line per set that is left out, and why.
 
-    N is `config.images`, or what both `base` and `adapter` have, so that every set is measured at one N.
+    `standard`: metrics under their published names, beside those of this module. N is `config.images`, or what both `base` and `adapter` have, so that every set is measured at one N.
     """
     images, skipped = _complete(plan, folders)
     for line in skipped:
@@ -172,6 +180,9 @@ def measure_score(
     }
     if "drift-base" in images and "drift-adapter" in images:
         result["drift"] = measure.measure_pairs(images["drift-base"], images["drift-adapter"], store)
+    if standard is not None:
+        paths = [sample.image for sample in plan.held_out][: plan.references or None]
+        result["standard"] = measure_sets(standard, images, plan.captions, paths, read, how)
     memory = None
     if plan.full and plan.train:
         train = store.of([sample.image for sample in plan.train], read, how)

@@ -66,6 +66,13 @@ def _prompts(args: argparse.Namespace) -> int:
     from loragraft.data.cache import default_cache_root
     from loragraft.data.prompts import evaluation_prompts, prompts_id
 
+    if args.source:
+        from loragraft.data.prompt_sets import show
+
+        return show(args.name, Path(args.source), args.count, args.training_folder)
+    if args.training_folder:
+        raise ValueError("--training-folder serves a published set, which --from finds")
+    args.count = args.count or 256
     prompts = evaluation_prompts(_recipe_from(args).data, args.count, default_cache_root())
     for prompt in prompts:
         print(json.dumps(dataclasses.asdict(prompt), ensure_ascii=False))
@@ -89,9 +96,12 @@ def _score(args: argparse.Namespace) -> int:
     from loragraft.evaluation.image_sets import device_name
     from loragraft.evaluation.report import write_report
     from loragraft.evaluation.score import FULL_IMAGES, ScorePlan, measure_score, render_score, score_folders
+    from loragraft.evaluation.standard_command import open_metrics
     from loragraft.versions import installed_versions
 
     run = Path(args.run)
+    root = run / "score"
+    standard = open_metrics(args, _device(), root / "features")  # what is missing is said before anything is drawn
     adapter, recipe = open_run(run)
     controls = [open_control(Path(entry)) for entry in args.control]
     images = args.images or (max(FULL_IMAGES, recipe.eval.images) if args.full else recipe.eval.images)
@@ -107,12 +117,11 @@ def _score(args: argparse.Namespace) -> int:
         references=args.references,
         full=args.full,
     )
-    root = run / "score"
     folders = (score_folders if args.measure_only else render_score)(backbone, plan, root)
     if args.render_only:
         print("\n".join(f"{name:16s} {folder}" for name, folder in folders.items()))
         return 0
-    measured = measure_score(plan, folders, root, str(backbone.device), resolution, print)
+    measured = measure_score(plan, folders, root, str(backbone.device), resolution, print, standard)
     context = {
         "base": recipe.base,
         "profile": backbone.profile,
@@ -123,6 +132,12 @@ def _score(args: argparse.Namespace) -> int:
     print(write_report(plan, measured, root, resolution, context))
     print(f"\nwritten to {root}: score.json, score.csv, score.md, grid.png; figures also in {run / 'score.json'}")
     return 0
+
+
+def _measure(args: argparse.Namespace) -> int:
+    from loragraft.evaluation.standard_command import run
+
+    return run(args, _device())
 
 
 def _quantize(args: argparse.Namespace) -> int:
@@ -194,6 +209,8 @@ def _device() -> str:
 
 def _parser() -> argparse.ArgumentParser:
     from loragraft.evaluation.generate_command import add_options as generate_options
+    from loragraft.evaluation.standard_command import EPILOG, add_metric_options
+    from loragraft.evaluation.standard_command import add_options as measure_options
 
     parser = argparse.ArgumentParser(
         prog="loragraft", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -226,10 +243,20 @@ def _parser() -> argparse.ArgumentParser:
         _prompts,
         "print evaluation prompts about a recipe's test concepts, as JSON lines",
         "loragraft prompts marketing --count 256\n\n"
-        "Each line has `long`, `short` and `concept`. The list is the same everywhere; its sha256 goes to stderr.",
+        "loragraft prompts mjhq --from MJHQ-30K --count 5000 > prompts.jsonl              SVDQuant's subset and seeds\n\n"
+        "Each line has `long`, `short` and `concept`; the list is the same everywhere, its sha256 goes to stderr. Of a published\n"
+        "set (mjhq, sdci, coco) it has `name`, `prompt`, `seed`, `category`, `split` and `image`.",
     )
-    prompts.add_argument("name", metavar="recipe")
-    prompts.add_argument("--count", type=int, default=256, help="how many (default: 256)")
+    prompts.add_argument("name", metavar="recipe", help="or, with --from, a published set: mjhq, sdci, coco")
+    prompts.add_argument("--count", type=int, help="how many (default: 256; of a published set 5000)")
+    prompts.add_argument(
+        "--from", dest="source", metavar="DIR", help="where the published set lies; nothing is fetched"
+    )
+    prompts.add_argument(
+        "--training-folder",
+        metavar="OUT",
+        help="write a folder for data.folder instead: these prompts as its test split, the rest to train on",
+    )
     prompts.add_argument("overrides", nargs="*", metavar="key=value")
 
     verb("train", _recipe, "train an adapter: all options as in train/lora.py", "loragraft train --recipe marketing")
@@ -283,6 +310,16 @@ def _parser() -> argparse.ArgumentParser:
     stage.add_argument("--render-only", action="store_true", help="draw what is missing and stop")
     stage.add_argument("--measure-only", action="store_true", help="draw nothing, measure what is there")
 
+    add_metric_options(score)
+
+    measure = verb(
+        "measure",
+        _measure,
+        "FID, CLIP score, ImageReward, LPIPS, PSNR of images on disk; rows as a table",
+        EPILOG,
+    )
+    measure_options(measure)
+
     quantize = verb(
         "quantize",
         _quantize,
@@ -311,9 +348,7 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument(
         "--prompts", metavar="FILE", help="calibrate a pipeline on these, one a line (default: 16 of ours)"
     )
-    quantize.add_argument(
-        "--resolution", type=int, help="pixels of a pipeline's calibration (default: the base's own)"
-    )
+    quantize.add_argument("--resolution", type=int, help="pixels of a pipeline's calibration (default: the base's own)")
     quantize.add_argument("--out", required=True, help="folder to write; must not exist")
 
     convert = verb(

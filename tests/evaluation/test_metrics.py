@@ -181,3 +181,32 @@ def test_ssim_is_scikit_images() -> None:
         metrics.structural_similarity(x.numpy(), y.numpy(), **options) for x, y in zip(a[0], b[0], strict=True)
     ]
     assert float(ssim(a, b)) == pytest.approx(sum(per_channel) / 3, rel=1e-6)
+
+
+def test_frechet_distance_of_two_gaussians() -> None:
+    """Closed form: samples made to have exactly mean m and covariance diag(s^2) are |m|^2 + sum (s_i - t_i)^2 apart."""
+    generator = torch.Generator().manual_seed(9)
+    s, t, mean = torch.tensor([1.0, 2.0, 0.5]), torch.tensor([3.0, 2.0, 0.0]), torch.tensor([1.0, -2.0, 0.5])
+
+    def exact(n: int) -> torch.Tensor:
+        x = torch.randn(n, 3, generator=generator, dtype=torch.float64)
+        x = x - x.mean(0)
+        return x @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T))).T
+
+    expected = float(mean.square().sum() + (s - t).square().sum())
+    assert frechet_distance(exact(50) * s, exact(70) * t + mean) == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-6, 1e6])
+def test_frechet_distance_agrees_with_scipy(scale: float) -> None:
+    """The formula as published, with scipy's matrix root; features far apart in size, and float32 ones."""
+    linalg = pytest.importorskip("scipy.linalg")
+    generator = torch.Generator().manual_seed(10)
+    mix = torch.randn(12, 12, generator=generator, dtype=torch.float64)
+    x = (torch.randn(60, 12, generator=generator, dtype=torch.float64) @ mix) * scale
+    y = (torch.randn(90, 12, generator=generator, dtype=torch.float64) @ mix.T + 2) * scale
+    root = linalg.sqrtm((torch.cov(x.T) @ torch.cov(y.T)).numpy()).real
+    trace = float(torch.cov(x.T).trace() + torch.cov(y.T).trace()) - 2 * float(root.trace())
+    expected = float((x.mean(0) - y.mean(0)).square().sum()) + trace
+    assert frechet_distance(x, y) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(x.float(), y.float()) == pytest.approx(expected, rel=1e-4)
