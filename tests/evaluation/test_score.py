@@ -15,6 +15,7 @@ from PIL import Image
 from loragraft.evaluation.report import verdicts, write_report
 from loragraft.evaluation.retrieval import Towers
 from loragraft.evaluation.score import DRIFT_IMAGES, Measured, ScorePlan, measure_score, render_score, score_folders
+from loragraft.evaluation.standard import Result, StandardMetrics
 from loragraft.recipes.schema import EvalConfig
 
 from .conftest import EDGE, Studio, make_adapter
@@ -221,3 +222,42 @@ def test_verdicts_say_no_where_it_is_no(plan: ScorePlan, studio: Studio, backbon
         in verdicts(changed(good, controls__untrained__kid_lite0=worse))["controls"]
     )
     assert "not measured" in verdicts({**good, "controls": {}})["controls"]
+
+
+def test_standard_metrics_stand_beside_with_their_full_names(
+    plan: ScorePlan, backbone: Any, studio: Studio, tmp_path: Path
+) -> None:
+    small = replace(plan, full=False, controls=())
+    folders = render_score(backbone, small, tmp_path / "score")
+    metrics = StandardMetrics("psnr,ssim", None, "cpu", tmp_path / "store")
+    measured = measure_score(small, folders, tmp_path / "score", "cpu", EDGE, print, metrics)
+    (psnr, ssim) = measured.result["standard"]["adapter against base"]
+    assert psnr["n"] == ssim["n"] == CONFIG.images
+    text = write_report(small, measured, tmp_path / "score", EDGE, {})
+    assert "| adapter against base | " in text
+    assert "| set | PSNR in dB (mean of images, range 1; N = 12 pairs; higher is better) | SSIM (" in text
+    with (tmp_path / "score" / "score.csv").open() as lines:
+        rows = [row for row in csv.DictReader(lines) if row["metric"] == psnr["header"]]
+    assert [(row["set"], float(row["value"])) for row in rows] == [("adapter against base", psnr["value"])]
+
+
+def test_standard_metrics_of_references_and_prompts_see_every_set(
+    plan: ScorePlan, backbone: Any, studio: Studio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which files and captions reach the metric; the metric itself is a stand-in."""
+    asked: list[Any] = []
+
+    def with_prompts(_: Any, images: Any, prompts: Any) -> list[Result]:
+        asked.append((len(images), prompts[0], prompts[10]))
+        return [Result("clip", len(images), 0, 20.0, 19.0, 21.0, ("cut",), {})]
+
+    monkeypatch.setattr(StandardMetrics, "with_prompts", with_prompts)
+    folders = render_score(backbone, plan, tmp_path / "score")
+    metrics = StandardMetrics("psnr", None, "cpu", tmp_path / "store")
+    measured = measure_score(plan, folders, tmp_path / "score", "cpu", EDGE, print, metrics)
+    main = [name for name in FULL if not name.startswith("drift-")]
+    assert set(measured.result["standard"]) == {*main, "adapter against base"}
+    assert asked == [(12, plan.captions[0], plan.captions[0])] * len(main), "caption i modulo 10"
+    text = write_report(plan, measured, tmp_path / "score", EDGE, {})
+    assert "| base + adapter | 20.00 [19.00, 21.00] |" in text
+    assert text.count("Note: CLIP score: cut.") == 1
