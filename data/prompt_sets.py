@@ -184,7 +184,7 @@ def write_folder(found: PromptSet, evaluation: Sequence[Entry], folder: Path) ->
 def show(which: str, folder: Path, count: int | None, training_folder: str | None) -> int:
     """`loragraft prompts SET --from DIR`: the subset as JSON lines, or a folder to train on. Raises DataError."""
     found = read_prompt_set(which, folder)
-    chosen = svdquant_subset(found.entries, count or SVDQUANT_COUNT)
+    chosen = svdquant_subset(found.entries, SVDQUANT_COUNT if count is None else count)
     if training_folder:
         counts = write_folder(found, chosen, Path(training_folder))
         print(f"{training_folder}: " + ", ".join(f"{name} {number}" for name, number in counts.items()))

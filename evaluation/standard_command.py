@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image
-
 if TYPE_CHECKING:
     from loragraft.evaluation.comparison import Row
     from loragraft.evaluation.standard import StandardMetrics
@@ -164,6 +162,8 @@ def prompts_of(images: Sequence[Path], table: Path | None) -> list[str]:
 
 
 def _own_prompt(path: Path) -> str:
+    from PIL import Image
+
     with Image.open(path) as image:
         about: Mapping[str, Any] = json.loads(image.info.get("loragraft", "{}"))
     if "prompt" not in about:

@@ -72,7 +72,7 @@ def _prompts(args: argparse.Namespace) -> int:
         return show(args.name, Path(args.source), args.count, args.training_folder)
     if args.training_folder:
         raise ValueError("--training-folder serves a published set, which --from finds")
-    args.count = args.count or 256
+    args.count = 256 if args.count is None else args.count
     prompts = evaluation_prompts(_recipe_from(args).data, args.count, default_cache_root())
     for prompt in prompts:
         print(json.dumps(dataclasses.asdict(prompt), ensure_ascii=False))
