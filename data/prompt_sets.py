@@ -71,12 +71,12 @@ class Sampling:
 
     steps: int
     guidance: float | None
-    """None = the pipeline's default."""
+    """None = the pipeline's default, which for schnell and SDXL-Turbo is none at all."""
 
 
 SVDQUANT_SAMPLING: Mapping[str, Sampling] = {
     "flux1-dev": Sampling(50, 3.5),
-    "flux1-schnell": Sampling(4, 0.0),
+    "flux1-schnell": Sampling(4, None),
     "pixart-sigma": Sampling(20, 4.5),
     "sana-16b": Sampling(20, 4.5),
     "sdxl": Sampling(30, None),
@@ -194,6 +194,8 @@ def show(which: str, folder: Path, count: int | None, training_folder: str | Non
         about |= {"split": entry.split, "image": str(entry.image) if entry.image else None}
         print(json.dumps(about, ensure_ascii=False))
     print(f"{len(chosen)} of {len(found.entries)} prompts of {found.title} ({found.licence})", file=sys.stderr)
+    said = (f"{base} {s.steps} steps, guidance {s.guidance or 'its own'}" for base, s in SVDQUANT_SAMPLING.items())
+    print(f"SVDQuant's settings: {'; '.join(said)}", file=sys.stderr)
     return 0
 
 

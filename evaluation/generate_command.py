@@ -8,6 +8,7 @@ from loragraft.backbones.bases import list_bases
 
 if TYPE_CHECKING:
     from loragraft.backbones.spec import Profile
+    from loragraft.evaluation.prompt_file import Line
     from loragraft.recipes.schema import WeightsConfig
 
 PROFILES = ("native", "interchange", "weight-only", "16bit")
@@ -23,6 +24,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="a run, an adapter folder or file; can be repeated",
     )
     parser.add_argument("--prompt", action="append", help="can be repeated")
+    parser.add_argument(
+        "--prompt-file",
+        metavar="FILE",
+        help="JSON lines with name, prompt and seed, as `loragraft prompts SET --from DIR` prints: OUT/<name>.png each, what "
+        "is there is skipped",
+    )
     parser.add_argument("--negative-prompt", default="")
     parser.add_argument("--base", help=f"one of {', '.join(list_bases())}; default: the adapter's own, else pocket")
     parser.add_argument("--profile", choices=PROFILES, help="default: the adapter's own, else native")
@@ -57,6 +64,7 @@ def run(args: argparse.Namespace, device: str) -> int:
     from loragraft.backbones.load import find_spec, load_backbone
     from loragraft.data.cache import default_cache_root
     from loragraft.evaluation.generate import Settings, before_after_grid, render, save_image
+    from loragraft.evaluation.prompt_file import draw_lines
 
     adapters = open_adapters(args.adapter)
     trained = adapters[0][0].metadata if adapters else {}
@@ -64,7 +72,8 @@ def run(args: argparse.Namespace, device: str) -> int:
     sample = trained.get("recipe", {}).get("sample", {})
     if spec.name != trained.get("base"):  # steps and guidance were for another base
         sample = {key: sample[key] for key in sample.keys() & {"prompts", "negative_prompt", "seed"}}
-    prompts = args.prompt or sample.get("prompts")
+    listed = _listed(args)
+    prompts = args.prompt or sample.get("prompts") or [line.prompt for line in listed[:1]]
     if not prompts:
         raise ValueError('nothing to draw: give --prompt "..." (it can be repeated)')
     profile = _profile(args.profile or trained.get("profile") or "native")
@@ -87,6 +96,10 @@ def run(args: argparse.Namespace, device: str) -> int:
         for prompt in prompts
         for i in range(args.per_prompt)
     ]
+    if listed:
+        cost = draw_lines(backbone, adapters, listed, settings[0], Path(args.out), any_base=args.any_base)
+        print(f"{cost.drawn} images drawn, {len(listed)} in {args.out}" + (f"; {cost.as_row}" if cost.as_row else ""))
+        return 0
     images = render(backbone, adapters, settings, any_base=args.any_base)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -98,6 +111,19 @@ def run(args: argparse.Namespace, device: str) -> int:
         before_after_grid([s.prompt for s in settings], before, images).save(out / "before_after.png")
         print(f"before and after: {out / 'before_after.png'}")
     return 0
+
+
+def _listed(args: argparse.Namespace) -> "list[Line]":
+    """The lines of --prompt-file. Raises ValueError for options that it makes meaningless."""
+    from loragraft.evaluation.prompt_file import read_lines
+
+    if args.prompt_file is None:
+        return []
+    given = {"--prompt": args.prompt, "--seed": args.seed is not None, "--compare": args.compare}
+    given["--per-prompt"] = args.per_prompt != 1
+    if clash := [option for option, used in given.items() if used]:
+        raise ValueError(f"--prompt-file gives prompts, seeds and names: leave out {', '.join(clash)}")
+    return read_lines(Path(args.prompt_file))
 
 
 def _profile(name: str) -> "Profile | None":
