@@ -1,6 +1,7 @@
 """Scores of images. Each function states its formula; none knows where the images came from."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -98,6 +99,29 @@ def frechet_distance(x_ND: Tensor, y_MD: Tensor) -> float:
     a, b = _covariance_factor(x_ND), _covariance_factor(y_MD)
     shift = (x_ND.double().mean(0) - y_MD.double().mean(0)).square().sum()
     return float(shift + a.square().sum() + b.square().sum() - 2 * torch.linalg.svdvals(a @ b.T).sum())
+
+
+def frechet_distance_interval(x_ND: Tensor, y_MD: Tensor, groups: int = 10) -> Interval:
+    """`frechet_distance` +- 1.96 standard errors by the delete-a-group jackknife over both sides.
+
+        var = (g - 1) / g sum_i (F_-i - mean F_-i)^2,   F_-i without every g-th image from i; the sides' variances add
+
+    A bootstrap would be wrong here: copies of images lower the rank of the covariance and raise the distance. The interval is
+    of this N, biased as the value is; with fewer images than features up to twice too wide (measured on normal features); NaN
+    with fewer than 4 images a side. Source: Kott, "Delete-a-group jackknife" (2001).
+    """
+    value = frechet_distance(x_ND, y_MD)
+    if min(len(x_ND), len(y_MD)) < 4:
+        return Interval(value, math.nan, math.nan)
+
+    def variance(side_ND: Tensor, distance: Callable[[Tensor], float]) -> float:
+        g = min(groups, len(side_ND))
+        place = torch.arange(len(side_ND)) % g
+        without = torch.tensor([distance(side_ND[place != i]) for i in range(g)], dtype=torch.float64)
+        return float((g - 1) / g * (without - without.mean()).square().sum())
+
+    spread = variance(x_ND, lambda x: frechet_distance(x, y_MD)) + variance(y_MD, lambda y: frechet_distance(x_ND, y))
+    return Interval(value, value - 1.96 * math.sqrt(spread), value + 1.96 * math.sqrt(spread))
 
 
 def recall_at_k(similarity_QG: Tensor, relevant_QG: Tensor, k: int) -> Tensor:

@@ -28,7 +28,7 @@ from loragraft.evaluation.lpips_alex import LPIPSAlex
 from loragraft.evaluation.measure import as_tensor
 from loragraft.evaluation.metrics import (
     Interval,
-    frechet_distance,
+    frechet_distance_interval,
     kernel_distance_interval,
     mean_interval,
     psnr,
@@ -104,7 +104,7 @@ class Result:
     value: float
     low: float | None
     high: float | None
-    """95 % bootstrap interval; None where there is none."""
+    """95 % interval: bootstrap, of FID jackknife; None where there are too few images for one."""
     notes: tuple[str, ...]
     weights: Mapping[str, str]
     """File -> sha256."""
@@ -185,7 +185,7 @@ class StandardMetrics:
             if metric.key == "kid-inception":
                 results.append(self._result(metric, len(x_ND), kernel_distance_interval(x_ND, y_MD), len(y_MD)))
             else:
-                value = Interval(frechet_distance(x_ND, y_MD), math.nan, math.nan)
+                value = frechet_distance_interval(x_ND, y_MD)
                 results.append(self._result(metric, len(x_ND), value, len(y_MD), _rank_note(len(x_ND), len(y_MD))))
         return results
 

@@ -9,6 +9,7 @@ from loragraft.evaluation.metrics import (
     Interval,
     chance_at_k,
     frechet_distance,
+    frechet_distance_interval,
     kernel_distance,
     kernel_distance_change,
     kernel_distance_interval,
@@ -210,3 +211,18 @@ def test_frechet_distance_agrees_with_scipy(scale: float) -> None:
     expected = float((x.mean(0) - y.mean(0)).square().sum()) + trace
     assert frechet_distance(x, y) == pytest.approx(expected, rel=1e-9)
     assert frechet_distance(x.float(), y.float()) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_frechet_interval_has_the_spread_of_fresh_draws() -> None:
+    generator = torch.Generator().manual_seed(11)
+
+    def draw() -> Interval:
+        x = torch.randn(120, 4, generator=generator, dtype=torch.float64)
+        return frechet_distance_interval(x, torch.randn(150, 4, generator=generator, dtype=torch.float64) + 1)
+
+    found = [draw() for _ in range(60)]
+    deviation = float(torch.tensor([interval.value for interval in found]).std())
+    estimated = sum((interval.high - interval.low) / (2 * 1.96) for interval in found) / len(found)
+    assert 0.7 * deviation < estimated < 1.4 * deviation
+    few = frechet_distance_interval(torch.rand(3, 4), torch.rand(9, 4))
+    assert math.isnan(few.low) and math.isfinite(few.value)
