@@ -195,7 +195,7 @@ def choose_step(
                 "it has no repeated blocks; train with train.compile=never"
             )
     if captures(config, accelerator):
-        return graph_step(accelerator.unwrap_model(model), loss, parameters)
+        return graph_step(accelerator.unwrap_model(model), loss, parameters, join=config.join_factors)
     return EagerStep(loss, accelerator, model)
 
 
@@ -214,10 +214,13 @@ def captures(config: TrainConfig, accelerator: Accelerator) -> bool:
     return config.cuda_graph != "never" and not found
 
 
-def graph_step(transformer: nn.Module, loss: Loss, parameters: Sequence[nn.Parameter]) -> GraphStep:
-    """A captured step of `transformer`, its factors joined and its kernels compiled beside the blocks."""
+def graph_step(
+    transformer: nn.Module, loss: Loss, parameters: Sequence[nn.Parameter], *, join: bool = True
+) -> GraphStep:
+    """A captured step of `transformer`, its factors joined if asked and its kernels compiled beside the blocks."""
     dtype = next(p for p in transformer.parameters() if not p.requires_grad).dtype
-    joined, prepare = JoinedFactors(transformer, dtype), partial(prepare_layers, transformer)
+    joined = JoinedFactors(transformer, dtype) if join else None
+    prepare = partial(prepare_layers, transformer)
     return GraphStep(loss, parameters, joined, prepare, fills=fills_card(transformer))
 
 
