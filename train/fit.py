@@ -107,9 +107,11 @@ class _Typed:
         return _Typed(self.recipe, self.text)
 
     def change(self, block: str, **values: Any) -> None:
-        self.recipe = replace(self.recipe, **{block: replace(getattr(self.recipe, block), **values)})
+        before = getattr(self.recipe, block)
+        self.recipe = replace(self.recipe, **{block: replace(before, **values)})
         for key, value in values.items():
-            self._values[f"{block}.{key}"] = _typed_value(value)
+            if getattr(before, key) != value:
+                self._values[f"{block}.{key}"] = _typed_value(value)
 
 
 def _typed_value(value: object) -> str:
