@@ -94,6 +94,8 @@ class TrainConfig:
     for models of more than 0.5 GB, where the half minute pays."""
     cuda_graph: Switch = "auto"
     """Whether a step is captured once and replayed, so that Python's time does not count: `auto` does it on one GPU."""
+    join_factors: bool = True
+    """Whether a captured step keeps the adapter joined with the base's branch in 16 bits: 3 % faster, 2 bytes a parameter."""
     attention: Literal["sdpa", "cudnn_forward", "flash_attn_4"] = "sdpa"
     """What computes attention: torch's SDPA (flash-2 on a GPU); cuDNN forward and flash-2 backward (16-bit GPUs from compute
     capability 8.0); FlashAttention-4 (from 9.0, needs the extra `flash-attn-4`)."""

@@ -41,6 +41,15 @@ def block_paths(transformer: nn.Module) -> list[str]:
     return paths
 
 
+def supported_policies(transformer: nn.Module) -> tuple[Checkpointing, ...]:
+    """Policies that `set_checkpointing` takes for this model, the least recomputation first; `selective` goes with `block`."""
+    partly: tuple[Checkpointing, ...] = ("gelu", "cheap") if getattr(transformer, "_repeated_blocks", None) else ()
+    whole: tuple[Checkpointing, ...] = (
+        ("block",) if getattr(transformer, "_supports_gradient_checkpointing", False) else ()
+    )
+    return ("none", *partly, *whole)
+
+
 def set_checkpointing(transformer: nn.Module, policy: Checkpointing, blocks: int = 0, *, offload: bool = False) -> int:
     """Turns checkpointing of a diffusers model on or off. Returns how many blocks are checkpointed.
 
