@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from loragraft.adapters.checkpoint import Adapter, check_fits
 from loragraft.kernels.layout import relative_rms
-from loragraft.quantization.checkpoint import quantized_layers, recorded_base_id
-from loragraft.quantization.linear import SVDQuantLinear
+from loragraft.quantization.branched import BranchedLinear
+from loragraft.quantization.checkpoint import branched_layers, recorded_base_id
 from loragraft.quantization.names import named_module
 
 STATE = "loragraft_grafts"
@@ -95,7 +95,7 @@ def _state(transformer: nn.Module, name: str) -> _Grafts:
 
 def _targets(transformer: nn.Module) -> dict[str, tuple[int, int]]:
     """Path -> (K, N) of the layers that can carry a graft: quantized ones, or all linears of a 16-bit model."""
-    layers: dict[str, SVDQuantLinear] = quantized_layers(transformer)
+    layers: dict[str, BranchedLinear] = branched_layers(transformer)
     if layers:
         return {path: (layer.in_features, layer.out_features) for path, layer in layers.items()}
     plain = ((path, m) for path, m in transformer.named_modules() if isinstance(m, nn.Linear))
@@ -103,7 +103,7 @@ def _targets(transformer: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def _current(layer: nn.Module) -> tuple[Tensor, ...]:
-    if isinstance(layer, SVDQuantLinear):
+    if isinstance(layer, BranchedLinear):
         return layer.lora_down, layer.lora_up
     assert isinstance(layer, nn.Linear)  # check_fits
     return (layer.weight.detach(),)
@@ -116,7 +116,7 @@ def _compose(transformer: nn.Module, state: _Grafts, paths: list[str]) -> None:
         pairs = [(a.pairs[path], weight) for a, weight in state.adapters.values() if path in a.pairs]
         device = _current(layer)[0].device  # the model may have moved since the originals were put aside
         originals = tuple(tensor.to(device) for tensor in state.originals[path])
-        if isinstance(layer, SVDQuantLinear):
+        if isinstance(layer, BranchedLinear):
             down, up = originals
             layer.set_branch(*_widened(down, up, pairs) if pairs else (down, up))
         else:
@@ -172,7 +172,7 @@ def graft_deviation(
         raise ValueError(
             f"ungraft {', '.join(grafted(transformer))} first: deviations are measured against the bare base"
         )
-    layers = quantized_layers(transformer)
+    layers = branched_layers(transformer)
     check_fits(adapter, {path: (layer.in_features, layer.out_features) for path, layer in layers.items()})
     deviations = []
     for path, x in inputs.items():

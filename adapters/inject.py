@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from loragraft.quantization.linear import SVDQuantLinear
+from loragraft.quantization.branched import BranchedLinear
 from loragraft.quantization.names import match_paths, nearest, replace_module
 from loragraft.recipes.schema import AdapterConfig
 
@@ -21,7 +21,7 @@ DEFAULT_NAME = "default"
 
 
 class SVDQuantLoraLinear(nn.Module, LoraLayer):
-    """PEFT's LoRA layer over a `SVDQuantLinear`: plain LoRA, any number of active adapters, no merging.
+    """PEFT's LoRA layer over a `SVDQuantLinear` or a `QuantizedLinear`: plain LoRA, any number of active adapters, no merging.
 
     joined_down, joined_up: branch and adapter in one, in the compute dtype; kept up to date by `joined.JoinedFactors`, and read
     where gradients are computed only.
@@ -32,7 +32,7 @@ class SVDQuantLoraLinear(nn.Module, LoraLayer):
 
     def __init__(
         self,
-        base_layer: SVDQuantLinear,
+        base_layer: BranchedLinear,
         adapter_name: str,
         config: LoraConfig,
         r: int,
@@ -48,7 +48,7 @@ class SVDQuantLoraLinear(nn.Module, LoraLayer):
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
-        assert isinstance(module, SVDQuantLinear)  # PEFT reaches us through the registered type
+        assert isinstance(module, BranchedLinear)  # PEFT reaches us through the registered type
         return module.in_features, module.out_features
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig, **kwargs: Any) -> None:
@@ -109,8 +109,8 @@ def expand_targets(transformer: nn.Module, patterns: Sequence[str]) -> list[str]
     if not patterns:
         raise ValueError("no adapter targets: give at least one full-path regular expression")
     modules = {path: module for path, module in transformer.named_modules() if path}
-    quantized = any(isinstance(module, SVDQuantLinear) for module in modules.values())
-    kind: type[nn.Module] = SVDQuantLinear if quantized else nn.Linear
+    quantized = any(isinstance(module, BranchedLinear) for module in modules.values())
+    kind: type[nn.Module] = BranchedLinear if quantized else nn.Linear
     eligible = [path for path, module in modules.items() if isinstance(module, kind)]
     chosen: set[str] = set()
     for pattern, paths in match_paths(patterns, list(modules)).items():
@@ -118,7 +118,7 @@ def expand_targets(transformer: nn.Module, patterns: Sequence[str]) -> list[str]
         if wrong:
             what = type(modules[wrong[0]]).__name__
             raise ValueError(
-                f"target pattern {pattern!r} matches {wrong[0]!r}, a {what}, not a {kind.__name__}; "
+                f"target pattern {pattern!r} matches {wrong[0]!r}, a {what}, not a {'quantized layer' if quantized else 'Linear'}; "
                 f"{nearest(wrong[0], eligible)}"
             )
         chosen.update(paths)
@@ -142,7 +142,7 @@ def inject_adapter(
     paths = expand_targets(transformer, config.targets or default_targets)
     transformer.requires_grad_(False)
     peft_config = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=_exactly(paths))  # type: ignore[arg-type]
-    peft_config._register_custom_module({SVDQuantLinear: SVDQuantLoraLinear})
+    peft_config._register_custom_module({BranchedLinear: SVDQuantLoraLinear})
     with torch.random.fork_rng(devices=[]):  # PEFT initialises on the CPU and moves
         torch.default_generator.manual_seed(config.seed)  # torch.manual_seed would reach every GPU's generator too
         inject_adapter_in_model(peft_config, transformer, adapter_name=name)

@@ -13,13 +13,21 @@ import torch
 
 from loragraft.backbones.spec import Profile
 from loragraft.quantization.calibrate import StatsFile
+from loragraft.quantization.formats import FORMATS
 from loragraft.quantization.names import nearest
 from loragraft.quantization.settings import LayerReport, Numerics, QuantSettings, Smoothing
 from loragraft.quantization.stream import plan_source, quantize_stream
 from loragraft.quantization.tensor_file import CheckpointError
 from loragraft.quantization.weight_source import FileSource, WeightSource
 
-NUMERICS: dict[Profile, Numerics] = {"native": "w4a8", "interchange": "w4a4", "weight-only": "w4a16"}
+NUMERICS: dict[Profile, Numerics] = {
+    "native": "w4a8",
+    "interchange": "w4a4",
+    "weight-only": "w4a16",
+    **{found.name: found.name for found in FORMATS.values()},
+}
+SMOOTHED = ("native", "interchange")
+"""Profiles whose layers store a smoothing vector."""
 FOLDER_RANK = 32
 """SVDQuant's rank for models of this size."""
 FOLDER_ROUNDS = 20
@@ -134,13 +142,13 @@ def folder_settings(
     """How a large model's attention and feed-forward layers are quantized: `auto`, by a subsampled search.
 
     Data-free, `auto` comes to "hadamard" on every one of FLUX.1's: what stands for such a model may say so at once.
-    `weight-only` has no smoothing: nothing is rounded that it would help.
+    `weight-only` and formats have no smoothing, formats a branch of their own rank.
     """
     return QuantSettings(
         numerics=NUMERICS[profile],
-        rank=FOLDER_RANK if rank is None else rank,
+        rank=FOLDER_RANK if rank is None and profile not in FORMATS else rank,
         group_size=group_size,
-        smoothing="none" if profile == "weight-only" else smoothing,
+        smoothing=smoothing if profile in SMOOTHED else "none",
         iterations=FOLDER_ROUNDS,
         grid=CALIBRATED_GRID if calibrated else DATA_FREE_GRID,
         search="subsampled",
@@ -151,7 +159,7 @@ def folder_settings(
 
 def plan_model(source: WeightSource, architecture: Architecture, main: QuantSettings) -> dict[str, QuantSettings]:
     """Layer -> settings: `main` everywhere but on the few-row layers (W4A16)."""
-    few_rows = QuantSettings("w4a16", search=main.search, seed=main.seed)
+    few_rows = main.for_few_rows()
     rules = dict.fromkeys(architecture.quantize, main) | dict.fromkeys(architecture.quantize_w4a16, few_rows)
     return plan_source(source, rules, architecture.keep_16bit)
 

@@ -27,9 +27,9 @@ from loragraft.backbones.skeleton import meta_transformer, plan_architecture, ra
 from loragraft.backbones.spec import BaseSpec, External, Profile, Weights
 from loragraft.quantization.checkpoint import (
     CONFIG_NAME,
+    branched_layers,
     load_quantized,
     quantization_config,
-    quantized_layers,
     record_base_id,
 )
 from loragraft.quantization.dialects.assembly import read_json
@@ -201,7 +201,7 @@ def _ready_made(spec: BaseSpec, external: External, path: Path, profile: Profile
         raise ValueError(f"{path} is INT4 ({dialect}): its 16-bit weights are not there; give the 16-bit folder")
     stated = quantization_config(model)["profile"]
     if stated not in PROFILES:
-        numerics = sorted({layer.numerics for layer in quantized_layers(model).values()})
+        numerics = sorted({layer.numerics for layer in branched_layers(model).values()})
         raise ValueError(
             f"{path} mixes numerics ({', '.join(numerics)}): make it one with `loragraft convert --numerics`"
         )

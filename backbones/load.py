@@ -12,17 +12,20 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from loragraft.backbones.architectures import NUMERICS
+from loragraft.backbones.architectures import NUMERICS, SMOOTHED
 from loragraft.backbones.sampler import build_pipeline, generate_from_text
 from loragraft.backbones.spec import Backbone, BaseSpec, Encoders, Profile, Weights
+from loragraft.quantization.branched import BranchedLinear
 from loragraft.quantization.checkpoint import load_quantized, record_base_id, recorded_base_id, save_quantized
 from loragraft.quantization.convert import plan_layers, quantize_backbone
+from loragraft.quantization.formats import FORMATS
 from loragraft.quantization.ledger import build_ledger
-from loragraft.quantization.linear import SVDQuantLinear
 from loragraft.quantization.settings import LayerReport, QuantSettings, Smoothing
 from loragraft.quantization.tensor_file import CheckpointError
 
 CALIBRATION_STEPS = 10
+BASE_RANK = 16
+"""Rank of the branch of a base that travels with the package."""
 
 
 def list_bases() -> list[str]:
@@ -158,16 +161,18 @@ def quantize_base(
     device: torch.device | str,
     *,
     smoothing: Smoothing = "calibrated",
-    rank: int = 16,
+    rank: int | None = None,
     group_size: int = 64,
     gptq: bool = False,
 ) -> list[LayerReport]:
     """Quantizes the 16-bit transformer of `spec` and writes an INT4 checkpoint to `folder`.
 
     Calibrated and automatic smoothing and GPTQ denoise the spec's calibration prompts once and watch the inputs of every linear.
-    `weight-only` has no smoothing: nothing is rounded that it would help.
+    `weight-only` and formats have no smoothing. rank: None = `BASE_RANK`, or a format's own.
     """
-    smoothing = "none" if profile == "weight-only" else smoothing
+    smoothing = smoothing if profile in SMOOTHED else "none"
+    if rank is None and profile not in FORMATS:
+        rank = BASE_RANK
     device = torch.device(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     transformer = load_16bit(spec).eval().requires_grad_(False)
@@ -181,15 +186,15 @@ def quantize_base(
     # Back to what the 16-bit base holds on disk: every value came from there, so nothing is rounded.
     nn.Module.to(transformer, dtype=torch.bfloat16)
     for module in transformer.modules():
-        if isinstance(module, SVDQuantLinear) and module.bias is not None:
+        if isinstance(module, BranchedLinear) and module.bias is not None:
             module.bias = module.bias.to(torch.bfloat16)
     save_quantized(transformer, folder)
     return reports
 
 
 def plan_base(spec: BaseSpec, transformer: nn.Module, main: QuantSettings) -> dict[str, QuantSettings]:
-    """Which layer of the 16-bit `transformer` is quantized how: `main` everywhere but on the few-row layers (W4A16)."""
-    few_rows = QuantSettings(numerics="w4a16")
+    """Which layer of the 16-bit `transformer` is quantized how: `main`, and `main.for_few_rows()` on the few-row layers."""
+    few_rows = main.for_few_rows()
     rules = dict.fromkeys(spec.quantize, main) | dict.fromkeys(spec.quantize_w4a16, few_rows)
     return plan_layers(transformer, rules, spec.keep_16bit)
 

@@ -11,8 +11,6 @@ from loragraft.quantization.report import report_table, report_to_dict
 from loragraft.quantization.settings import LayerReport
 from loragraft.quantization.stream import REPORT_NAME
 
-BASE_RANK = 16
-
 
 def run(args: argparse.Namespace, device: str) -> int:
     """Quantizes `args.base` into `args.out` and prints the report. Raises ValueError for options that do not go together."""
@@ -39,7 +37,7 @@ def _base(args: argparse.Namespace, out: Path, device: str) -> list[LayerReport]
         out,
         device,
         smoothing=args.smoothing or "calibrated",
-        rank=BASE_RANK if args.rank is None else args.rank,
+        rank=args.rank,
         group_size=args.group_size,
         gptq=args.gptq,
     )

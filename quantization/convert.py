@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import nn
 
 from loragraft.quantization.calibrate import ActivationStats, collect
-from loragraft.quantization.linear import SVDQuantLinear, share_inputs
+from loragraft.quantization.linear import share_inputs
 from loragraft.quantization.names import match_paths, named_module, nearest, replace_module
+from loragraft.quantization.quantized_linear import from_linear
 from loragraft.quantization.settings import LayerReport, QuantSettings
 
 Progress = Callable[[int, int, str], object]
@@ -72,7 +73,7 @@ def quantize_model(
     *,
     keep: Sequence[str] = (),
 ) -> list[LayerReport]:
-    """Swap every planned `nn.Linear` for a `SVDQuantLinear`, in the plan's order.
+    """Swap every planned `nn.Linear` for a `SVDQuantLinear` or a `QuantizedLinear`, in the plan's order.
 
     `keep` are full-path patterns of layers that stay as they are. Everything that can be refused is checked before the
     first layer is swapped. Raises as `plan_layers` and `quantize_linear` do.
@@ -88,7 +89,7 @@ def quantize_model(
     for done, (path, settings) in enumerate(plan.items(), start=1):
         linear = named_module(model, path)
         assert isinstance(linear, nn.Linear)  # _check_cover
-        layer, report = SVDQuantLinear.from_linear(linear, stats.get(path), settings, path=path)
+        layer, report = from_linear(linear, stats.get(path), settings, path=path)
         replace_module(model, path, layer)
         reports.append(report)
         if progress is not None:

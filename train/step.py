@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from loragraft.adapters.joined import JoinedFactors
+from loragraft.quantization.branched import BranchedLinear
 from loragraft.quantization.linear import SVDQuantLinear
 from loragraft.recipes.schema import TrainConfig
 from loragraft.train.sharding import shards_base
@@ -234,10 +235,11 @@ def compile_blocks(transformer: nn.Module, shapes: int = 1) -> int:
 
 
 def _kind(block: nn.Module) -> tuple[object, ...]:
-    """What compiled code depends on: the class, and per INT4 layer its arithmetic."""
+    """What compiled code depends on: the class, and per quantized layer its arithmetic."""
     layers = [
-        (path, m.numerics, m.group_size, m.rank, m.hadamard, m.smoothed, m.act_unsigned, m.bias is None)
+        (path, m.numerics, m.group_size, m.rank, m.bias is None)
+        + ((m.hadamard, m.smoothed, m.act_unsigned) if isinstance(m, SVDQuantLinear) else ())
         for path, m in block.named_modules()
-        if isinstance(m, SVDQuantLinear)
+        if isinstance(m, BranchedLinear)
     ]
     return (type(block).__name__, *layers)

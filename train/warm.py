@@ -27,8 +27,9 @@ def warm_layers(transformer: nn.Module, tokens: Collection[int], dtype: torch.dt
     for module in transformer.modules():
         if isinstance(module, SVDQuantLoraLinear):
             base = module.get_base_layer()
-            assert isinstance(base, SVDQuantLinear)
-            kinds.setdefault((base.in_features, base.out_features, base.numerics, base.hadamard, base.smoothed), module)
+            if isinstance(base, SVDQuantLinear):  # other formats have no kernels of ours to compile
+                kind = (base.in_features, base.out_features, base.numerics, base.hadamard, base.smoothed)
+                kinds.setdefault(kind, module)
 
     def run() -> None:
         for module in kinds.values():
