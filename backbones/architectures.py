@@ -141,7 +141,6 @@ def folder_settings(
 ) -> QuantSettings:
     """How a large model's attention and feed-forward layers are quantized: `auto`, by a subsampled search.
 
-    Data-free, `auto` comes to "hadamard" on every one of FLUX.1's: what stands for such a model may say so at once.
     `weight-only` and formats have no smoothing, formats a branch of their own rank.
     """
     return QuantSettings(
@@ -155,6 +154,12 @@ def folder_settings(
         gptq=gptq,
         seed=seed,
     )
+
+
+def stand_in_settings(profile: Profile, seed: int = 0) -> QuantSettings:
+    """What data-free `auto` comes to on every one of FLUX.1's layers, for a model that stands for a quantized one."""
+    smoothing: Smoothing = "hadamard" if profile == "native" else "weight"
+    return folder_settings(profile, calibrated=False, seed=seed, smoothing=smoothing)
 
 
 def plan_model(source: WeightSource, architecture: Architecture, main: QuantSettings) -> dict[str, QuantSettings]:

@@ -22,7 +22,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNot
 from torch import nn
 from tqdm import tqdm
 
-from loragraft.backbones.architectures import FOLDER_RANK, NUMERICS, folder_settings, open_model, quantize_files
+from loragraft.backbones.architectures import NUMERICS, open_model, quantize_files, stand_in_settings
 from loragraft.backbones.skeleton import meta_transformer, plan_architecture, randomize
 from loragraft.backbones.spec import BaseSpec, External, Profile, Weights
 from loragraft.quantization.checkpoint import (
@@ -216,6 +216,5 @@ def random_transformer(
     """The true shapes on `device`, filled from `seed` (`skeleton.randomize`)."""
     plan = None
     if profile is not None:
-        main = folder_settings(profile, calibrated=False, rank=FOLDER_RANK, seed=seed, smoothing="hadamard")
-        plan = partial(plan_architecture, spec, main)
+        plan = partial(plan_architecture, spec, stand_in_settings(profile, seed))
     return randomize(meta_transformer(spec.transformer_class, external.config, plan), device, dtype, seed)

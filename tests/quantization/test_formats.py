@@ -14,7 +14,16 @@ from loragraft.quantization.formats import FORMATS, Format, FormatName
 from loragraft.recipes import schema
 
 every_format = pytest.mark.parametrize("found", FORMATS.values(), ids=FORMATS)
-PUBLISHED_BITS = {"fp8": 8, "int8": 8, "nf4": 4.5, "nf4-double": 4.127, "nvfp4": 4.5, "mxfp4": 4.25, "int3": 3.5, "int2": 2.5}
+PUBLISHED_BITS = {
+    "fp8": 8,
+    "int8": 8,
+    "nf4": 4.5,
+    "nf4-double": 4.127,
+    "nvfp4": 4.5,
+    "mxfp4": 4.25,
+    "int3": 3.5,
+    "int2": 2.5,
+}
 
 
 def weight(N: int = 48, K: int = 320, seed: int = 0) -> Tensor:

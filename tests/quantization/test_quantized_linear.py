@@ -58,7 +58,9 @@ def test_output_and_gradients_are_those_of_the_dequantized_layer(
     assert relative_rms(layer.dequantized_weight(), weight + branch) < 1e-6
 
 
-def test_what_the_backward_pass_keeps_is_no_dequantized_weight(outlier_layer: tuple[nn.Linear, ActivationStats]) -> None:
+def test_what_the_backward_pass_keeps_is_no_dequantized_weight(
+    outlier_layer: tuple[nn.Linear, ActivationStats],
+) -> None:
     layer = layer_of("nf4", outlier_layer[0])
     x = torch.randn(3, 256, requires_grad=True)
     kept: list[Tensor] = []
@@ -109,7 +111,9 @@ def test_few_row_layers_are_never_below_four_bits(name: Numerics) -> None:
     assert QuantSettings("w4a8").for_few_rows() == QuantSettings("w4a16")
 
 
-def quantized(name: Numerics, model: FluxTransformer2DModel, rules: dict[str, QuantSettings], keep: tuple[str, ...]) -> None:
+def quantized(
+    name: Numerics, model: FluxTransformer2DModel, rules: dict[str, QuantSettings], keep: tuple[str, ...]
+) -> None:
     main = QuantSettings(name, iterations=1)
     chosen = {pattern: main if s.numerics != "w4a16" else main.for_few_rows() for pattern, s in rules.items()}
     quantize_model(model, plan_layers(model, chosen, keep), {}, keep=keep)
@@ -178,7 +182,9 @@ def test_it_compiles_as_one_graph(name: Numerics, outlier_layer: tuple[nn.Linear
 
 @pytest.mark.gpu
 @every_name
-def test_a_gpu_computes_what_the_reference_does(name: Numerics, outlier_layer: tuple[nn.Linear, ActivationStats]) -> None:
+def test_a_gpu_computes_what_the_reference_does(
+    name: Numerics, outlier_layer: tuple[nn.Linear, ActivationStats]
+) -> None:
     layer = layer_of(name, outlier_layer[0])
     for rows in (1, 17, 300):
         x = torch.randn(rows, 256).bfloat16()
