@@ -57,12 +57,14 @@ def load_backbone(
     cache_root: Path,
     weights: Weights | None = None,
     wait: bool = False,
+    encoders: Encoders | None = None,
 ) -> Backbone:
     """The frozen base `name` in `profile` (None or "16bit": not quantized), with its encoders, on `device`.
 
     weights: for a base that does not travel with the package. Ready-made INT4 weights keep their own profile, which
     `Backbone.profile` then says. A profile that is not ready-made is quantized once into `cache_root`/bases and reused.
     wait: the transformer stays on the CPU until `Backbone.onto_device`, so that encoders have the device for themselves.
+    encoders: instead of a shipped base's own, such as ones that read what was encoded before.
     Raises ValueError for an unknown base and for weights that are not there, `CheckpointError` for a damaged checkpoint.
     """
     spec = find_spec(name)
@@ -70,7 +72,8 @@ def load_backbone(
     device = torch.device(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if spec.external is None and not (weights and (weights.path or weights.random)):
-        transformer, encoders = _open_shipped(spec, profile, device, dtype, cache_root)
+        encoders = encoders or _shipped(spec)[1](device, dtype)
+        transformer = _open_shipped(spec, profile, device, cache_root)
     else:
         transformer, encoders, profile = _open_external(spec, profile, device, dtype, cache_root, weights)
     transformer.eval().requires_grad_(False)
@@ -91,24 +94,31 @@ def load_backbone(
     return backbone
 
 
-def _open_shipped(
-    spec: BaseSpec, profile: Profile | None, device: torch.device, dtype: torch.dtype, cache_root: Path
-) -> tuple[nn.Module, Encoders]:
-    _, load_encoders = _shipped(spec)
-    encoders = load_encoders(device, dtype)
+def _open_shipped(spec: BaseSpec, profile: Profile | None, device: torch.device, cache_root: Path) -> nn.Module:
     if profile is None:
-        return load_16bit(spec), encoders
-    shipped = spec.transformer_int4.get(profile)
-    if shipped is not None:
-        return load_quantized(shipped, spec.transformer_class), encoders
+        return load_16bit(spec)
+    folder = shipped_folder(spec, profile, device, cache_root)
+    try:
+        model: nn.Module = load_quantized(folder, spec.transformer_class)
+    except CheckpointError as error:
+        if folder == spec.transformer_int4.get(profile):
+            raise
+        raise CheckpointError(f"{error}. {folder} is a cache: delete it, and it is quantized again") from error
+    return model
+
+
+def shipped_folder(spec: BaseSpec, profile: Profile | None, device: torch.device | str, cache_root: Path) -> Path:
+    """Where the transformer of a base that travels with the package lies in `profile`; quantized into the cache if it must be."""
+    transformer_16bit, _ = _shipped(spec)
+    if profile is None:
+        return transformer_16bit
+    if profile in spec.transformer_int4:
+        return spec.transformer_int4[profile]
     folder = cache_root / "bases" / f"{spec.name}-{profile}-{recorded_base_id(load_16bit(spec))[:16]}"
     if not folder.exists():
         print(f"{spec.name} ships no {profile} checkpoint: quantizing it once into {folder}", file=sys.stderr)
         quantize_base(spec, profile, folder, device)
-    try:
-        return load_quantized(folder, spec.transformer_class), encoders
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}. {folder} is a cache: delete it, and it is quantized again") from error
+    return folder
 
 
 def _open_external(
