@@ -92,6 +92,11 @@ class QuantizedLinear(BranchedLinear):
     def _tensors(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in self._names}
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        for name in self.format.tables:  # not among what was loaded, which may lie on a GPU
+            setattr(self, name, getattr(self, name).to(self.qweight.device))
+
     def extra_repr(self) -> str:
         return (
             f"{self.in_features}, {self.out_features}, {self.numerics}, rank={self.rank}, bias={self.bias is not None}"
