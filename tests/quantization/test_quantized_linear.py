@@ -180,6 +180,37 @@ def test_it_compiles_as_one_graph(name: Numerics, outlier_layer: tuple[nn.Linear
         assert relative_rms(a, b) < 1e-6
 
 
+def test_its_matrices_may_be_frozen_parameters(outlier_layer: tuple[nn.Linear, ActivationStats]) -> None:
+    """What FSDP divides (`train.sharding`) are parameters, codes included."""
+    layer = layer_of("nvfp4", outlier_layer[0])
+    x = torch.randn(3, 256, requires_grad=True)
+    y = layer(x)
+    for name, buffer in list(layer.named_buffers()):
+        if buffer.dim() == 2 and buffer.numel():
+            delattr(layer, name)
+            layer.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
+    assert torch.equal(layer(x), y)
+    assert "qweight" in dict(layer.named_parameters())
+
+
+@pytest.mark.gpu
+def test_codebooks_follow_a_checkpoint_onto_the_gpu(
+    tiny_flux: FluxTransformer2DModel,
+    flux_rules: Callable[..., dict[str, QuantSettings]],
+    flux_keep: tuple[str, ...],
+    tmp_path: Path,
+) -> None:
+    quantized("nf4", tiny_flux, flux_rules(), flux_keep)
+    save_quantized(tiny_flux, tmp_path / "saved")
+    again = load_quantized(tmp_path / "saved", FluxTransformer2DModel, device="cuda")
+    layer = again.transformer_blocks[0].attn.to_q
+    assert layer.nf4.is_cuda
+    assert torch.equal(
+        layer.dequantized_codes(torch.float32).cpu(),
+        tiny_flux.transformer_blocks[0].attn.to_q.dequantized_codes(torch.float32),
+    )
+
+
 @pytest.mark.gpu
 @every_name
 def test_a_gpu_computes_what_the_reference_does(
