@@ -176,6 +176,19 @@ def test_row_codes_are_nearest_and_symmetric() -> None:
     assert rowwise.to_e4m3(torch.tensor([448.0, 464.0, 1e9, 17.0])).float().tolist() == [448, 448, 448, 16]
 
 
+@pytest.mark.parametrize("rows", [1, 17, 40])
+def test_products_of_codes_are_products_of_what_they_stand_for(rows: int) -> None:
+    """torch's low-bit products exist on a CPU too; what a GPU rounds differently is the GPU test's matter."""
+    x, w = weight(rows, 64, seed=3), weight(48, 64)
+    for name, tolerance in (("int8", 1e-6), ("fp8", 3e-3)):  # INT32 sums; a bfloat16 result
+        found = FORMATS[name]
+        assert found.product is not None
+        assert found.round_input is not None
+        stored = found.encode(w)
+        exact = found.round_input(x).double() @ found.decode(stored, *w.shape).double().T
+        assert relative_rms(found.product(x, stored), exact) < tolerance
+
+
 @pytest.mark.parametrize("bits", [2, 3])
 def test_low_bit_codes_are_packed_low_bits_first(bits: int) -> None:
     codes = torch.randint(0, 2**bits, (5, 64), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
