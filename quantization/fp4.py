@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from loragraft.kernels.layout import pack_int4, unpack_uint4
+from loragraft.kernels.layout import pack_int4
 from loragraft.quantization.rowwise import E4M3_MAX, to_e4m3
 
 E2M1_MAX, E2M1_EXPONENT = 6.0, 2
 """The largest value, and its exponent."""
 MX_BLOCK, NV_BLOCK = 32, 16
-BIAS = 127
+BIAS, EXPONENT_FIELD = 127, 0x7F800000
+"""Of float32, and of E8M0."""
 SMALLEST_E4M3 = 2.0**-9
 
 
@@ -41,10 +42,24 @@ def e2m1_values(codes: Tensor) -> Tensor:
     return torch.where(codes > 7, -size, size)
 
 
+def e2m1_round(values: Tensor) -> Tensor:
+    """`e2m1_values(e2m1_codes(values))` for float32, without codes."""
+    held = values.clamp(-E2M1_MAX, E2M1_MAX)
+    # Half the power of two below: values between 2^e and 2^(e+1) are 2^(e-1) apart, and 0.5 below 2.
+    step = (held.abs().clamp(min=1).view(torch.int32) & EXPONENT_FIELD).view(torch.float32) / 2
+    return (held / step).round() * step
+
+
+def tables() -> dict[str, Tensor]:
+    """`pairs` [256, 2]: the two values of a byte. Looked up, never stored."""
+    byte = torch.arange(256, dtype=torch.uint8)
+    return {"pairs": torch.stack((e2m1_values(byte & 15), e2m1_values(byte >> 4)), dim=1)}
+
+
 def _blocks(matrix: Tensor, size: int) -> Tensor:
     """[M, K] -> [M, blocks, size] in float32, zeros after the last column."""
     M, K = matrix.shape
-    return pad(matrix.float(), (0, -K % size)).view(M, -1, size)
+    return (pad(matrix.float(), (0, -K % size)) if K % size else matrix.float()).reshape(M, -1, size)
 
 
 def _mx_exponent(blocks_MBk: Tensor) -> Tensor:
@@ -90,7 +105,7 @@ def decode(tensors: dict[str, Tensor], K: int) -> Tensor:
         scale = stored.view(torch.float8_e4m3fn).float() * tensors["tensor_scale"]
     else:
         scale = _mx_scale(stored)
-    values = e2m1_values(unpack_uint4(tensors["qweight"]))
+    values = tensors["pairs"].index_select(0, tensors["qweight"].flatten().int())
     return (values.view(*scale.shape, -1) * scale[..., None]).flatten(1)[:, :K]
 
 
@@ -98,7 +113,7 @@ def round_mx(x_MK: Tensor) -> Tensor:
     """x as MXFP4 holds it, in its own dtype (exact in bfloat16)."""
     blocks = _blocks(x_MK, MX_BLOCK)
     scale = _mx_scale(_mx_exponent(blocks))[..., None]
-    return (e2m1_values(e2m1_codes(blocks / scale)) * scale).flatten(1)[:, : x_MK.shape[1]].to(x_MK.dtype)
+    return (e2m1_round(blocks / scale) * scale).flatten(1)[:, : x_MK.shape[1]].to(x_MK.dtype)
 
 
 def round_nv(x_MK: Tensor) -> Tensor:
@@ -106,4 +121,4 @@ def round_nv(x_MK: Tensor) -> Tensor:
     blocks = _blocks(x_MK, NV_BLOCK)
     scale, whole = _nv_scales(blocks, blocks.abs().amax(dim=(1, 2))[:, None])
     step = (scale.float() * whole)[..., None]
-    return (e2m1_values(e2m1_codes(blocks / step)) * step).flatten(1)[:, : x_MK.shape[1]].to(x_MK.dtype)
+    return (e2m1_round(blocks / step) * step).flatten(1)[:, : x_MK.shape[1]].to(x_MK.dtype)

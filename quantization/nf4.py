@@ -42,8 +42,9 @@ def layout(N: int, K: int, double: bool) -> dict[str, tuple[tuple[int, ...], tor
 
 
 def tables(double: bool) -> dict[str, Tensor]:
-    """The codebooks: what the codes stand for, never stored."""
-    found = {"nf4": torch.tensor(NF4)}
+    """What is looked up and never stored: `pairs` [256, 2], the two weights of a byte, and the codes of an absmax."""
+    code, byte = torch.tensor(NF4), torch.arange(256)
+    found = {"pairs": torch.stack((code[byte >> 4], code[byte & 15]), dim=1)}
     return found | {"dynamic": dynamic_map()} if double else found
 
 
@@ -92,11 +93,10 @@ def block_absmax(tensors: dict[str, Tensor]) -> Tensor:
 
 def decode(tensors: dict[str, Tensor], N: int, K: int) -> Tensor:
     """[N, K] in float32."""
-    packed = tensors["qweight"].flatten()
-    codes = torch.stack((packed >> 4, packed & 15), dim=1).flatten()[: N * K]
-    absmax = block_absmax(tensors)
-    values = pad(tensors["nf4"][codes.int()], (0, -N * K % BLOCK)).view(-1, BLOCK) * absmax[:, None]
-    return values.flatten()[: N * K].view(N, K)
+    values = tensors["pairs"].index_select(0, tensors["qweight"].flatten().int()).flatten()[: N * K]
+    if N * K % BLOCK:
+        values = pad(values, (0, -N * K % BLOCK))
+    return (values.view(-1, BLOCK) * block_absmax(tensors)[:, None]).flatten()[: N * K].view(N, K)
 
 
 @cache

@@ -204,7 +204,7 @@ def test_codebooks_follow_a_checkpoint_onto_the_gpu(
     save_quantized(tiny_flux, tmp_path / "saved")
     again = load_quantized(tmp_path / "saved", FluxTransformer2DModel, device="cuda")
     layer = again.transformer_blocks[0].attn.to_q
-    assert layer.nf4.is_cuda
+    assert layer.pairs.is_cuda
     assert torch.equal(
         layer.dequantized_codes(torch.float32).cpu(),
         tiny_flux.transformer_blocks[0].attn.to_q.dequantized_codes(torch.float32),
