@@ -104,6 +104,12 @@ def test_what_is_lacking_is_one_sentence(
     assert "measured on pocket" in capsys.readouterr().err
 
 
+def test_memory_is_this_process_own(ladder: ModuleType) -> None:
+    before = ladder.peak_bytes(torch.device("cpu"))
+    held = torch.ones(before // 4 + 2**24)  # four bytes each
+    assert ladder.peak_bytes(torch.device("cpu")) > held.nbytes > before
+
+
 def test_the_table_has_a_row_a_precision(ladder: ModuleType) -> None:
     kid = {"value": 0.05, "low": 0.04, "high": 0.06}
     row = {
