@@ -3,7 +3,7 @@
     y = round_input(x) deq(q)^T + (x lora_down^T) lora_up^T + bias            dx = dy (deq(q) + lora_up lora_down)
 
 Rounding of x is straight-through: its derivative is taken as 1. The backward pass decodes the weight again instead of keeping
-it. Where `Format.engine_on` says so, a GPU multiplies the codes themselves.
+it; for dA it keeps x itself, whatever `train.save_x` says. Where `Format.engine_on` says so, a GPU multiplies the codes themselves.
 """
 
 from typing import Any
