@@ -24,7 +24,7 @@ def adapter_card(adapter: Adapter, score: dict[str, Any] | None) -> str:
         f"# {adapter.name}",
         "",
         f"A LoRA of rank {about['rank']} for `{about['base']}`, trained for {about['steps']} steps against its frozen "
-        f"SVDQuant INT4 backbone in profile `{about['profile']}`.",
+        f"backbone in precision `{about['profile']}`.",
         "",
         "| | |",
         "|---|---|",

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from loragraft.adapters.checkpoint import Adapter, check_fits
 from loragraft.kernels.layout import relative_rms
-from loragraft.quantization.checkpoint import quantized_layers, recorded_base_id
+from loragraft.quantization.branched import BranchedLinear
+from loragraft.quantization.checkpoint import branched_layers, recorded_base_id
 from loragraft.quantization.conv import SVDQuantConv2d, is_quantizable
-from loragraft.quantization.linear import SVDQuantLinear
 from loragraft.quantization.names import named_module
 
 STATE = "loragraft_grafts"
@@ -98,7 +98,7 @@ def _state(transformer: nn.Module, name: str) -> _Grafts:
 def _targets(transformer: nn.Module) -> dict[str, tuple[tuple[int, ...], int]]:
     """Path -> (shape of A without its rank, N) of the layers that can carry a graft: quantized ones, or all linear layers and
     ungrouped convolutions of a 16-bit model."""
-    layers: dict[str, SVDQuantLinear] = quantized_layers(transformer)
+    layers: dict[str, BranchedLinear] = branched_layers(transformer)
     if layers:
         return {path: (_inputs(layer), layer.out_features) for path, layer in layers.items()}
     plain = ((path, m) for path, m in transformer.named_modules() if is_quantizable(m))
@@ -106,19 +106,19 @@ def _targets(transformer: nn.Module) -> dict[str, tuple[tuple[int, ...], int]]:
     return {path: (tuple(weight.shape[1:]), weight.shape[0]) for path, weight in weights.items()}
 
 
-def _inputs(layer: SVDQuantLinear) -> tuple[int, ...]:
+def _inputs(layer: BranchedLinear) -> tuple[int, ...]:
     """(K,), or (C, k, k) of a convolution."""
     return layer.adapter_shape if isinstance(layer, SVDQuantConv2d) else (layer.in_features,)
 
 
-def _as_matrices(layer: SVDQuantLinear, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def _as_matrices(layer: BranchedLinear, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """(A, B) as the layer's branch has its factors: [r, in_features] and [N, r]."""
     down, up = pair
     return (layer.adapter_columns(down), up.flatten(1)) if isinstance(layer, SVDQuantConv2d) else pair
 
 
 def _current(layer: nn.Module) -> tuple[Tensor, ...]:
-    if isinstance(layer, SVDQuantLinear):
+    if isinstance(layer, BranchedLinear):
         return layer.lora_down, layer.lora_up
     assert isinstance(layer, nn.Linear | nn.Conv2d)  # check_fits
     return (layer.weight.detach(),)
@@ -131,7 +131,7 @@ def _compose(transformer: nn.Module, state: _Grafts, paths: list[str]) -> None:
         pairs = [(a.pairs[path], weight) for a, weight in state.adapters.values() if path in a.pairs]
         device = _current(layer)[0].device  # the model may have moved since the originals were put aside
         originals = tuple(tensor.to(device) for tensor in state.originals[path])
-        if isinstance(layer, SVDQuantLinear):
+        if isinstance(layer, BranchedLinear):
             down, up = originals
             matrices = [(_as_matrices(layer, pair), weight) for pair, weight in pairs]
             layer.set_branch(*_widened(down, up, matrices) if pairs else (down, up))
@@ -189,7 +189,7 @@ def graft_deviation(
         raise ValueError(
             f"ungraft {', '.join(grafted(transformer))} first: deviations are measured against the bare base"
         )
-    layers = quantized_layers(transformer)
+    layers = branched_layers(transformer)
     check_fits(adapter, {path: (_inputs(layer), layer.out_features) for path, layer in layers.items()})
     deviations = []
     for path, x in inputs.items():
@@ -217,7 +217,7 @@ def graft_deviation(
     return deviations
 
 
-def _exactly_added(layer: SVDQuantLinear, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+def _exactly_added(layer: BranchedLinear, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
     """What the adapter adds, in x's dtype."""
     if not isinstance(layer, SVDQuantConv2d):
         return (x @ down.T) @ up.T

@@ -2,15 +2,16 @@
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from loragraft.backbones.bases import list_bases
+from loragraft.recipes.schema import Numerics
 
 if TYPE_CHECKING:
     from loragraft.backbones.spec import Profile
     from loragraft.recipes.schema import WeightsConfig
 
-PROFILES = ("native", "interchange", "weight-only", "16bit")
+PROFILES = get_args(Numerics)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

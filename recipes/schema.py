@@ -13,7 +13,20 @@ from loragraft.recipes.data_config import PriorConfig as PriorConfig
 from loragraft.recipes.ranges import RecipeError as RecipeError
 from loragraft.recipes.ranges import check_range as _check_range
 
-Numerics = Literal["native", "interchange", "weight-only", "16bit"]
+Numerics = Literal[
+    "native",
+    "interchange",
+    "weight-only",
+    "16bit",
+    "fp8",
+    "int8",
+    "nf4",
+    "nf4-double",
+    "nvfp4",
+    "mxfp4",
+    "int3",
+    "int2",
+]
 Switch = Literal["auto", "always", "never"]
 
 
@@ -268,8 +281,11 @@ class Recipe:
     weights: WeightsConfig = WeightsConfig()
     """Where its weights are, unless they travel with the package."""
     numerics: Numerics = "native"
-    """`native` = W4A8, lowest error; `interchange` = W4A4 g64, what SVDQuant files elsewhere mean. Train on the one that
-    you will ship. To compare with: `weight-only` = W4A16, whose activations are not rounded, and `16bit`, ordinary LoRA."""
+    """The base's precision. `native` = W4A8, lowest error; `interchange` = W4A4 g64, what SVDQuant files elsewhere mean. Train
+    on the one that you will ship. To compare with: `16bit`, ordinary LoRA; `weight-only` = W4A16, whose activations are not
+    rounded; weights and activations in `fp8` or `int8` (W8A8, a scale per row and token), `nvfp4` or `mxfp4` (E2M1 in blocks;
+    computed as Blackwell does, at no gain in speed); weights alone in `nf4` (QLoRA's, `nf4-double` with 8-bit absmax) or, with
+    an SVD branch, in `int3` or `int2` groups. Bits and sources: quantization/formats.py."""
     data: DataConfig
     adapter: AdapterConfig = AdapterConfig()
     train: TrainConfig = TrainConfig()

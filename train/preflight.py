@@ -26,7 +26,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from loragraft.adapters.inject import inject_adapter
 from loragraft.adapters.joined import JoinedFactors
 from loragraft.backbones import attention
-from loragraft.backbones.architectures import FOLDER_RANK, folder_settings
+from loragraft.backbones.architectures import stand_in_settings
 from loragraft.backbones.load import find_spec, load_backbone
 from loragraft.backbones.sampler import drawn_together
 from loragraft.backbones.skeleton import meta_transformer, plan_architecture
@@ -157,8 +157,7 @@ def open_subject(recipe: Recipe, cache_root: Path) -> Subject:
     with init_empty_weights():
         encoders = external.random_encoders(0, torch.device("cpu"), DTYPE)
     if recipe.numerics != "16bit":
-        main = folder_settings(recipe.numerics, calibrated=False, rank=FOLDER_RANK, smoothing="hadamard")
-        plan = partial(plan_architecture, spec, main)
+        plan = partial(plan_architecture, spec, stand_in_settings(recipe.numerics))
     build = partial(meta_transformer, spec.transformer_class, external.config, plan)
     return Subject(spec, build, encoders.pipeline_parts["vae"], encoders.encode_text(["a"]), ())
 

@@ -15,15 +15,16 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import loragraft
 from loragraft.outcome import guarded
+from loragraft.recipes.schema import Numerics
 
 if TYPE_CHECKING:
     from loragraft.recipes.schema import Recipe
 
-PROFILES = ("native", "interchange")
+PROFILES = [name for name in get_args(Numerics) if name != "16bit"]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -350,7 +351,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--base", default="pocket", help="the base to begin with (default: pocket)")
     demo.add_argument(
         "--profile",
-        choices=(*PROFILES, "16bit"),
+        choices=("native", "interchange", "16bit"),
         default="native",
         help="its precision to begin with (default: native)",
     )
