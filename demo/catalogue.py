@@ -1,6 +1,7 @@
 """The adapters that a page offers: everything finished in the folders that were named, read again on each look."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,7 +62,10 @@ class Catalogue:
 
 
 def adapter_files(folder: Path) -> list[Path]:
-    """Adapter files of one run, of an adapter folder, or of a folder that holds such; a file stands for itself."""
+    """Adapter files of one run, of an adapter folder, or of a folder that holds such; a file stands for itself.
+
+    Of a published adapter, whose versions are folders of their own, the newest.
+    """
     if folder.is_file():
         return [folder]
     own = [folder / LORA_WEIGHT_NAME_SAFE, folder / "adapter" / LORA_WEIGHT_NAME_SAFE]
@@ -69,9 +73,14 @@ def adapter_files(folder: Path) -> list[Path]:
         place / LORA_WEIGHT_NAME_SAFE
         for child in (sorted(folder.iterdir()) if folder.is_dir() else [])
         if child.is_dir() and not child.name.startswith(".")
-        for place in (child, child / "adapter")
+        for place in (child, child / "adapter", *_newest_version(child))
     ]
     return [file for file in dict.fromkeys([*own, *inside]) if file.is_file()]
+
+
+def _newest_version(folder: Path) -> list[Path]:
+    versions = [place for place in folder.iterdir() if re.fullmatch(r"\d+\.\d+\.\d+", place.name)]
+    return sorted(versions, key=lambda place: tuple(map(int, place.name.split("."))))[-1:]
 
 
 def _place(file: Path) -> str:

@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "adapters": {"quantization", "recipes"},
     "train": {"recipes", "data", "backbones", "adapters"},
     "evaluation": {"recipes", "data", "backbones", "adapters"},
+    "zoo": {"recipes", "data", "backbones", "adapters", "evaluation"},
     "demo": {"data", "evaluation"},
 }
 """What each folder builds on directly; what those build on is below it too."""

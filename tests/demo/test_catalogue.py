@@ -6,14 +6,17 @@ from typing import Any
 
 import pytest
 
-from loragraft.adapters.publish import publish_folder
 from loragraft.demo.catalogue import Catalogue
+from loragraft.zoo.places import open_place
+from loragraft.zoo.publish import publish
 
 
 def test_runs_published_folders_single_runs_and_files(runs: Any, tmp_path: Path) -> None:
     (tmp_path / "unfinished").mkdir()
     shutil.copytree(runs.folder / "ours", tmp_path / "ours")
-    zoo = publish_folder(tmp_path / "ours", tmp_path / "zoo").parent
+    zoo = tmp_path / "zoo"
+    publish(tmp_path / "ours", open_place(str(zoo)))
+    publish(tmp_path / "ours", open_place(str(zoo)), version="1.0.1")  # of two versions the newest is offered
     file = runs.folder / "second" / "adapter" / "pytorch_lora_weights.safetensors"
     for place in (tmp_path, zoo, tmp_path / "ours", tmp_path / "ours" / "adapter"):
         listing = Catalogue([place]).listing()
