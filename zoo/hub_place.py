@@ -19,6 +19,7 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import (
+    GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     OfflineModeIsEnabled,
@@ -88,6 +89,8 @@ class HubPlace:
             try:
                 head = self._api.model_info(repo, files_metadata=True)
                 tags = self._api.list_repo_refs(repo).tags
+            except GatedRepoError:
+                raise
             except (RepositoryNotFoundError, HFValidationError):
                 return []
             if ENTRY not in _sizes(head):
@@ -202,17 +205,29 @@ class HubPlace:
         """Turns what the Hub or the line to it does into one sentence about `what`."""
         try:
             yield
-        except HfHubHTTPError as error:
-            raise ZooError(_sentence(what, error)) from error
-        except OfflineModeIsEnabled as error:
-            raise ZooError(
-                f"{what}: HF_HUB_OFFLINE is set, so the Hub is not asked. Unset it, or use a copy: `loragraft zoo mirror`"
-            ) from error
-        except (TRANSPORT, ConnectionError) as error:
-            raise ZooError(
-                f"{what}: the connection to {self._api.endpoint} broke ({str(error) or type(error).__name__}). The zoo has its old or "
-                "its new state, never half: give the same command again; what is there already is not sent again"
-            ) from error
+        except ZooError:
+            raise
+        except Exception as error:
+            for cause in _causes(error):  # an upload that failed is a RuntimeError around what happened
+                if isinstance(cause, HfHubHTTPError):
+                    raise ZooError(_sentence(what, cause)) from error
+                if isinstance(cause, OfflineModeIsEnabled):
+                    raise ZooError(
+                        f"{what}: HF_HUB_OFFLINE is set, so the Hub is not asked. Unset it, or use a copy: `loragraft zoo mirror`"
+                    ) from error
+                if isinstance(cause, (TRANSPORT, ConnectionError)):
+                    raise ZooError(
+                        f"{what}: the connection to {self._api.endpoint} broke ({str(cause) or type(cause).__name__}). The zoo has "
+                        "its old or its new state, never half: give the same command again; what is there is not sent again"
+                    ) from error
+            raise
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, what it was raised from, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__
 
 
 def _sizes(info: Any) -> dict[str, int]:

@@ -77,7 +77,8 @@ def choose(place: Place, wanted: str) -> Listed:
     if not found:
         names = place.names()
         if not names:
-            raise ZooError(f"{place.url} holds no adapters")
+            hidden = ", or they are private and your token does not see them" if place.url.startswith(HUB) else ""
+            raise ZooError(f"{place.url} holds no adapters{hidden}")
         raise ZooError(f"{place.url} has no adapter {name!r}. {did_you_mean(name, names)}")
     if version:
         for item in found:

@@ -49,20 +49,20 @@ def write_run(folder: Path, name: str = "marketing", seed: int = 0, *, score: bo
         "base_id": BASE_ID,
         "adapters": [{"name": name, "weight": 1.0}],
     }
-    draw(folder / "images" / "0000.png", settings)
-    draw(folder / "images" / "0001.png", {**settings, "adapters": []})
-    draw(folder / "samples" / "step_000007.png", {})
+    draw(folder / "images" / "0000.png", settings, seed)
+    draw(folder / "images" / "0001.png", {**settings, "adapters": []}, seed)
+    draw(folder / "samples" / "step_000007.png", {}, seed)
     if score:
         (folder / "score.json").write_text(json.dumps(score_of(adapter_hash(load_adapter(file)))))
     return folder
 
 
-def draw(path: Path, settings: dict[str, Any]) -> None:
+def draw(path: Path, settings: dict[str, Any], seed: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     info = PngInfo()
     if settings:
         info.add_text("loragraft", json.dumps(settings))
-    Image.new("RGB", (8, 8), "red").save(path, pnginfo=info)
+    Image.new("RGB", (8, 8), (255, seed, 0)).save(path, pnginfo=info)
 
 
 def score_of(of: str) -> dict[str, Any]:
