@@ -3,8 +3,9 @@
 import argparse
 import contextlib
 import json
+import tempfile
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -186,17 +187,22 @@ def _pull(args: argparse.Namespace) -> int:
     return 0
 
 
-def _verify(args: argparse.Namespace) -> int:
+@contextlib.contextmanager
+def _pulled(args: argparse.Namespace) -> Iterator[Path]:
+    """The folder that is named, or a temporary copy of the adapter that is."""
     from loragraft.zoo.pull import pull
+
+    if Path(args.name).is_dir():
+        yield Path(args.name)
+        return
+    with tempfile.TemporaryDirectory(prefix="loragraft-zoo-") as temporary:
+        yield pull(open_place(args.zoo), args.name, Path(temporary), key=args.key)
+
+
+def _verify(args: argparse.Namespace) -> int:
     from loragraft.zoo.verify import verify_folder
 
-    with contextlib.ExitStack() as stack:
-        folder = Path(args.name)
-        if not folder.is_dir():
-            import tempfile
-
-            temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="loragraft-verify-"))
-            folder = pull(open_place(args.zoo), args.name, Path(temporary))
+    with _pulled(args) as folder:
         opened: Callable[[Entry], Backbone] | None = None if args.no_graft else (lambda entry: _backbone(entry, args))
         failed = False
         for finding in verify_folder(folder, key=args.key, backbone=opened):
@@ -205,6 +211,34 @@ def _verify(args: argparse.Namespace) -> int:
             failed |= finding.passed is False
     print(f"\n{args.name}: {'do not use it' if failed else 'it is what it says'}")
     return 1 if failed else 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from loragraft.data.cache import default_cache_root
+    from loragraft.zoo.bench import bench, table
+    from loragraft.zoo.entry import ENTRY, entry_from_bytes
+    from loragraft.zoo.pull import check_records
+
+    with _pulled(args) as folder:
+        if not (folder / ENTRY).is_file():
+            raise ZooError(
+                f"{folder} has no {ENTRY}: give a folder that `loragraft zoo pull` wrote, or a name and --zoo"
+            )
+        entry = entry_from_bytes((folder / ENTRY).read_bytes(), str(folder / ENTRY))
+        check_records(folder, entry.files)
+        root = args.out / f"{entry.name}-{entry.version}"
+        found = bench(
+            folder,
+            entry,
+            root,
+            lambda recipe: _backbone(entry, args),
+            default_cache_root(),
+            images=args.images,
+            data=args.data,
+        )
+    print("\n".join(table(found)))
+    print(f"written: {root / 'bench.json'}; images beside it")
+    return 1 if any(comparison.agrees is False for comparison in found) else 0
 
 
 def _backbone(entry: Entry, args: argparse.Namespace) -> "Backbone":
@@ -294,6 +328,12 @@ VERBS: dict[str, tuple[Callable[[argparse.Namespace], int], str, str]] = {
         "loragraft zoo verify adapters/marketing --key alice.pub\n\n"
         "Checks sha256 of every file, the signature, the weights, the base's id, and grafts it onto its base.",
     ),
+    "bench": (
+        _bench,
+        "measure an adapter's score here and hold it against the published one. Exit code 1 if they differ",
+        "loragraft zoo bench marketing --images 64\n\n"
+        "Draws and measures as `loragraft score` does, with the published seeds and settings. What is drawn already is not drawn again.",
+    ),
     "mirror": (_mirror, "copy a whole zoo to a folder, to use without a network", "loragraft zoo mirror hf://OWNER copy"),
     "yank": (
         _status,
@@ -336,11 +376,10 @@ def _parser() -> argparse.ArgumentParser:
         sub[name].add_argument("--all", action="store_true", help="older and yanked versions too")
     for name in ("ls", "info"):
         sub[name].add_argument("--json", action="store_true", help="as the index has it")
-    for name in ("info", "pull", "verify", "yank", "deprecate"):
-        sub[name].add_argument(
-            "name", metavar="NAME[@VERSION]", help="an adapter" + (", or a pulled folder" * (name == "verify"))
-        )
-    for name in ("pull", "verify", "mirror"):
+    for name in ("info", "pull", "verify", "bench", "yank", "deprecate"):
+        folder = ", or a pulled folder" if name in ("verify", "bench") else ""
+        sub[name].add_argument("name", metavar="NAME[@VERSION]", help=f"an adapter{folder}")
+    for name in ("pull", "verify", "bench", "mirror"):
         sub[name].add_argument(
             "--key", type=Path, metavar="PUBLIC_KEY", help="demand a signature made with this key's private half"
         )
@@ -353,8 +392,14 @@ def _parser() -> argparse.ArgumentParser:
     sub["search"].add_argument("--domain", help="only adapters of this domain")
     sub["pull"].add_argument("--out", type=Path, default=Path("adapters"), metavar="FOLDER", help="default: adapters")
     sub["verify"].add_argument("--no-graft", action="store_true", help="do not load the base")
-    sub["verify"].add_argument("--weights", metavar="PATH", help="of a base that does not travel with the package")
-    sub["verify"].add_argument("--encoders", metavar="PATH", help="the pipeline with its encoders")
+    for name in ("verify", "bench"):
+        sub[name].add_argument("--weights", metavar="PATH", help="of a base that does not travel with the package")
+        sub[name].add_argument("--encoders", metavar="PATH", help="the pipeline with its encoders")
+    sub["bench"].add_argument("--images", type=int, metavar="N", help="per set (default: the published N)")
+    sub["bench"].add_argument(
+        "--data", type=Path, metavar="FOLDER", help="the images, unless the recipe generates them"
+    )
+    sub["bench"].add_argument("--out", type=Path, default=Path("bench"), metavar="FOLDER", help="default: bench")
     sub["mirror"].add_argument("source", metavar="PLACE", help="the zoo to copy")
     sub["mirror"].add_argument("folder", type=Path, metavar="FOLDER")
     sub["key"].add_argument("file", type=Path, metavar="FILE", help="the private key's file; the public one gets .pub")

@@ -337,7 +337,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     publish_options(publish)
 
-    verb("zoo", _recipe, "published adapters: ls, search, info, pull, verify, mirror, yank, deprecate, key")
+    verb("zoo", _recipe, "published adapters: ls, search, info, pull, verify, bench, mirror, yank, deprecate, key")
 
     demo = verb(
         "demo",

@@ -271,7 +271,6 @@ def test_a_place_that_is_none(hub: Any) -> None:
 PUBLISHER = """
 import sys
 from pathlib import Path
-from loragraft.zoo.contents import collect
 from loragraft.zoo.entry import ENTRY, entry_from_bytes
 from loragraft.zoo.hub_place import HubPlace
 folder = Path(sys.argv[1])
