@@ -96,7 +96,7 @@ def bench(
         config=replace(
             recipe.eval,
             images=images or settings.n,
-            split=settings.split,
+            split="test" if settings.split == "test" else "validation",
             steps=settings.steps,
             guidance=settings.guidance,
             seed=settings.seed,

@@ -189,11 +189,13 @@ def _pull(args: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _pulled(args: argparse.Namespace) -> Iterator[Path]:
-    """The folder that is named, or a temporary copy of the adapter that is."""
+    """The folder that is named, or a temporary copy of the adapter that is: a run may lie here under the adapter's name."""
+    from loragraft.zoo.entry import ENTRY
     from loragraft.zoo.pull import pull
 
-    if Path(args.name).is_dir():
-        yield Path(args.name)
+    folder = Path(args.name)
+    if (folder / ENTRY).is_file() or (folder.is_dir() and "/" in args.name):
+        yield folder
         return
     with tempfile.TemporaryDirectory(prefix="loragraft-zoo-") as temporary:
         yield pull(open_place(args.zoo), args.name, Path(temporary), key=args.key)
