@@ -5,6 +5,7 @@ published one overlap. On the same machine and versions the images are equal, an
 """
 
 import json
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -24,8 +25,10 @@ from loragraft.recipes.schema import Recipe
 from loragraft.versions import installed_versions
 from loragraft.zoo.contents import WEIGHTS
 from loragraft.zoo.entry import Entry, Score, ZooError, canonical
-from loragraft.zoo.scores import PROTOCOL, scores_of
+from loragraft.zoo.scores import ANY_N, PROTOCOL, scores_of
 
+SAME = 1e-4
+"""Relative; what another order of summation may change. Figures nearer than this agree without an interval."""
 TAKEN = ("base", "numerics", "data")
 """What of a published recipe is used: nothing that names weights, places or a network."""
 
@@ -39,16 +42,11 @@ class Comparison:
 
     @property
     def comparable(self) -> bool:
-        """Equal settings; N may differ where the statistic does not depend on it (KID and shares, not FD)."""
+        """Equal settings; N may differ where the statistic does not depend on it."""
         a, b = self.published, self.here
-        same = (a.protocol, a.references, a.split, a.steps, a.guidance) == (
-            b.protocol,
-            b.references,
-            b.split,
-            b.steps,
-            b.guidance,
-        )
-        return same and (a.n == b.n or a.low is not None)
+        settings = ("protocol", "references", "split", "steps", "guidance")
+        same = all(getattr(a, key) == getattr(b, key) for key in settings)
+        return same and (a.n == b.n or a.metric in ANY_N)
 
     @property
     def agrees(self) -> bool | None:
@@ -56,7 +54,7 @@ class Comparison:
         a, b = self.published, self.here
         if not self.comparable:
             return None
-        if a.value == b.value:
+        if math.isclose(a.value, b.value, rel_tol=SAME):
             return True
         if a.low is None or a.high is None or b.low is None or b.high is None:
             return None

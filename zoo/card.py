@@ -26,9 +26,11 @@ class Picture:
     settings: Mapping[str, Any]
 
 
-def adapter_card(entry: Entry, about: Mapping[str, Any], gallery: Sequence[Picture] = ()) -> str:
-    """README.md text. `about`: the adapter's metadata; `gallery`: pictures that are published beside it."""
-    return "\n".join(["---", card_data(entry, gallery).to_yaml(), "---", *_body(entry, about, gallery), ""])
+def adapter_card(
+    entry: Entry, about: Mapping[str, Any], gallery: Sequence[Picture] = (), samples: str | None = None
+) -> str:
+    """README.md text. `about`: the adapter's metadata; `gallery`: pictures that are published beside it; `samples`: a sheet of them."""
+    return "\n".join(["---", card_data(entry, gallery).to_yaml(), "---", *_body(entry, about, gallery, samples), ""])
 
 
 def card_data(entry: Entry, gallery: Sequence[Picture] = ()) -> ModelCardData:
@@ -83,7 +85,7 @@ def _eval_result(entry: Entry, score: Score) -> EvalResult:
     )
 
 
-def _body(entry: Entry, about: Mapping[str, Any], gallery: Sequence[Picture]) -> list[str]:
+def _body(entry: Entry, about: Mapping[str, Any], gallery: Sequence[Picture], samples: str | None) -> list[str]:
     base = f"[{entry.base.repository}](https://huggingface.co/{entry.base.repository})" if entry.base.repository else ""
     lines = [
         f"# {entry.name} {entry.version}",
@@ -107,6 +109,8 @@ def _body(entry: Entry, about: Mapping[str, Any], gallery: Sequence[Picture]) ->
     if gallery:
         settings = gallery[0].settings
         lines += ["", "<Gallery />", "", f"The pictures: {settings['steps']} steps, guidance {settings['guidance']:g}."]
+    if samples is not None:
+        lines += ["", "Drawn at the end of training:", "", f"![samples]({samples})"]
     if entry.scores:
         lines += ["", *_score_table(entry.scores)]
     prompts = about.get("recipe", {}).get("sample", {}).get("prompts", [])

@@ -38,6 +38,7 @@ from loragraft.zoo.licences import licence_for, repository_of
 from loragraft.zoo.scores import scores_of
 
 WEIGHTS, CARD, SCORE, IMAGES = "pytorch_lora_weights.safetensors", "README.md", "score.json", "images"
+SAMPLES = f"{IMAGES}/samples.png"
 GALLERY = 12
 """Pictures at most."""
 FIRST_VERSION = "1.0.0"
@@ -60,11 +61,14 @@ def collect(
     if score is not None:
         shutil.copyfile(run / SCORE, folder / SCORE)
     gallery = _gallery(pictures or run / IMAGES, adapter, folder, asked=pictures is not None)
-    for sheet in sorted((run / "samples").glob("*.png"))[-1:]:
+    sheets = sorted((run / "samples").glob("*.png"))
+    if sheets:
         (folder / IMAGES).mkdir(exist_ok=True)
-        shutil.copyfile(sheet, folder / IMAGES / "samples.png")
+        shutil.copyfile(sheets[-1], folder / SAMPLES)
     entry = _entry(adapter, version, licence_for(adapter.metadata["base"], licence), score)
-    (folder / CARD).write_text(adapter_card(entry, adapter.metadata, gallery), encoding="utf-8")
+    (folder / CARD).write_text(
+        adapter_card(entry, adapter.metadata, gallery, SAMPLES if sheets else None), encoding="utf-8"
+    )
     entry = entry_with_files(entry, folder)
     (folder / ENTRY).write_bytes(entry.to_bytes())
     return entry

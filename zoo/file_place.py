@@ -6,7 +6,8 @@
     PLACE/NAME/VERSION/...                    the files; a version's never change
 
 What a killed publisher leaves is a VERSION without an entry, which no index names and which the next attempt replaces, or
-a complete one that the index does not name yet: the next attempt writes the index.
+a complete one that the index does not name yet: the next attempt writes the index. Two who publish different adapters under one
+name and version at the same moment may mix their files; whoever fetches the mixture is told by its sums.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from tqdm import tqdm
 
-from loragraft.disk import replacing_file, write_atomic
+from loragraft.disk import replacing_file, sweep, write_atomic
 from loragraft.zoo.entry import (
     ENTRY,
     INDEX,
@@ -197,6 +198,7 @@ def _put_local(source: Path, target: str) -> None:
 def _write_local(content: bytes, target: str) -> None:
     Path(target).parent.mkdir(parents=True, exist_ok=True)
     write_atomic(Path(target), content)
+    sweep(Path(target).parent, older_than_hours=24)  # scratch names of killed publishers
 
 
 def _next(version: str) -> str:

@@ -14,6 +14,8 @@ METRICS = {
     "retrieval_minilm_lite0_r5": "higher",
     "retrieval_minilm_lite0_r5_image_to_text": "higher",
 }
+ANY_N = ("kid_lite0",)
+"""Unbiased: the same at every N but for its interval. FD falls as N grows, and recall is among N images."""
 TITLES = {
     "kid_lite0": "KID formula, EfficientNet-Lite0 features (not Inception KID)",
     "fd_lite0": "Frechet distance, EfficientNet-Lite0 features (not FID)",

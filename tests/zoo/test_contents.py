@@ -51,6 +51,7 @@ def test_the_card_says_what_the_hub_reads(make_run: Callable[..., Path], tmp_pat
     result = card["model-index"][0]["results"][0]  # type: ignore[index]
     assert [metric["type"] for metric in result["metrics"]] == ["kid_lite0", "fd_lite0"]
     assert result["metrics"][0]["args"]["n"] == 64
+    assert "![samples](images/samples.png)" in (folder / "README.md").read_text()
     assert str(tmp_path) not in (folder / "README.md").read_text()
 
 
@@ -94,7 +95,7 @@ def test_a_name_that_no_zoo_can_have_is_refused(make_run: Callable[..., Path], t
     head["__metadata__"]["loragraft"] = json.dumps(json.loads(head["__metadata__"]["loragraft"]) | {"name": name})
     renamed = json.dumps(head).encode()
     file.write_bytes(len(renamed).to_bytes(8, "little") + renamed + content[8 + length :])
-    with pytest.raises(ZooError, match="name"):
+    with pytest.raises(ValueError, match="name"):
         collect(run, staged(tmp_path))
 
 
