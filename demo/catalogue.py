@@ -1,7 +1,6 @@
 """The adapters that a page offers: everything finished in the folders that were named, read again on each look."""
 
 import dataclasses
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +8,8 @@ from pathlib import Path
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 
 from loragraft.adapters.checkpoint import Adapter, load_adapter
+from loragraft.zoo.entry import INDEX
+from loragraft.zoo.file_place import open_files
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,12 @@ class Catalogue:
                 problems.append(
                     f"{folder}: no such folder. Training writes runs/NAME, publishing the folder after --to"
                 )
-            for file in adapter_files(folder):
+            try:
+                files = adapter_files(folder)
+            except ValueError as error:
+                problems.append(str(error))
+                continue
+            for file in files:
                 try:
                     named.append((self._load(file).name, file))
                 except (ValueError, OSError) as error:
@@ -62,10 +68,7 @@ class Catalogue:
 
 
 def adapter_files(folder: Path) -> list[Path]:
-    """Adapter files of one run, of an adapter folder, or of a folder that holds such; a file stands for itself.
-
-    Of a published adapter, whose versions are folders of their own, the newest.
-    """
+    """Adapter files of one run, of an adapter folder, of a folder that holds such, or of a zoo; a file stands for itself."""
     if folder.is_file():
         return [folder]
     own = [folder / LORA_WEIGHT_NAME_SAFE, folder / "adapter" / LORA_WEIGHT_NAME_SAFE]
@@ -73,14 +76,20 @@ def adapter_files(folder: Path) -> list[Path]:
         place / LORA_WEIGHT_NAME_SAFE
         for child in (sorted(folder.iterdir()) if folder.is_dir() else [])
         if child.is_dir() and not child.name.startswith(".")
-        for place in (child, child / "adapter", *_newest_version(child))
+        for place in (child, child / "adapter")
     ]
-    return [file for file in dict.fromkeys([*own, *inside]) if file.is_file()]
+    return [file for file in dict.fromkeys([*own, *inside, *_published(folder)]) if file.is_file()]
 
 
-def _newest_version(folder: Path) -> list[Path]:
-    versions = [place for place in folder.iterdir() if re.fullmatch(r"\d+\.\d+\.\d+", place.name)]
-    return sorted(versions, key=lambda place: tuple(map(int, place.name.split("."))))[-1:]
+def _published(folder: Path) -> list[Path]:
+    """Of a zoo, the newest version of every adapter that is not yanked. Raises ZooError for a damaged index."""
+    if not (folder / INDEX).is_file():
+        return []
+    usable = [item.entry for item in open_files(str(folder)).listed() if not item.status.yanked]
+    newest = {
+        entry.name: folder / entry.name / entry.version for entry in usable
+    }  # in the index's order: the last wins
+    return [path / LORA_WEIGHT_NAME_SAFE for path in newest.values()]
 
 
 def _place(file: Path) -> str:

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "train": {"recipes", "data", "backbones", "adapters"},
     "evaluation": {"recipes", "data", "backbones", "adapters"},
     "zoo": {"recipes", "data", "backbones", "adapters", "evaluation"},
-    "demo": {"data", "evaluation"},
+    "demo": {"data", "evaluation", "zoo"},
 }
 """What each folder builds on directly; what those build on is below it too."""
 LONGEST_FILE = 450

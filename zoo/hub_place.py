@@ -11,6 +11,7 @@ Everything goes through `huggingface_hub` (1.x and 2.x): its token, its cache, i
 import hashlib
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -48,6 +49,10 @@ THE_HUBS_OWN = {".gitattributes", STATUS}
 """Files that a publication leaves as they are."""
 
 
+class NotOfAZooError(ZooError):
+    """A repository that `publish` did not write."""
+
+
 @dataclass
 class HubPlace:
     """Adapters of an account (`owner`), or of one repository (`owner/name`); without an owner, the account of the token."""
@@ -78,7 +83,12 @@ class HubPlace:
             return sorted(m.id.partition("/")[2] for m in self._api.list_models(author=self.owner, filter=TAG))
 
     def listed(self) -> list[Listed]:
-        found = [item for name in self.names() for item in self.versions(name)]
+        found = []
+        for name in self.names():
+            try:
+                found += self.versions(name)
+            except NotOfAZooError as error:  # somebody gave the tag to a repository of another kind
+                print(f"note: {error}", file=sys.stderr)
         return sorted(found, key=lambda item: item.order)
 
     def versions(self, name: str) -> list[Listed]:
@@ -94,7 +104,7 @@ class HubPlace:
             except (RepositoryNotFoundError, HFValidationError):
                 return []
             if ENTRY not in _sizes(head):
-                raise ZooError(
+                raise NotOfAZooError(
                     f"{repo} has no {ENTRY}: `loragraft publish` did not write it. Plain LoRA files load without the zoo: "
                     f"fetch one and give it to `loragraft generate --adapter`"
                 )

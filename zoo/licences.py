@@ -22,12 +22,10 @@ OF_REPOSITORY = {
     "stabilityai/sd-turbo": _other("sai-nc-community", "stabilityai/sd-turbo", "LICENSE"),
     "stabilityai/stable-diffusion-xl-base-1.0": Licence(id="openrail++"),
     "stabilityai/sdxl-turbo": _other("sai-nc-community", "stabilityai/sdxl-turbo"),
-    "Efficient-Large-Model/Sana_600M_1024px_diffusers": _other(
-        "nscl-v2-custom", "Efficient-Large-Model/Sana_600M_1024px_diffusers", "LICENSE.txt"
-    ),
-    "Efficient-Large-Model/Sana_1600M_1024px_diffusers": _other(
-        "nscl-v2-custom", "Efficient-Large-Model/Sana_1600M_1024px_diffusers", "LICENSE.txt"
-    ),
+    **{
+        f"Efficient-Large-Model/{name}": _other("nscl-v2-custom", f"Efficient-Large-Model/{name}", "LICENSE.txt")
+        for name in ("Sana_600M_1024px_diffusers", "Sana_1600M_1024px_diffusers", "Sana_1600M_1024px_BF16_diffusers")
+    },
     "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": Licence(id="openrail++"),
 }
 

@@ -27,12 +27,20 @@ def pull(place: Place, wanted: str, out: Path, *, key: Path | None = None, say: 
             check_files(target, item)
             _check_signature(target, item, key)
             return target
-        raise ZooError(f"{target} exists and holds something else: move it away, or give another folder with --out")
+        raise ZooError(f"{target} holds {_holds(target)}: move it away, or give another folder with --out")
     with replacing_folder(target, overwrite=False) as scratch:
         place.fetch(item, scratch)
         check_files(scratch, item)
         _check_signature(scratch, item, key)
     return target
+
+
+def _holds(folder: Path) -> str:
+    """What is in the way, in words."""
+    if not (folder / ENTRY).is_file():
+        return "something that is no pulled adapter"
+    there = entry_from_bytes((folder / ENTRY).read_bytes(), str(folder / ENTRY))
+    return f"another {there.name} {there.version}, or a changed one"
 
 
 def _check_signature(folder: Path, item: Listed, key: Path | None) -> None:

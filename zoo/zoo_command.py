@@ -67,7 +67,8 @@ def run_publish(args: argparse.Namespace) -> int:
     elif done.changed:
         print(f"\npublished: {done.entry.name} {done.entry.version} in {to}{', signed' if done.signed else ''}")
     else:
-        print(f"\n{to} has this very version already; nothing changed. Later signatures need a later version.")
+        later = " A signature can only come with a new version." if args.key else ""
+        print(f"\n{to} has this very version already; nothing changed.{later}")
     return 0
 
 

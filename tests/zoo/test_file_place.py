@@ -192,9 +192,19 @@ def test_pull_never_overwrites(place: FilePlace, make_run: Callable[..., Path], 
     publish(make_run(), place)
     (tmp_path / "out" / "marketing").mkdir(parents=True)
     (tmp_path / "out" / "marketing" / "mine.txt").write_text("mine")
-    with pytest.raises(ZooError, match="holds something else"):
+    with pytest.raises(ZooError, match="holds something that is no pulled adapter"):
         pull(place, "marketing", tmp_path / "out", say=quiet)
     assert (tmp_path / "out" / "marketing" / "mine.txt").read_text() == "mine"
+
+
+def test_pull_does_not_replace_another_version(place: FilePlace, make_run: Callable[..., Path], tmp_path: Path) -> None:
+    publish(make_run(), place)
+    folder = pull(place, "marketing", tmp_path / "out", say=quiet)
+    before = (folder / ENTRY).read_bytes()
+    publish(make_run(seed=1), place, version="1.0.1")
+    with pytest.raises(ZooError, match=r"holds another marketing 1\.0\.0"):
+        pull(place, "marketing", tmp_path / "out", say=quiet)
+    assert (folder / ENTRY).read_bytes() == before
 
 
 def test_a_folder_moved_to_another_name_is_refused(place: FilePlace, make_run: Callable[..., Path]) -> None:

@@ -109,11 +109,17 @@ def test_a_misspelt_name(hub: Any, make_run: Callable[..., Path], monkeypatch: p
         choose(open_place("hf://carol"), "marketing")
 
 
-def test_a_repository_that_is_no_zoos(hub: Any, loopback_module: Any) -> None:
+def test_a_repository_that_is_no_zoos(
+    hub: Any, loopback_module: Any, make_run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    publish(make_run(), open_place("hf://alice"))
     hub.repos["alice/plain"] = loopback_module.Repo(private=False)
-    hub.repos["alice/plain"].add("files", {WEIGHTS: b"x"})
+    hub.repos["alice/plain"].add("files", {WEIGHTS: b"x", "README.md": b"---\ntags:\n- loragraft\n---\n"})
     with pytest.raises(ZooError, match=r"has no loragraft\.json"):
         choose(open_place("hf://alice"), "plain")
+    capsys.readouterr()
+    assert [item.entry.name for item in open_place("hf://alice").listed()] == ["marketing"]
+    assert "note: alice/plain has no loragraft.json" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
