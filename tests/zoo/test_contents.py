@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from loragraft.adapters.checkpoint import load_adapter, write_adapter
 from loragraft.zoo.contents import collect
 from loragraft.zoo.entry import ENTRY, ZooError
 from loragraft.zoo.licences import licence_for
@@ -115,3 +116,18 @@ def test_a_base_of_unknown_licence_needs_one(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(ZooError, match="--licence ID"):
         licence_for("flux1-dev", None)
     assert licence_for("flux1-dev", "openrail++").id == "openrail++"
+
+
+def test_an_adapter_for_flux_names_the_16_bit_base_and_its_licence(
+    make_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    run = make_run(score=False)
+    adapter = load_adapter(run / "adapter")
+    write_adapter(adapter.pairs, run / "adapter", {**adapter.metadata, "base": "flux1-dev"})
+    entry = collect(run, staged(tmp_path))
+    assert entry.base.repository == "black-forest-labs/FLUX.1-dev"
+    card = header(tmp_path / "staged")
+    assert card["base_model"] == "black-forest-labs/FLUX.1-dev"
+    assert (card["license"], card["license_name"]) == ("other", "flux-1-dev-non-commercial-license")
+    assert "FLUX.1-dev/blob/main/LICENSE.md" in str(card["license_link"])
+    assert card["loragraft"]["base_id"] == entry.base.id  # type: ignore[index]

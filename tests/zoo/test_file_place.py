@@ -171,6 +171,17 @@ def test_a_file_that_is_not_as_published_is_never_left_behind(
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_no_more_reaches_the_disk_than_was_promised(
+    place: FilePlace, make_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    publish(make_run(), place)
+    (item,) = place.listed()
+    tamper(place, "README.md", bytes(3 << 20))  # the first to be fetched
+    with pytest.raises(ZooError, match="more than"):
+        place.fetch(item, tmp_path / "fetched")
+    assert (tmp_path / "fetched" / "README.md").stat().st_size == item.entry.files["README.md"].size + 1
+
+
 def test_an_entry_swapped_behind_the_index_is_refused(
     place: FilePlace, make_run: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from loragraft import cli
 from loragraft.adapters.checkpoint import load_adapter, write_adapter
+from loragraft.adapters.graft import grafted, ungraft
 from loragraft.backbones.load import load_backbone
 from loragraft.backbones.spec import Backbone
 from loragraft.evaluation.generate import Settings, render
@@ -22,6 +23,7 @@ from loragraft.zoo.bench import Comparison, published_recipe, table
 from loragraft.zoo.entry import Score, ZooError
 from loragraft.zoo.places import open_place
 from loragraft.zoo.publish import publish
+from loragraft.zoo.verify import verify_folder
 
 SETTINGS = [Settings(prompt="promo tile: white rocket on blue", seed=3, steps=2)]
 
@@ -108,6 +110,23 @@ def test_an_adapter_of_another_base_fails_at_the_base(
     publish(run, open_place("zoo"))
     assert cli.main(["zoo", "verify", "loud"]) == 1
     assert "FAILED  base       adapter 'loud' was trained on base 0000" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("broken", "said"), [("ungraft", "did not restore the base"), ("graft", "changes nothing")])
+def test_a_graft_that_does_not_come_off_or_does_nothing_is_told(
+    run: Path, backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str, said: str
+) -> None:
+    publish(run, open_place(str(tmp_path / "zoo")))
+    folder = tmp_path / "zoo" / "loud" / "1.0.0"
+    with monkeypatch.context() as patch:
+        patch.setattr(f"loragraft.adapters.graft.{broken}", lambda *_: None)
+        if broken == "graft":
+            patch.setattr("loragraft.adapters.graft.ungraft", lambda *_: None)
+        *_, last = verify_folder(folder, backbone=lambda entry: backbone)
+    assert (last.question, last.passed) == ("graft", False)
+    assert said in last.text
+    for name in grafted(backbone.transformer):
+        ungraft(backbone.transformer, name)
 
 
 def test_a_score_is_measured_again_and_compared(
