@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from loragraft.disk import replacing_folder
+from loragraft.disk import SCRATCH, replacing_folder
 from loragraft.zoo.entry import ENTRY, SIGNATURE, FileRecord, Listed, ZooError, entry_from_bytes, sha256_file
 from loragraft.zoo.file_place import FilePlace, open_files
 from loragraft.zoo.places import Place, choose
@@ -93,7 +93,7 @@ def mirror(place: Place, folder: Path, *, key: Path | None = None, say: Say = pr
         entry = item.entry
         known = present.get((entry.name, entry.version))
         if known is None or known.entry_sha256 != item.entry_sha256:
-            with tempfile.TemporaryDirectory(dir=folder, prefix=".fetching-") as temporary:
+            with tempfile.TemporaryDirectory(dir=folder, prefix=".fetching-", suffix=SCRATCH) as temporary:
                 scratch = Path(temporary)
                 place.fetch(item, scratch)
                 check_files(scratch, item)

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loragraft.disk import readable_bytes
 from loragraft.zoo.entry import Entry, Listed, Status, ZooError, index_to_bytes
 from loragraft.zoo.places import DEFAULT, HUB, VARIABLE, Place, choose, did_you_mean, open_place
+from loragraft.zoo.printing import describe, print_table
 
 if TYPE_CHECKING:
     from loragraft.backbones.spec import Backbone
@@ -102,7 +102,7 @@ def _ls(args: argparse.Namespace) -> int:
     if args.json:
         print(index_to_bytes(items).decode(), end="")
         return 0
-    _print_table(items, every=args.all)
+    print_table(items, every=args.all)
     print(f"{len({item.entry.name for item in items})} adapters in {place.url}")
     return 0
 
@@ -112,23 +112,9 @@ def _search(args: argparse.Namespace) -> int:
 
     place = open_place(args.zoo)
     found = [item for item in place.listed() if matches(item.entry, args.words, args.base, args.domain)]
-    _print_table(found, every=args.all)
+    print_table(found, every=args.all)
     print(f"{len({item.entry.name for item in found})} adapters in {place.url} match")
     return 0
-
-
-def _print_table(items: Sequence[Listed], *, every: bool) -> None:
-    """The newest version of each that is not yanked, or every version."""
-    shown = list(items) if every else list({i.entry.name: i for i in items if not i.status.yanked}.values())
-    for item in shown:
-        entry = item.entry
-        score = next(iter(entry.scores), None)
-        figure = f"{score.metric} {score.base:.3f} -> {score.value:.3f} (N {score.n})" if score else "not scored"
-        flags = "".join(f"  [{word}]" for word in (*(["signed"] if item.signed else []), *item.status.to_dict()))
-        print(
-            f"{entry.name:20s} {entry.version:8s} {entry.base.name} {entry.base.profile} ({entry.base.id[:8]}), rank {entry.rank}, "
-            f"{readable_bytes(entry.size)}, {figure}{flags}"
-        )
 
 
 def _info(args: argparse.Namespace) -> int:
@@ -148,38 +134,6 @@ def _info(args: argparse.Namespace) -> int:
     return 0
 
 
-def describe(entry: Entry) -> str:
-    """Everything that an entry says, in lines."""
-    base = f"{entry.base.name}{f', {entry.base.repository}' if entry.base.repository else ''}, profile {entry.base.profile}"
-    rows = {
-        "base": base,
-        "base id": entry.base.id,
-        "rank": f"{entry.rank}, {entry.parameters:,} parameters, {entry.contract}",
-        "domain": entry.domain,
-        "trigger": entry.trigger,
-        "licence": " ".join(filter(None, (entry.licence.id, entry.licence.name, entry.licence.link))),
-        "recipe hash": entry.recipe_hash,
-        "data": entry.data_fingerprint,
-        "created": f"{entry.created}, {', '.join(f'{name} {number}' for name, number in entry.versions.items())}",
-    }
-    lines = [f"{entry.name} {entry.version}", *(f"  {key:15s} {value}" for key, value in rows.items() if value)]
-    for score in entry.scores:
-        spread = "" if score.low is None or score.high is None else f" ({score.low:.4f} to {score.high:.4f})"
-        lines.append(
-            f"  {score.metric}: base {score.base:.4f}, adapter {score.value:.4f}{spread}, {score.better} is better"
-        )
-    if entry.scores:
-        score = entry.scores[0]
-        lines.append(
-            f"    {score.protocol}: N {score.n}, {score.references} references, split {score.split}, seed {score.seed}, {score.steps} steps, "
-            f"guidance {score.guidance:g}; {score.hardware}"
-        )
-    lines += [
-        f"  {record.sha256[:16]} {readable_bytes(record.size):>10s}  {name}" for name, record in entry.files.items()
-    ]
-    return "\n".join(lines)
-
-
 def _pull(args: argparse.Namespace) -> int:
     from loragraft.zoo.pull import pull
 
@@ -189,31 +143,59 @@ def _pull(args: argparse.Namespace) -> int:
 
 
 @contextlib.contextmanager
-def _pulled(args: argparse.Namespace) -> Iterator[Path]:
+def _pulled(name: str, args: argparse.Namespace) -> Iterator[Path]:
     """The folder that is named, or a temporary copy of the adapter that is: a run may lie here under the adapter's name."""
     from loragraft.zoo.entry import ENTRY
     from loragraft.zoo.pull import pull
 
-    folder = Path(args.name)
-    if (folder / ENTRY).is_file() or (folder.is_dir() and "/" in args.name):
+    folder = Path(name)
+    if (folder / ENTRY).is_file() or (folder.is_dir() and "/" in name):
         yield folder
         return
     with tempfile.TemporaryDirectory(prefix="loragraft-zoo-") as temporary:
-        yield pull(open_place(args.zoo), args.name, Path(temporary), key=args.key)
+        yield pull(open_place(args.zoo), name, Path(temporary), key=args.key)
 
 
 def _verify(args: argparse.Namespace) -> int:
+    if args.all == (args.name is not None):
+        raise ZooError("verify what? A name, a pulled folder, or --all")
+    names = [args.name]
+    if args.all:
+        names = [f"{item.entry.name}@{item.entry.version}" for item in open_place(args.zoo).listed()]
+    opened: dict[tuple[str, str], Backbone] = {}
+
+    def backbone(entry: Entry) -> "Backbone":
+        key = entry.base.name, entry.base.profile
+        if key not in opened:
+            opened.clear()  # one at a time in memory
+            opened[key] = _backbone(entry, args)
+        return opened[key]
+
+    bad = [name for name in names if not _verify_one(name, args, None if args.no_graft else backbone)]
+    if args.all:
+        print(
+            f"{len(names) - len(bad)} of {len(names)} versions are what they say{': not ' * bool(bad)}{', '.join(bad)}"
+        )
+    return 1 if bad else 0
+
+
+def _verify_one(name: str, args: argparse.Namespace, backbone: "Callable[[Entry], Backbone] | None") -> bool:
     from loragraft.zoo.verify import verify_folder
 
-    with _pulled(args) as folder:
-        opened: Callable[[Entry], Backbone] | None = None if args.no_graft else (lambda entry: _backbone(entry, args))
-        failed = False
-        for finding in verify_folder(folder, key=args.key, backbone=opened):
-            word = {True: "ok", False: "FAILED", None: "-"}[finding.passed]
-            print(f"{word:7s} {finding.question:10s} {finding.text}", flush=True)
-            failed |= finding.passed is False
-    print(f"\n{args.name}: {'do not use it' if failed else 'it is what it says'}")
-    return 1 if failed else 0
+    failed = False
+    try:
+        with _pulled(name, args) as folder:
+            for finding in verify_folder(folder, key=args.key, backbone=backbone):
+                word = {True: "ok", False: "FAILED", None: "-"}[finding.passed]
+                print(f"{word:7s} {finding.question:10s} {finding.text}", flush=True)
+                failed |= finding.passed is False
+    except ZooError as error:
+        if not args.all:
+            raise
+        print(f"FAILED  files      {error}")
+        failed = True
+    print(f"{name}: {'do not use it' if failed else 'it is what it says'}\n")
+    return not failed
 
 
 def _bench(args: argparse.Namespace) -> int:
@@ -222,7 +204,7 @@ def _bench(args: argparse.Namespace) -> int:
     from loragraft.zoo.entry import ENTRY, entry_from_bytes
     from loragraft.zoo.pull import check_records
 
-    with _pulled(args) as folder:
+    with _pulled(args.name, args) as folder:
         if not (folder / ENTRY).is_file():
             raise ZooError(
                 f"{folder} has no {ENTRY}: give a folder that `loragraft zoo pull` wrote, or a name and --zoo"
@@ -328,7 +310,7 @@ VERBS: dict[str, tuple[Callable[[argparse.Namespace], int], str, str]] = {
     "verify": (
         _verify,
         "is an adapter what it says it is? Exit code 1 if not",
-        "loragraft zoo verify adapters/marketing --key alice.pub\n\n"
+        "loragraft zoo verify adapters/marketing --key alice.pub; loragraft zoo verify --all --no-graft\n\n"
         "Checks sha256 of every file, the signature, the weights, the base's id, and grafts it onto its base.",
     ),
     "bench": (
@@ -381,7 +363,9 @@ def _parser() -> argparse.ArgumentParser:
         sub[name].add_argument("--json", action="store_true", help="as the index has it")
     for name in ("info", "pull", "verify", "bench", "yank", "deprecate"):
         folder = ", or a pulled folder" if name in ("verify", "bench") else ""
-        sub[name].add_argument("name", metavar="NAME[@VERSION]", help=f"an adapter{folder}")
+        count = "?" if name == "verify" else None
+        sub[name].add_argument("name", nargs=count, metavar="NAME[@VERSION]", help=f"an adapter{folder}")
+    sub["verify"].add_argument("--all", action="store_true", help="every version of the zoo")
     for name in ("pull", "verify", "bench", "mirror"):
         sub[name].add_argument(
             "--key", type=Path, metavar="PUBLIC_KEY", help="demand a signature made with this key's private half"

@@ -122,6 +122,16 @@ def test_mirror_and_index(capsys: Say, make_run: Callable[..., Path]) -> None:
     assert Path("copy/index.json").read_bytes() == Path("zoo/index.json").read_bytes()
 
 
+def test_all_of_a_zoo_is_verified_and_the_bad_ones_are_named(capsys: Say, make_run: Callable[..., Path]) -> None:
+    for name in ("design", "marketing"):
+        said(capsys, "publish", str(make_run(name)), "--to", "zoo")
+    assert "2 of 2 versions are what they say" in said(capsys, "zoo", "verify", "--all", "--no-graft")
+    Path("zoo/design/1.0.0/README.md").write_text("another")
+    text = said(capsys, "zoo", "verify", "--all", "--no-graft", code=1)
+    assert "1 of 2 versions are what they say: not design@1.0.0" in text
+    assert "verify what?" in said(capsys, "zoo", "verify", code=2)
+
+
 def test_signed(capsys: Say, make_run: Callable[..., Path]) -> None:
     pytest.importorskip("model_signing", reason='pip install "loragraft[signing]"')
     said(capsys, "zoo", "key", "me.pem")
