@@ -68,7 +68,7 @@ def run(args: argparse.Namespace, device: str) -> int:
     prompts = args.prompt or sample.get("prompts")
     if not prompts:
         raise ValueError('nothing to draw: give --prompt "..." (it can be repeated)')
-    profile = _profile(args.profile or trained.get("profile") or "native")
+    profile = parse_profile(args.profile or trained.get("profile") or "native")
     backbone = load_backbone(
         spec.name, profile, device, default_cache_root(), _weights(args, spec.external is not None), True
     )
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace, device: str) -> int:
     return 0
 
 
-def _profile(name: str) -> "Profile | None":
+def parse_profile(name: str) -> "Profile | None":
     """None for the 16-bit model. Raises ValueError for a name that is none, such as an adapter's of a later version."""
     from loragraft.backbones.architectures import NUMERICS
 

@@ -263,10 +263,10 @@ class TrackingConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PublishConfig:
-    """Where the finished adapter goes besides the run's own folder."""
+    """Where `loragraft publish RUN` takes the finished adapter; training itself publishes nothing."""
 
     to: str = ""
-    """A folder, or a repository of a hub; empty = nowhere."""
+    """A folder, a URL that fsspec opens, or `hf://OWNER`; empty = `--to` says it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
