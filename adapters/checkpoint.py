@@ -9,9 +9,8 @@ There are no `.alpha` tensors: diffusers refuses a file that has both them and t
 """
 
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,18 @@ import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
 from torch import Tensor, nn
 
+from loragraft.adapters.formats.factors import MAX_RANK
+from loragraft.adapters.formats.guard import checked_name
+from loragraft.adapters.formats.reading import read_file
 from loragraft.adapters.inject import DEFAULT_NAME, adapter_factors
 from loragraft.quantization.names import nearest
-from loragraft.quantization.tensor_file import CheckpointError, read_tensors, write_tensors
+from loragraft.quantization.tensor_file import CheckpointError, write_tensors
 
 PREFIX, DOWN, UP = "transformer.", ".lora_A.weight", ".lora_B.weight"
 METADATA_KEY = "loragraft"
+PEFT_WEIGHTS = "adapter_model.safetensors"
 REQUIRED = ("base", "base_id")
+MOST_LISTED = 5
 UNKNOWN_BASE = "unknown (the file does not say)"
 
 
@@ -38,7 +42,15 @@ class Adapter:
     metadata: dict[str, Any]
     """The `loragraft` block: base, base_id, profile, rank, alpha, targets, recipe, created, versions, ..."""
     pairs: dict[str, tuple[Tensor, Tensor]]
-    """Path -> (A [r, K], B [N, r] with alpha / r in it)."""
+    """Path -> (A [r, K], B [N, r] with alpha / r in it); of a convolution A [r, C, kh, kw], B [N, r, 1, 1]."""
+    dialect: str = "loragraft"
+    """Whose naming the file had."""
+    family: str = ""
+    """Which kind of base its layers belong to, in words."""
+    extras: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    """What else the file changes, which a graft does not: text encoders, embeddings, norms, biases (`formats.reading`)."""
+    errors: Mapping[str, float] = field(default_factory=dict)
+    """Path -> relative error of an expanded LoKr, LoHa or difference, where it was cut to the largest rank."""
 
     @property
     def base_id(self) -> str:
@@ -49,6 +61,20 @@ class Adapter:
     def rank(self) -> int:
         """Largest rank of any pair."""
         return max(down.shape[0] for down, _ in self.pairs.values())
+
+    def denoiser_only(self) -> "Adapter":
+        """The same without what a graft does not change."""
+        return replace(self, extras={})
+
+    def check_whole(self) -> None:
+        """Raises ValueError listing what the file changes besides the denoiser's layers: a graft alone would draw other images."""
+        if self.extras:
+            listed = ", ".join(f"{kind} ({len(tensors)} tensors)" for kind, tensors in self.extras.items())
+            raise ValueError(
+                f"adapter {self.name!r} also changes {listed}, which Loragraft leaves as they are. To use the rest of it "
+                "knowingly, give --denoiser-only, or write a file without them: loragraft adapter export FILE --style diffusers "
+                "--denoiser-only --out FOLDER"
+            )
 
     def check_base(self, base_id: str) -> None:
         """Raises ValueError naming both ids unless the adapter was trained on exactly this base."""
@@ -130,72 +156,45 @@ def _peft_metadata(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Any]
     return {f"{PREFIX}{key}": value for key, value in config.items()}
 
 
-def load_adapter(path: Path | str) -> Adapter:
-    """Read an adapter file, or the one in a folder, onto the CPU.
+def load_adapter(path: Path | str, max_rank: int = MAX_RANK) -> Adapter:
+    """Read an adapter file, or the one in a folder, onto the CPU; its dialect is found out (`formats.reading`).
 
-    Files of other trainers in the same layout load too; they do not say which base they are for (`check_base` refuses
-    them). Raises CheckpointError for anything but safetensors, truncated files, foreign keys, incomplete pairs, shapes
-    that do not fit together, NaN or infinity, and scales that are kept outside the tensors.
+    Files of other trainers do not say which base they are for (`check_base` refuses them). LoKr, LoHa and full differences are
+    expanded up to `max_rank`. Raises CheckpointError as `read_file` does, and for metadata that cannot be trusted.
     """
-    path = Path(path)
-    file = path / LORA_WEIGHT_NAME_SAFE if path.is_dir() else path
-    if file.suffix != ".safetensors":
-        raise CheckpointError(f"{file}: adapters are read from .safetensors files only (others can run code)")
-    tensors, header = read_tensors(file)
-    pairs = _pairs(file, tensors)
-    _check_scale(file, header)
-    metadata = _block(file, header)
-    fallback = file.parent.name if file.name == LORA_WEIGHT_NAME_SAFE else file.stem
-    return Adapter(str(metadata.get("name") or fallback), metadata, pairs)
+    file = adapter_file(Path(path))
+    contents = read_file(file, max_rank)
+    metadata = _block(file, contents.header)
+    fallback = file.parent.name if file.name in (LORA_WEIGHT_NAME_SAFE, PEFT_WEIGHTS) else file.stem
+    name = checked_name(file, metadata["name"]) if metadata.get("name") else fallback
+    dialect = "loragraft" if METADATA_KEY in contents.header else contents.dialect
+    return Adapter(name, metadata, contents.pairs, dialect, str(contents.family), contents.extras, contents.errors)
+
+
+def adapter_file(path: Path) -> Path:
+    """The adapter file of a run or folder (diffusers' name, PEFT's, or the only one there is), or the file itself."""
+    if not path.is_dir():
+        return path
+    path = path / "adapter" if (path / "adapter").is_dir() else path
+    for name in (LORA_WEIGHT_NAME_SAFE, PEFT_WEIGHTS):
+        if (path / name).is_file():
+            return path / name
+    only = sorted(path.glob("*.safetensors"))
+    if len(only) != 1:
+        raise CheckpointError(
+            f"{path} holds {len(only)} .safetensors files and none named {LORA_WEIGHT_NAME_SAFE} or {PEFT_WEIGHTS}; give the file"
+        )
+    return only[0]
 
 
 def _block(file: Path, header: dict[str, str]) -> dict[str, Any]:
     try:
         block = json.loads(header.get(METADATA_KEY, "{}"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: the {METADATA_KEY!r} block of its header is not JSON") from error
     if not isinstance(block, dict):
         raise CheckpointError(f"{file}: the {METADATA_KEY!r} block of its header is not a JSON object")
     return block
-
-
-def _pairs(file: Path, tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    if not tensors:
-        raise CheckpointError(f"{file} holds no tensors")
-    downs: dict[str, Tensor] = {}
-    ups: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        bare = key.removeprefix(PREFIX)
-        if bare == key or not bare.endswith((DOWN, UP)):
-            raise CheckpointError(f"{file}: tensor {key!r} is not {PREFIX}<path>{DOWN} or {UP}")
-        if tensor.ndim != 2 or not tensor.is_floating_point():
-            raise CheckpointError(
-                f"{file}: tensor {key!r} is {tensor.dtype} {tuple(tensor.shape)}, expected a float matrix"
-            )
-        if not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{file}: tensor {key!r} holds NaN or infinity")
-        (downs if bare.endswith(DOWN) else ups)[bare.removesuffix(DOWN).removesuffix(UP)] = tensor
-    for path in sorted(downs.keys() ^ ups.keys()):
-        raise CheckpointError(f"{file}: {path!r} has only one factor, {DOWN if path in downs else UP}")
-    for path, down in downs.items():
-        if down.shape[0] != ups[path].shape[1] or down.shape[0] == 0:
-            raise CheckpointError(
-                f"{file}: {path!r} has A {tuple(down.shape)} and B {tuple(ups[path].shape)}: ranks differ"
-            )
-    return {path: (downs[path], ups[path]) for path in sorted(downs)}
-
-
-def _check_scale(file: Path, header: dict[str, str]) -> None:
-    """Our files have alpha = r. A file whose header says otherwise would be grafted at the wrong strength."""
-    fields = json.loads(header.get(LORA_ADAPTER_METADATA_KEY, "{}"))
-    rank, alpha = fields.get(f"{PREFIX}r"), fields.get(f"{PREFIX}lora_alpha")
-    patterns = fields.get(f"{PREFIX}rank_pattern"), fields.get(f"{PREFIX}alpha_pattern")
-    same = rank is None or (math.isclose(rank, alpha) and patterns[0] == patterns[1])
-    if not same or fields.get(f"{PREFIX}use_rslora") or fields.get(f"{PREFIX}use_dora"):
-        raise CheckpointError(
-            f"{file} keeps its scale outside the tensors (r {rank}, alpha {alpha}, patterns, rslora or dora); "
-            "save it again as plain LoRA with alpha = r"
-        )
 
 
 def check_fits(adapter: Adapter, layers: Mapping[str, tuple[int, int]]) -> None:
@@ -205,9 +204,10 @@ def check_fits(adapter: Adapter, layers: Mapping[str, tuple[int, int]]) -> None:
     """
     unknown = [path for path in adapter.pairs if path not in layers]
     if unknown:
+        listed = "; ".join(f"{path!r} ({nearest(path, layers)})" for path in unknown[:MOST_LISTED])
+        more = f"; and {len(unknown) - MOST_LISTED} more" if len(unknown) > MOST_LISTED else ""
         raise ValueError(
-            f"adapter {adapter.name!r} targets {len(unknown)} layer(s) that cannot carry it here, the first is "
-            f"{unknown[0]!r}; {nearest(unknown[0], layers)}"
+            f"adapter {adapter.name!r} targets {len(unknown)} layer(s) that cannot carry it here: {listed}{more}"
         )
     for path, (down, up) in adapter.pairs.items():
         if (down.shape[1], up.shape[0]) != layers[path]:

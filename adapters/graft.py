@@ -6,7 +6,7 @@ The branch reads raw x (SVDQUANT's `lora_down` is stored divided by the smoothin
 as it is. The originals stay in memory: every change recomposes the branch from them, hence any order of grafting,
 re-weighting and removing ends in the same bytes, and after the last removal in the original ones.
 
-In a 16-bit model, which has no branch, W + w B A takes the place of W, by the same bookkeeping.
+In a 16-bit layer, which has no branch, W + w B A takes the place of W, by the same bookkeeping.
 """
 
 from dataclasses import dataclass, field
@@ -44,7 +44,8 @@ def graft(
     """Concatenate `adapter`, times `weight`, into the branches; `name` (default: the adapter's) identifies it later.
 
     Nothing changes unless everything fits. Raises ValueError for an adapter of another base unless `any_base`, a name
-    in use, targets or shapes that do not fit, and a transformer with an injected (training) adapter.
+    in use, targets or shapes that do not fit, an adapter that changes more than the denoiser's layers (`check_whole`), and a
+    transformer with an injected (training) adapter.
     """
     name = adapter.name if name is None else name
     if any(path.endswith(".base_layer") for path, _ in transformer.named_modules()):
@@ -54,6 +55,7 @@ def graft(
         raise ValueError(f"an adapter named {name!r} is grafted already; set_weight changes it, ungraft removes it")
     if not any_base:
         adapter.check_base(state.base_id)
+    adapter.check_whole()
     check_fits(adapter, _targets(transformer))
     for path in adapter.pairs:
         if path not in state.originals:
@@ -94,12 +96,9 @@ def _state(transformer: nn.Module, name: str) -> _Grafts:
 
 
 def _targets(transformer: nn.Module) -> dict[str, tuple[int, int]]:
-    """Path -> (K, N) of the layers that can carry a graft: quantized ones, or all linears of a 16-bit model."""
-    layers: dict[str, SVDQuantLinear] = quantized_layers(transformer)
-    if layers:
-        return {path: (layer.in_features, layer.out_features) for path, layer in layers.items()}
-    plain = ((path, m) for path, m in transformer.named_modules() if isinstance(m, nn.Linear))
-    return {path: (module.in_features, module.out_features) for path, module in plain}
+    """Path -> (K, N) of the layers that can carry a graft: quantized ones, and linears that are in 16 bits."""
+    carrying = ((path, m) for path, m in transformer.named_modules() if isinstance(m, SVDQuantLinear | nn.Linear))
+    return {path: (module.in_features, module.out_features) for path, module in carrying}
 
 
 def _current(layer: nn.Module) -> tuple[Tensor, ...]:

@@ -25,6 +25,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", help="default: the adapter's own, else pocket")
     parser.add_argument("--profile", choices=PROFILES, help="default: the adapter's own, else native")
     parser.add_argument("--any-base", action="store_true", help="graft an adapter that was trained on another base")
+    parser.add_argument(
+        "--denoiser-only", action="store_true", help="of adapters that change text encoders or norms too, use the rest"
+    )
     parser.add_argument("--out", default="images", help="folder for the images (default: images)")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--per-prompt", type=int, default=1, help="images per prompt, at consecutive seeds")
@@ -56,7 +59,7 @@ def run(args: argparse.Namespace, device: str) -> int:
     from loragraft.data.cache import default_cache_root
     from loragraft.evaluation.generate import Settings, before_after_grid, render, save_image
 
-    adapters = open_adapters(args.adapter)
+    adapters = open_adapters(args.adapter, denoiser_only=args.denoiser_only)
     trained = adapters[0][0].metadata if adapters else {}
     spec = find_spec(args.base or trained.get("base") or "pocket")
     sample = trained.get("recipe", {}).get("sample", {})

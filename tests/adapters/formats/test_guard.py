@@ -1,0 +1,134 @@
+"""Files that were made to do harm, one test a trick: refused with the reason, before anything of them is used."""
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from loragraft.adapters.checkpoint import load_adapter
+from loragraft.adapters.formats.guard import checked_name
+from loragraft.quantization.tensor_file import CheckpointError
+
+Save = Callable[..., Path]
+DOWN, UP = "transformer.proj_out.lora_A.weight", "transformer.proj_out.lora_B.weight"
+
+
+class Marked:
+    """Leaves a mark when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return Path.touch, (self.mark,)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".bin", ".ckpt", ".safetensors"])
+@pytest.mark.parametrize("writer", ["torch", "pickle"])
+def test_pickles_are_not_opened(tmp_path: Path, suffix: str, writer: str) -> None:
+    file, mark = tmp_path / f"lora{suffix}", tmp_path / "mark"
+    if writer == "torch":
+        torch.save({"x": Marked(mark)}, file)
+    else:
+        file.write_bytes(pickle.dumps(Marked(mark)))
+    with pytest.raises(CheckpointError, match=r"pickle|zip archive"):
+        load_adapter(file)
+    assert not mark.exists()
+
+
+def header_file(path: Path, header: bytes, announced: int | None = None) -> Path:
+    path.write_bytes((len(header) if announced is None else announced).to_bytes(8, "little") + header + bytes(64))
+    return path
+
+
+def test_giant_headers_are_not_read(tmp_path: Path) -> None:
+    """Announced only, and really there (17 MiB of spaces)."""
+    with pytest.raises(CheckpointError, match="hostile one: it announces a header of 9223372036854775807 bytes"):
+        load_adapter(header_file(tmp_path / "a.safetensors", b"{}", 2**63 - 1))
+    with pytest.raises(CheckpointError, match="hostile one: it announces a header of 17825792 bytes"):
+        load_adapter(header_file(tmp_path / "b.safetensors", b"{" + b" " * (17 * 2**20 - 2) + b"}"))
+
+
+@pytest.mark.parametrize(
+    "header",
+    [b"[]", b'{"a": 1}', b'{"a": {"dtype": "F32", "shape": [1]}}', b'{"__metadata__": {"x": {}}}', b'{"a": {"data_offsets": [-8, 4]}}',
+     b'{"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 4]}}', b"\xff\xfe", b"[" * 100_000],
+)  # fmt: skip
+def test_crooked_headers(tmp_path: Path, header: bytes) -> None:
+    with pytest.raises(CheckpointError, match=r"not a safetensors file|cannot be read"):
+        load_adapter(header_file(tmp_path / "lora.safetensors", header))
+
+
+def test_truncated(draw, save: Save) -> None:
+    file = save({DOWN: draw(2, 8), UP: draw(6, 2)})
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(CheckpointError, match=f"truncated: tensor '{UP}'"):
+        load_adapter(file)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("where", [DOWN, UP, "transformer.proj_out.alpha", "text_encoder.x.lora_A.weight"])
+def test_values_that_are_no_numbers(draw, save: Save, value: float, where: str) -> None:
+    """One value among many, in text encoders too."""
+    tensors = {DOWN: draw(2, 8), UP: draw(6, 2)} | {"text_encoder.x.lora_B.weight": draw(4, 2)}
+    tensors |= {"transformer.proj_out.alpha": torch.tensor(2.0), "text_encoder.x.lora_A.weight": draw(2, 4)}
+    tensors[where].view(-1)[-1] = value
+    with pytest.raises(CheckpointError, match=f"'{where}' holds NaN or infinity"):
+        load_adapter(save(tensors))
+
+
+def test_values_of_eight_bits(draw, save: Save) -> None:
+    """float8 factors are read as bfloat16; a NaN among them is seen."""
+    tensors = {DOWN: draw(2, 8).to(torch.float8_e4m3fn), UP: draw(6, 2).to(torch.float8_e4m3fn)}
+    down, _ = load_adapter(save(tensors)).pairs["proj_out"]
+    assert down.dtype == torch.bfloat16 and torch.equal(down, tensors[DOWN].to(torch.bfloat16))
+    tensors[UP].view(torch.uint8)[0, 0] = 0x7F
+    with pytest.raises(CheckpointError, match="NaN"):
+        load_adapter(save(tensors, name="nan"))
+
+
+@pytest.mark.parametrize(
+    "key", ["../../etc/x.lora_A.weight", "/root/x.lora_A.weight", "transformer...x.lora_A.weight", "a\\b.lora_A.weight", "a\x1b[2J.lora_A.weight", "x" * 400]
+)  # fmt: skip
+def test_tensor_names_that_are_paths(draw, save: Save, key: str) -> None:
+    with pytest.raises(CheckpointError, match="is a path or no name at all"):
+        load_adapter(save({DOWN: draw(2, 8), UP: draw(6, 2), key: draw(2, 8)}))
+
+
+@pytest.mark.parametrize(
+    "name", ["../up", "/abs", "a/b", "a\\b", "..", ".hidden", "x\x00", "", "a..b", "C:", "n" * 101, 3, None, {}]
+)
+def test_adapter_names_that_are_paths(name: object) -> None:
+    with pytest.raises(CheckpointError, match="no plain name"):
+        checked_name(Path("lora.safetensors"), name)
+
+
+def test_an_adapter_name_in_the_header_that_is_a_path(draw, save: Save) -> None:
+    header = {"loragraft": json.dumps({"name": "../../.ssh/authorized_keys"})}
+    with pytest.raises(CheckpointError, match=r"names the adapter '\.\./\.\./\.ssh"):
+        load_adapter(save({DOWN: draw(2, 8), UP: draw(6, 2)}, header))
+
+
+def test_shapes_that_do_not_belong_together(draw, save: Save) -> None:
+    for name, up in {"ranks": draw(6, 3), "kernel": draw(6, 2, 3, 3), "vector": draw(2)}.items():
+        with pytest.raises(CheckpointError, match=r"'proj_out' has (A|B)"):
+            load_adapter(save({DOWN: draw(2, 8), UP: up}, name=name))
+
+
+def test_a_number_of_blocks_that_would_fill_the_memory(draw, save: Save) -> None:
+    with pytest.raises(CheckpointError, match="belong to no base known here"):
+        load_adapter(save(draw.lora("lora_unet_double_blocks_999999999_img_attn_proj", 8, 8)))
+
+
+def test_compressed_bombs_have_no_place(draw, save: Save) -> None:
+    """A header of PEFT's that is deep, or no object."""
+    for text, reason in (
+        ("[" * 100_000, "not JSON"),
+        ("[1]", "not a JSON object"),
+        ('{"transformer.r": "x"}', "configuration says x"),
+    ):
+        with pytest.raises(CheckpointError, match=reason):
+            load_adapter(save({DOWN: draw(2, 8), UP: draw(6, 2)}, {"lora_adapter_metadata": text}))
