@@ -5,6 +5,8 @@
       header: lora_adapter_metadata (PEFT's configuration with alpha = r, keys "transformer.<field>": diffusers'
               `LoraBaseMixin._save_lora_weights`), loragraft (which base, recipe, rank: `Adapter.metadata`)
 
+`transformer` is the denoiser's name in diffusers' pipelines; a UNet's is `unet`.
+
 There are no `.alpha` tensors: diffusers refuses a file that has both them and the header.
 """
 
@@ -13,24 +15,32 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
 from torch import Tensor, nn
 
+from loragraft.adapters.formats.contract import COMPENSATING, PORTABLE, contract_of, less_start
 from loragraft.adapters.formats.factors import MAX_RANK
+from loragraft.adapters.formats.families import UNKNOWN_FAMILY, Family
 from loragraft.adapters.formats.guard import checked_name
 from loragraft.adapters.formats.reading import read_file
 from loragraft.adapters.inject import DEFAULT_NAME, adapter_factors
 from loragraft.quantization.names import nearest
 from loragraft.quantization.tensor_file import CheckpointError, write_tensors
 
-PREFIX, DOWN, UP = "transformer.", ".lora_A.weight", ".lora_B.weight"
+DOWN, UP = ".lora_A.weight", ".lora_B.weight"
+Component = Literal["transformer", "unet"]
+COMPONENTS: tuple[Component, ...] = ("transformer", "unet")
+"""What stands before a path in a file: the denoiser's name in a pipeline."""
 METADATA_KEY = "loragraft"
 PEFT_WEIGHTS = "adapter_model.safetensors"
 REQUIRED = ("base", "base_id")
 MOST_LISTED = 5
+RECIPE_PARTS = ("sample", "data", "train", "optim", "adapter")
+"""What is read of a recipe in a file."""
 UNKNOWN_BASE = "unknown (the file does not say)"
 
 
@@ -43,10 +53,12 @@ class Adapter:
     """The `loragraft` block: base, base_id, profile, rank, alpha, targets, recipe, created, versions, ..."""
     pairs: dict[str, tuple[Tensor, Tensor]]
     """Path -> (A [r, K], B [N, r] with alpha / r in it); of a convolution A [r, C, kh, kw], B [N, r, 1, 1]."""
+    component: Component = "transformer"
+    """The part of a pipeline that it is for."""
     dialect: str = "loragraft"
     """Whose naming the file had."""
-    family: str = ""
-    """Which kind of base its layers belong to, in words."""
+    family: Family = UNKNOWN_FAMILY
+    """Which kind of base its layers belong to, by names and sizes."""
     extras: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     """What else the file changes, which a graft does not: text encoders, embeddings, norms, biases (`formats.reading`)."""
     errors: Mapping[str, float] = field(default_factory=dict)
@@ -76,6 +88,20 @@ class Adapter:
                 "--denoiser-only --out FOLDER"
             )
 
+    def less(self, start: "Adapter") -> "Adapter":
+        """A compensating adapter less what it started from: portable, of the sum of both ranks. Raises ValueError."""
+        pairs = less_start(self.pairs, start.pairs)
+        about = {**self.metadata, "contract": PORTABLE, "rank": max(down.shape[0] for down, _ in pairs.values())}
+        return replace(self, pairs=pairs, metadata=about)
+
+    def check_portable(self, base_id: str) -> None:
+        """Raises ValueError for a compensating adapter on another base than its own, which it would only damage."""
+        if contract_of(self.metadata) == COMPENSATING and self.base_id != base_id:
+            raise ValueError(
+                f"adapter {self.name!r} is compensating: it makes up for the error of INT4 base {self.base_id} and is wrong on "
+                f"this one ({base_id}); make it portable: loragraft adapter export FILE --style diffusers --out FOLDER"
+            )
+
     def check_base(self, base_id: str) -> None:
         """Raises ValueError naming both ids unless the adapter was trained on exactly this base."""
         if self.base_id != base_id:
@@ -99,7 +125,12 @@ def save_adapter(
     adapter, or factors that are not finite.
     """
     factors = adapter_factors(transformer, name)
-    return write_adapter(factors, folder, metadata, dtype=dtype)
+    return write_adapter(factors, folder, metadata, dtype=dtype, component=component_of(transformer))
+
+
+def component_of(model: nn.Module) -> Component:
+    """A denoiser's name in diffusers' pipelines."""
+    return "unet" if isinstance(model, UNet2DConditionModel) else "transformer"
 
 
 def write_adapter(
@@ -108,6 +139,7 @@ def write_adapter(
     metadata: Mapping[str, Any],
     *,
     dtype: torch.dtype = torch.float32,
+    component: Component = "transformer",
 ) -> Path:
     """`save_adapter` for (A, scaled B) pairs that are in memory already."""
     lacking = [key for key in REQUIRED if not metadata.get(key)]
@@ -120,12 +152,12 @@ def write_adapter(
         for suffix, factor in ((DOWN, down), (UP, up)):
             if not torch.isfinite(factor).all():
                 raise ValueError(f"{path}{suffix} holds NaN or infinity; the training diverged, nothing is written")
-            tensors[f"{PREFIX}{path}{suffix}"] = factor.detach().to("cpu", dtype, copy=True)
-    block = {"created": datetime.now(UTC).isoformat(timespec="seconds"), **metadata}
+            tensors[f"{component}.{path}{suffix}"] = factor.detach().to("cpu", dtype, copy=True)
+    block = {"created": datetime.now(UTC).isoformat(timespec="seconds"), "contract": PORTABLE, **metadata}
     header = {
         "format": "pt",
         METADATA_KEY: json.dumps(block, sort_keys=True),
-        LORA_ADAPTER_METADATA_KEY: json.dumps(_peft_metadata(pairs), sort_keys=True),
+        LORA_ADAPTER_METADATA_KEY: json.dumps(peft_metadata(pairs, component), sort_keys=True),
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -133,7 +165,7 @@ def write_adapter(
     return folder / LORA_WEIGHT_NAME_SAFE
 
 
-def _peft_metadata(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Any]:
+def peft_metadata(pairs: Mapping[str, tuple[Tensor, Tensor]], component: Component) -> dict[str, Any]:
     """PEFT's LoraConfig as diffusers packs it. alpha = r everywhere: the scale is in B.
 
     Only the fields that matter: a dump of the whole dataclass names fields that an older PEFT refuses.
@@ -153,7 +185,7 @@ def _peft_metadata(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Any]
         "use_rslora": False,
         "use_dora": False,
     }
-    return {f"{PREFIX}{key}": value for key, value in config.items()}
+    return {f"{component}.{key}": value for key, value in config.items()}
 
 
 def load_adapter(path: Path | str, max_rank: int = MAX_RANK) -> Adapter:
@@ -168,7 +200,10 @@ def load_adapter(path: Path | str, max_rank: int = MAX_RANK) -> Adapter:
     fallback = file.parent.name if file.name in (LORA_WEIGHT_NAME_SAFE, PEFT_WEIGHTS) else file.stem
     name = checked_name(file, metadata["name"]) if metadata.get("name") else fallback
     dialect = "loragraft" if METADATA_KEY in contents.header else contents.dialect
-    return Adapter(name, metadata, contents.pairs, dialect, str(contents.family), contents.extras, contents.errors)
+    component: Component = "unet" if contents.unet else "transformer"
+    return Adapter(
+        name, metadata, contents.pairs, component, dialect, contents.family, contents.extras, contents.errors
+    )
 
 
 def adapter_file(path: Path) -> Path:
@@ -194,6 +229,9 @@ def _block(file: Path, header: dict[str, str]) -> dict[str, Any]:
         raise CheckpointError(f"{file}: the {METADATA_KEY!r} block of its header is not JSON") from error
     if not isinstance(block, dict):
         raise CheckpointError(f"{file}: the {METADATA_KEY!r} block of its header is not a JSON object")
+    recipe = block.get("recipe", {})
+    if not isinstance(recipe, dict) or not all(isinstance(recipe.get(part, {}), dict) for part in RECIPE_PARTS):
+        raise CheckpointError(f"{file}: the recipe in its header is none (its parts are no JSON objects)")
     return block
 
 

@@ -55,6 +55,7 @@ def graft(
         raise ValueError(f"an adapter named {name!r} is grafted already; set_weight changes it, ungraft removes it")
     if not any_base:
         adapter.check_base(state.base_id)
+    adapter.check_portable(state.base_id)
     adapter.check_whole()
     check_fits(adapter, _targets(transformer))
     for path in adapter.pairs:

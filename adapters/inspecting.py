@@ -31,7 +31,8 @@ def inspection(adapter: Adapter, header: Mapping[str, str]) -> dict[str, Any]:
     return {
         "name": plain(adapter.name),
         "dialect": adapter.dialect,
-        "family": adapter.family,
+        "family": str(adapter.family),
+        "component": adapter.component,
         "layers": len(adapter.pairs),
         "ranks": {str(rank): count for rank, count in sorted(ranks.items())},
         "numbers": numbers,

@@ -118,6 +118,9 @@ class Family:
         return self.name if self.published else f"{self.name}'s names, other sizes than the published base"
 
 
+UNKNOWN_FAMILY = Family("", False)
+
+
 def family_of(shapes: Mapping[str, tuple[int, int]]) -> Family:
     """The family of path -> (inputs, outputs), inputs of a convolution counted as C kh kw.
 
@@ -136,7 +139,7 @@ def family_of(shapes: Mapping[str, tuple[int, int]]) -> Family:
     if shapes and shapes.keys() <= flux:
         inside = [size for path, size in shapes.items() if path.endswith(("attn.to_q", "attn.to_k", "attn.to_v"))]
         return Family("flux", bool(inside) and all(size == (FLUX_WIDTH, FLUX_WIDTH) for size in inside))
-    return Family("", False)
+    return UNKNOWN_FAMILY
 
 
 def kernel_of(path: str, family: Family) -> tuple[int, int] | None:

@@ -8,8 +8,8 @@
     XLabs, BFL control    double_blocks.0.processor.qkv_lora1.down.weight; double_blocks.0.img_attn.qkv.lora_A.weight, norms
     cloneofsimo           unet:0:down
 
-A fused module (qkv, linear1) becomes its layers: B is cut by rows, A is shared; ranks that do not reach a part are left out of it,
-so that a block-diagonal file gives back the factors it was made of.
+A fused module (qkv, linear1) becomes its layers: B is cut by rows, A is shared; ranks that do not reach a part are left out of it, and
+parts that none reaches are left alone, so that a block-diagonal file gives back the factors it was made of.
 
 diffusers' own converters (`lora_conversion_utils`, 0.42) are the oracle in the tests where they are right. Not used, because
 they (1) drop alpha in final_layer of kohya's FLUX files, (2) write its x_embedder, context_embedder, time, guidance and last
@@ -28,7 +28,16 @@ from torch import Tensor
 from loragraft.adapters.formats import cloneofsimo
 from loragraft.adapters.formats.entries import DENOISER, Entry, entries_of
 from loragraft.adapters.formats.factors import MAX_RANK, Factors, check_plain, expand, shaped
-from loragraft.adapters.formats.families import Family, Names, Target, check_known, family_of, kernel_of, names_for
+from loragraft.adapters.formats.families import (
+    UNETS,
+    Family,
+    Names,
+    Target,
+    check_known,
+    family_of,
+    kernel_of,
+    names_for,
+)
 from loragraft.adapters.formats.guard import read_untrusted
 from loragraft.adapters.formats.header_scale import HeaderScale, header_scales
 from loragraft.quantization.dialects.flux_names import exchange_halves
@@ -65,6 +74,8 @@ class Contents:
     """What is no update of the denoiser's layers: "text_encoder", "embedding", "norm", "bias", "t5"... -> name -> tensor. Empty
     where all of it is zero."""
     header: dict[str, str]
+    unet: bool = False
+    """The denoiser is a UNet, `unet` in a pipeline, not a `transformer`."""
     errors: dict[str, float] = field(default_factory=dict)
     """Path -> relative error of an expansion cut to the largest rank; exact ones are left out."""
 
@@ -96,7 +107,8 @@ def read_file(file: Path, max_rank: int = MAX_RANK) -> Contents:
     extras |= {kind: found for kind, found in reader.extras.items() if found}
     family = family_of({path: (down[0].numel(), up.shape[0]) for path, (down, up) in reader.pairs.items()})
     pairs = {path: _with_kernel(pair, path, family) for path, pair in sorted(reader.pairs.items())}
-    return Contents(dialect, family, pairs, extras, header, reader.errors)
+    unet = family.name in UNETS or any(key.startswith("unet.") for key in tensors)
+    return Contents(dialect, family, pairs, extras, header, unet, reader.errors)
 
 
 def _changes(entry: Entry) -> bool:
@@ -123,7 +135,10 @@ def _targets(file: Path, entries: Mapping[str, Entry]) -> dict[str, Target]:
 
 
 def _norm_target(module: str, entry: Entry, names: Names) -> Target | None:
-    norm = names.find_norm(module) if any(part in entry.parts for part in (*NORMS, "diff")) else None
+    """The norm that an entry changes; one that no table knows keeps its name, because norms are only reported."""
+    if entry.parts.keys() <= {*NORMS, "alpha"}:
+        return Target((names.find_norm(module) or module,))
+    norm = names.find_norm(module) if "diff" in entry.parts else None
     return None if norm is None else Target((norm,))
 
 
@@ -181,13 +196,15 @@ class _Reader:
                 self.extras[kind][path] = part
 
     def _cut(self, target: Target, found: Factors) -> dict[str, Pair]:
-        """One pair for each of the module's layers."""
+        """One pair for each of the module's layers that it changes; for all of them where it changes none."""
         up = exchange_halves(found.up) if target.exchanged else found.up
         if len(target.paths) == 1:
             return {target.paths[0]: (found.down, up)}
         pairs = {}
         for path, rows in zip(target.paths, up.split(_rows(target, up.shape[0], found.down.shape[1])), strict=True):
             used = rows.flatten(2).any(dim=2).any(dim=0) if rows.ndim > 2 else rows.any(dim=0)
+            if bool(up.any()) and not bool(used.any()):
+                continue
             whole = bool(used.all()) or not bool(used.any())
             pairs[path] = (found.down, rows) if whole else (found.down[used], rows[:, used])
         return pairs

@@ -337,7 +337,8 @@ def _parser() -> argparse.ArgumentParser:
         "adapter",
         _adapter,
         "look into a LoRA file of any trainer, or write it in another one's naming",
-        "loragraft adapter inspect downloaded.safetensors\n\n"
+        "loragraft adapter inspect downloaded.safetensors\n"
+        "loragraft adapter export runs/marketing --style comfyui --out marketing.safetensors\n\n"
         "Read: diffusers, PEFT, attention processors, kohya, OneTrainer, LyCORIS (LoKr, LoHa), ComfyUI, XLabs, BFL control,\n"
         "cloneofsimo. generate, demo and the others take such files as they are.",
     )

@@ -184,6 +184,21 @@ def test_text_encoders_that_change_nothing_are_no_extras(draw, save: Save) -> No
     assert read_file(save(tensors)).extras == {}
 
 
+def test_what_a_file_says_of_norms_and_biases_is_kept_apart(draw, save: Save) -> None:
+    """LyCORIS' trained norms, a difference of a FLUX norm, a bias; a difference of zero is none."""
+    unet, flux = "lora_unet_mid_block_attentions_0", "lora_unet_double_blocks_2_img_attn"
+    tensors = draw.lora(f"{unet}_proj_in", 8, 8) | {f"{unet}_proj_in.diff_b": draw(8), f"{unet}_norm.w_norm": draw(8)}
+    extras = read_file(save(tensors)).extras
+    assert {kind: list(found) for kind, found in extras.items()} == {
+        "norm_diff": ["mid_block_attentions_0_norm"], "bias": ["mid_block.attentions.0.proj_in"]}  # fmt: skip
+    tensors = draw.lora(f"{flux}_proj", 8, 8) | {
+        f"{flux}_norm_query_norm.diff": draw(4),
+        f"{flux}_norm_key_norm.diff": torch.zeros(4),
+    }
+    extras = read_file(save(tensors)).extras
+    assert {kind: list(found) for kind, found in extras.items()} == {"norm_diff": ["transformer_blocks.2.attn.norm_q"]}
+
+
 def test_locon_with_a_middle_factor(draw, save: Save) -> None:
     name = "lora_unet_down_blocks_0_resnets_0_conv1"
     down, mid, up = draw(2, 4, 1, 1), draw(2, 2, 3, 3), draw(6, 2, 1, 1)

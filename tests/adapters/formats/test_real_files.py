@@ -29,7 +29,7 @@ def test_read(name: str) -> None:
     """Dialect, layers and ranks; every pair has the shape of that layer of the published SD 1.5."""
     dialect, layers, rank, extras = KNOWN[name]
     adapter = load_adapter(LORAS / name)
-    assert (adapter.dialect, adapter.family, len(adapter.pairs)) == (dialect, "sd15", layers)
+    assert (adapter.dialect, str(adapter.family), len(adapter.pairs)) == (dialect, "sd15", layers)
     assert {down.shape[0] for down, _ in adapter.pairs.values()} == {rank}
     assert adapter.extras.keys() == extras
     assert adapter.errors == {}
