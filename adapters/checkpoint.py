@@ -104,6 +104,11 @@ class Adapter:
 
     def check_base(self, base_id: str) -> None:
         """Raises ValueError naming both ids unless the adapter was trained on exactly this base."""
+        if self.base_id == UNKNOWN_BASE:
+            raise ValueError(
+                f"adapter {self.name!r} was trained on an unknown base: its file does not say which (layers: {self.family}). If it "
+                f"is one for this base, graft it with --any-base (any_base=True); this base is {base_id}"
+            )
         if self.base_id != base_id:
             raise ValueError(
                 f"adapter {self.name!r} was trained on base {self.base_id} ({self.metadata.get('base', 'no name')}), "

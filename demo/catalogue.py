@@ -8,6 +8,7 @@ from pathlib import Path
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 
 from loragraft.adapters.checkpoint import Adapter, load_adapter
+from loragraft.adapters.formats.contract import START_NAME
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ class Catalogue:
 
 
 def adapter_files(folder: Path) -> list[Path]:
-    """Adapter files of one run, of an adapter folder, or of a folder that holds such; a file stands for itself."""
+    """Adapter files of one run, of an adapter folder, or of a folder that holds such or loose files of any dialect (ComfyUI's
+    models/loras); a file stands for itself."""
     if folder.is_file():
         return [folder]
     own = [folder / LORA_WEIGHT_NAME_SAFE, folder / "adapter" / LORA_WEIGHT_NAME_SAFE]
@@ -71,7 +73,9 @@ def adapter_files(folder: Path) -> list[Path]:
         if child.is_dir() and not child.name.startswith(".")
         for place in (child, child / "adapter")
     ]
-    return [file for file in dict.fromkeys([*own, *inside]) if file.is_file()]
+    loose = [] if any(file.is_file() for file in own) else sorted(folder.glob("*.safetensors"))
+    found = dict.fromkeys([*own, *inside, *(file for file in loose if file.name != START_NAME)])
+    return [file for file in found if file.is_file()]
 
 
 def _place(file: Path) -> str:

@@ -21,6 +21,8 @@ from loragraft.quantization.low_rank import low_rank
 
 MAX_RANK = 128
 """Of an expanded LoKr, LoHa or difference, unless asked otherwise."""
+LARGEST_LAYER = 2**18
+"""Inputs (C kh kw) or outputs; SDXL has 23,040, FLUX.1 18,432."""
 NO_LOW_RANK = {
     "dora": "DoRA divides by the norm of the changed weight, which is no low-rank update",
     "other": "OFT, BOFT, GLoRA and IA3 multiply the weight, which is no low-rank update",
@@ -109,6 +111,7 @@ def _kronecker(parts: Mapping[str, Tensor], factor: float, max_rank: int) -> Fac
     left, right = _lokr_factor(parts, "lokr_w1"), _lokr_factor(parts, "lokr_w2")
     divided = [pair[1].shape[0] for pair, name in ((left, "w1"), (right, "w2")) if f"lokr_{name}_b" in parts]
     scale = factor * (_alpha_scale(parts, divided[-1]) if divided else 1.0)
+    _check_size(left[0].shape[0] * right[0].shape[0], left[1].shape[1] * right[1].shape[1])
     rank = left[0].shape[1] * right[0].shape[1]
     kernel = tuple(parts["lokr_t2"].shape[2:] if "lokr_t2" in parts else parts.get("lokr_w2", left[0]).shape[2:])
     error = 0.0
@@ -180,6 +183,14 @@ def _hadamard(parts: Mapping[str, Tensor], factor: float, max_rank: int) -> Fact
         error = float((S[max_rank:].square().sum() / S.square().sum().clamp(min=1e-30)).sqrt())
         up, down = U[:, :max_rank] * root, V[:max_rank] * root[:, None]
     return _with_kernel(Factors(down, up * scale, rank, error), kernel)
+
+
+def _check_size(outputs: int, inputs: int) -> None:
+    """A product of small factors may be of any size; layers are not."""
+    if max(outputs, inputs) > LARGEST_LAYER:
+        raise ValueError(
+            f"is an update of {inputs} inputs and {outputs} outputs; no layer has more than {LARGEST_LAYER}"
+        )
 
 
 def _check_inner(name: str, a: Tensor, b: Tensor) -> None:

@@ -16,9 +16,11 @@ from loragraft.quantization.dialects.flux_names import EXCHANGED, flux_linears, 
 from loragraft.quantization.names import nearest
 from loragraft.quantization.tensor_file import CheckpointError
 
-UNETS: dict[str, UNet] = {"sd15": SD15, "sd2": SD2, "sdxl": SDXL}
+UNETS: dict[str, UNet] = {"sd15": SD15, "sdxl": SDXL, "sd2": SD2}
 FLUX_BLOCKS = 19, 38
 FLUX_WIDTH = 3072
+SD3_WIDTHS = (1536, 2432)
+"""Stable Diffusion 3 and 3.5: some of its layers are called as FLUX's are."""
 BLOCK_INDEX = re.compile(r"(double_blocks|single_blocks|transformer_blocks)[._](\d{1,3})(?!\d)")
 XLABS = {
     "double_blocks.{}.processor.qkv_lora1": "img_attn.qkv",
@@ -111,11 +113,15 @@ class Family:
     """flux, sdxl, sd2, sd15, or "" where the names are of none of them."""
     published: bool
     """The sizes are those of the published base too."""
+    also: tuple[str, ...] = ()
+    """Families that fit as well as this one."""
 
     def __str__(self) -> str:
         if not self.name:
             return "unknown: the names are those of no family in the tables"
-        return self.name if self.published else f"{self.name}'s names, other sizes than the published base"
+        if not self.published:
+            return f"{self.name}'s names, other sizes than the published base"
+        return self.name + (f" (or {', '.join(self.also)}: these layers are the same there)" if self.also else "")
 
 
 UNKNOWN_FAMILY = Family("", False)
@@ -124,27 +130,29 @@ UNKNOWN_FAMILY = Family("", False)
 def family_of(shapes: Mapping[str, tuple[int, int]]) -> Family:
     """The family of path -> (inputs, outputs), inputs of a convolution counted as C kh kw.
 
-    Where names fit several (the UNets), the one whose sizes fit most layers.
+    Where names fit several (the UNets), the one whose sizes fit most layers; of equals the first in `UNETS`.
     """
-    fits = []
+    fits = {}
     for name, unet in UNETS.items():
         table = unet.layers
         if shapes.keys() <= table.keys():
-            same = sum((math.prod(table[path][1:]), table[path][0]) == size for path, size in shapes.items())
-            fits.append((same, name))
-    if fits:
-        same, name = max(fits)
-        return Family(name, same == len(shapes))
+            fits[name] = sum((math.prod(table[path][1:]), table[path][0]) == size for path, size in shapes.items())
+    if shapes and fits:
+        best = [name for name, same in fits.items() if same == max(fits.values())]
+        return Family(best[0], fits[best[0]] == len(shapes), tuple(best[1:]))
     flux = {path for target in names_for(shapes).layers.values() for path in target.paths}
     if shapes and shapes.keys() <= flux:
         inside = [size for path, size in shapes.items() if path.endswith(("attn.to_q", "attn.to_k", "attn.to_v"))]
+        if any(width in SD3_WIDTHS for width, _ in inside) and not any(path.startswith("single_") for path in shapes):
+            return UNKNOWN_FAMILY
         return Family("flux", bool(inside) and all(size == (FLUX_WIDTH, FLUX_WIDTH) for size in inside))
     return UNKNOWN_FAMILY
 
 
 def kernel_of(path: str, family: Family) -> tuple[int, int] | None:
     """(kh, kw) of a UNet's convolution; None for a linear, and where the UNets that have this path disagree."""
-    unets = [UNETS[family.name]] if family.published and family.name in UNETS else list(UNETS.values())
+    known = family.published and family.name in UNETS
+    unets = [UNETS[name] for name in (family.name, *family.also)] if known else list(UNETS.values())
     shapes = [unet.layers.get(path, ()) for unet in unets]
     kernels = {shape[2:] for shape in shapes if shape}
     if len(kernels) != 1:

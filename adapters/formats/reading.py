@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from loragraft.adapters.formats import cloneofsimo
@@ -44,7 +45,10 @@ from loragraft.quantization.dialects.flux_names import exchange_halves
 from loragraft.quantization.tensor_file import CheckpointError
 
 Pair = tuple[Tensor, Tensor]
+FACTORS = ("down", "up", "mid", "lokr", "hada")
 NORMS = ("norm", "norm_diff", "norm_bias")
+MOST_NUMBERS = 2**30
+"""Of all factors together: LoKr over all of SDXL at rank 128 is 0.7 of it. A small file can spell out more than fits a memory."""
 FOREIGN = ("double_blocks.", "single_blocks.", "input_blocks.", "middle_block.", "output_blocks.", "final_layer.")
 """Beginnings of names that no base of diffusers has."""
 DIALECTS: tuple[tuple[str, Callable[[str], bool]], ...] = (
@@ -112,9 +116,12 @@ def read_file(file: Path, max_rank: int = MAX_RANK) -> Contents:
 
 
 def _changes(entry: Entry) -> bool:
-    """Whether an update does anything: its last factor, or all there is, is not zero."""
-    last = [entry.parts[part] for part in ("up", "lokr_w1", "lokr_w1_a", "hada_w1_a") if part in entry.parts]
-    return any(bool(tensor.any()) for tensor in last or entry.parts.values())
+    """Whether an update does anything: a product with a factor of zero does not."""
+    factors = {part: tensor for part, tensor in entry.parts.items() if part.startswith(FACTORS)}
+    others = [tensor for part, tensor in entry.parts.items() if part not in factors and part != "alpha"]
+    return (bool(factors) and all(bool(tensor.any()) for tensor in factors.values())) or any(
+        bool(tensor.any()) for tensor in others
+    )
 
 
 def _targets(file: Path, entries: Mapping[str, Entry]) -> dict[str, Target]:
@@ -150,6 +157,7 @@ class _Reader:
         self.pairs: dict[str, Pair] = {}
         self.extras: dict[str, dict[str, Tensor]] = {"norm": {}, "norm_diff": {}, "norm_bias": {}, "bias": {}}
         self.errors: dict[str, float] = {}
+        self.numbers = 0
 
     def add(self, module: str, entry: Entry) -> None:
         target = self.targets[module]
@@ -169,6 +177,14 @@ class _Reader:
             cut = self._cut(target, found)
         except ValueError as error:
             raise CheckpointError(f"{self.file}: {module!r} {error}") from error
+        if not torch.isfinite(found.up).all() or not torch.isfinite(found.down).all():
+            raise CheckpointError(f"{self.file}: {module!r} is not finite once its scale is in it")
+        self.numbers += found.up.numel() + found.down.numel()
+        if self.numbers > MOST_NUMBERS:
+            raise CheckpointError(
+                f"{self.file} expands to more than {MOST_NUMBERS} numbers, as no adapter of a known base does; a lower --rank "
+                "makes it smaller"
+            )
         for path, pair in cut.items():
             if path in self.pairs:
                 raise CheckpointError(f"{self.file}: {path!r} is changed twice, once as part of {module!r}")

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from loragraft.adapters.publish import publish_folder
 from loragraft.demo.catalogue import Catalogue
+from loragraft.quantization.tensor_file import write_tensors
 
 
 def test_runs_published_folders_single_runs_and_files(runs: Any, tmp_path: Path) -> None:
@@ -20,6 +22,19 @@ def test_runs_published_folders_single_runs_and_files(runs: Any, tmp_path: Path)
         assert (list(listing.adapters), listing.problems) == (["ours"], ()), place
     assert Catalogue([file]).listing().adapters == {"second": file}
     assert list(Catalogue([runs.folder]).listing().adapters) == ["foreign", "ours", "second"]
+
+
+def test_loose_files_of_other_trainers(tmp_path: Path) -> None:
+    """A folder as ComfyUI's models/loras; a pickle there is not looked at, a refused file is told."""
+    name = "lora_unet_double_blocks_0_img_attn_proj"
+    factors = {f"{name}.lora_down.weight": torch.ones(2, 8), f"{name}.lora_up.weight": torch.ones(8, 2)}
+    write_tensors(tmp_path / "style.safetensors", factors, {})
+    write_tensors(tmp_path / "odd.safetensors", {"x": torch.ones(1)}, {})
+    (tmp_path / "old.pt").write_bytes(b"PK")
+    listing = Catalogue([tmp_path]).listing()
+    assert list(listing.adapters) == ["style"]
+    (problem,) = listing.problems
+    assert "odd.safetensors: 1 tensor(s) are no part of a LoRA" in problem
 
 
 def test_one_name_in_two_places_is_told_apart(runs: Any, tmp_path: Path) -> None:

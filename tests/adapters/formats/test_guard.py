@@ -132,3 +132,20 @@ def test_compressed_bombs_have_no_place(draw, save: Save) -> None:
     ):
         with pytest.raises(CheckpointError, match=reason):
             load_adapter(save({DOWN: draw(2, 8), UP: draw(6, 2)}, {"lora_adapter_metadata": text}))
+
+
+def test_small_factors_of_giant_products(draw, save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Kronecker product of vectors is as large as one likes: its size is checked before it is formed."""
+    name = "lora_unet_mid_block_attentions_0_proj_in"
+    parts = {"lokr_w1_a": draw(600, 1), "lokr_w1_b": draw(1, 2), "lokr_w2_a": draw(600, 1), "lokr_w2_b": draw(1, 2)}
+    with pytest.raises(CheckpointError, match="update of 4 inputs and 360000 outputs"):
+        load_adapter(save({f"{name}.{part}": tensor for part, tensor in parts.items()}))
+    monkeypatch.setattr("loragraft.adapters.formats.reading.MOST_NUMBERS", 27)
+    with pytest.raises(CheckpointError, match="expands to more than 27 numbers"):
+        load_adapter(save({DOWN: draw(2, 8), UP: draw(6, 2)}, name="many"))
+
+
+def test_a_scale_beyond_all_numbers(draw, save: Save) -> None:
+    tensors = {DOWN: draw(2, 8), UP: draw(6, 2), "transformer.proj_out.alpha": torch.tensor(3e38)}
+    with pytest.raises(CheckpointError, match="not finite once its scale is in it"):
+        load_adapter(save({**tensors, UP: tensors[UP] * 1e10}))
