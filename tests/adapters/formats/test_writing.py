@@ -4,11 +4,16 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
+from diffusers.loaders.lora_conversion_utils import (
+    _convert_kohya_flux_lora_to_diffusers,
+    _convert_non_diffusers_lora_to_diffusers,
+    _maybe_map_sgm_blocks_to_diffusers,
+)
 from torch import Tensor
 
 from loragraft.adapters.checkpoint import Adapter, load_adapter
@@ -139,6 +144,29 @@ def test_flux_as_comfyui_patches_it(draw, style: str) -> None:
             swapped = torch.cat(expected.chunk(2)[::-1]) if path == "norm_out.linear" else expected
             torch.testing.assert_close(part, swapped)
     assert tensors == {}
+
+
+@pytest.mark.parametrize(
+    ("kind", "style"), [("sd15", "kohya"), ("sdxl", "kohya"), ("sd15", "comfyui"), ("sdxl", "comfyui")]
+)
+def test_unets_as_diffusers_reads_them(draw, kind: str, style: str) -> None:
+    """Every layer of the published UNet by kohya's names, diffusers' or LDM's: its converter finds path, factors and alpha.
+
+    But for SDXL's added conditions under diffusers' flattened names: the converter drops the numbers of both linears.
+    """
+    adapter = unet_adapter(draw, kind)
+    if style == "comfyui":
+        kept = {path: pair for path, pair in adapter.pairs.items() if not path.startswith("add_embedding")}
+        adapter = replace(adapter, pairs=kept)
+    config = SimpleNamespace(layers_per_block=2)
+    converted, alphas = _convert_non_diffusers_lora_to_diffusers(
+        _maybe_map_sgm_blocks_to_diffusers(styled(adapter, style), config)
+    )
+    assert len(converted) == 2 * len(adapter.pairs) and len(alphas) == len(adapter.pairs)
+    for path, (down, up) in adapter.pairs.items():
+        old = path.replace(".attn1.", ".attn1.processor.").replace(".attn2.", ".attn2.processor.").removesuffix(".0")
+        name = f"unet.{old}_lora" if ".processor." in old else f"unet.{path}.lora"
+        assert torch.equal(converted[f"{name}.down.weight"], down) and torch.equal(converted[f"{name}.up.weight"], up)
 
 
 @pytest.mark.parametrize("style", ["diffusers", "comfyui"])
