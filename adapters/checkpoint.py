@@ -56,7 +56,7 @@ class Adapter:
     component: Component = "transformer"
     """The part of a pipeline that it is for."""
     dialect: str = "loragraft"
-    """Whose naming the file had."""
+    """Whose naming the file had; loragraft: diffusers' with our block in the header."""
     family: Family = UNKNOWN_FAMILY
     """Which kind of base its layers belong to, by names and sizes."""
     extras: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
@@ -204,7 +204,8 @@ def load_adapter(path: Path | str, max_rank: int = MAX_RANK) -> Adapter:
     metadata = _block(file, contents.header)
     fallback = file.parent.name if file.name in (LORA_WEIGHT_NAME_SAFE, PEFT_WEIGHTS) else file.stem
     name = checked_name(file, metadata["name"]) if metadata.get("name") else fallback
-    dialect = "loragraft" if METADATA_KEY in contents.header else contents.dialect
+    own = METADATA_KEY in contents.header and contents.dialect == "diffusers"
+    dialect = "loragraft" if own else contents.dialect
     component: Component = "unet" if contents.unet else "transformer"
     return Adapter(
         name, metadata, contents.pairs, component, dialect, contents.family, contents.extras, contents.errors
