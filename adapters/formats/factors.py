@@ -90,7 +90,7 @@ def check_plain(parts: Mapping[str, Tensor]) -> None:
     if up.shape[1] != down.shape[0] or up.shape[1] == 0:
         raise ValueError(f"has A {tuple(down.shape)} and B {tuple(up.shape)}: ranks differ")
     if up.ndim == 4 and up.shape[2:] != (1, 1):
-        raise ValueError(f"has B {tuple(up.shape)}, expected a 1x1 convolution")
+        raise ValueError(f"has B {tuple(up.shape)}, expected a 1x1 convolution's [N, r, 1, 1]")
 
 
 def _plain(parts: Mapping[str, Tensor], scale: float | None) -> Factors:
