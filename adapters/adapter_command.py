@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,10 +70,8 @@ def _export(args: argparse.Namespace) -> int:
     if args.denoiser_only:
         adapter = adapter.denoiser_only()
     adapter = adapter if args.keep_contract else _portable(adapter, file, args.start)
-    if adapter.errors:
-        print(
-            f"{len(adapter.errors)} layers cut to rank {args.rank}, relative error up to {max(adapter.errors.values()):.3g}"
-        )
+    if adapter.approximation:
+        print(f"note: {adapter.approximation}", file=sys.stderr)
     dtype = getattr(torch, DTYPES[args.dtype]) if args.dtype else None
     for path in export_adapter(adapter, args.style, Path(args.out), dtype):
         print(path)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from loragraft.adapters.formats.contract import COMPENSATING, PORTABLE, contract_of, less_start
 from loragraft.adapters.formats.factors import MAX_RANK
 from loragraft.adapters.formats.families import UNKNOWN_FAMILY, Family
-from loragraft.adapters.formats.guard import checked_name
+from loragraft.adapters.formats.guard import checked_block
 from loragraft.adapters.formats.reading import read_file
 from loragraft.adapters.inject import DEFAULT_NAME, adapter_factors
 from loragraft.quantization.names import nearest
@@ -39,8 +39,6 @@ METADATA_KEY = "loragraft"
 PEFT_WEIGHTS = "adapter_model.safetensors"
 REQUIRED = ("base", "base_id")
 MOST_LISTED = 5
-RECIPE_PARTS = ("sample", "data", "train", "optim", "adapter")
-"""What is read of a recipe in a file."""
 UNKNOWN_BASE = "unknown (the file does not say)"
 
 
@@ -73,6 +71,16 @@ class Adapter:
     def rank(self) -> int:
         """Largest rank of any pair."""
         return max(down.shape[0] for down, _ in self.pairs.values())
+
+    @property
+    def approximation(self) -> str:
+        """What expanding a LoKr, LoHa or difference cost, in words; "" where it is exact."""
+        if not self.errors:
+            return ""
+        return (
+            f"adapter {self.name!r}: {len(self.errors)} of {len(self.pairs)} layers are cut to rank {self.rank}, relative error "
+            f"of their update up to {max(self.errors.values()):.2g}"
+        )
 
     def denoiser_only(self) -> "Adapter":
         """The same without what a graft does not change."""
@@ -203,7 +211,7 @@ def load_adapter(path: Path | str, max_rank: int = MAX_RANK) -> Adapter:
     contents = read_file(file, max_rank)
     metadata = _block(file, contents.header)
     fallback = file.parent.name if file.name in (LORA_WEIGHT_NAME_SAFE, PEFT_WEIGHTS) else file.stem
-    name = checked_name(file, metadata["name"]) if metadata.get("name") else fallback
+    name = metadata.get("name") or fallback
     own = METADATA_KEY in contents.header and contents.dialect == "diffusers"
     dialect = "loragraft" if own else contents.dialect
     component: Component = "unet" if contents.unet else "transformer"
@@ -233,12 +241,7 @@ def _block(file: Path, header: dict[str, str]) -> dict[str, Any]:
         block = json.loads(header.get(METADATA_KEY, "{}"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: the {METADATA_KEY!r} block of its header is not JSON") from error
-    if not isinstance(block, dict):
-        raise CheckpointError(f"{file}: the {METADATA_KEY!r} block of its header is not a JSON object")
-    recipe = block.get("recipe", {})
-    if not isinstance(recipe, dict) or not all(isinstance(recipe.get(part, {}), dict) for part in RECIPE_PARTS):
-        raise CheckpointError(f"{file}: the recipe in its header is none (its parts are no JSON objects)")
-    return block
+    return checked_block(file, block)
 
 
 def check_fits(adapter: Adapter, layers: Mapping[str, tuple[int, int]]) -> None:

@@ -1,6 +1,7 @@
 """The verb `loragraft generate`: its options, and what they mean. Heavy imports wait until it runs."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,6 +61,9 @@ def run(args: argparse.Namespace, device: str) -> int:
     from loragraft.evaluation.generate import Settings, before_after_grid, render, save_image
 
     adapters = open_adapters(args.adapter, denoiser_only=args.denoiser_only)
+    for adapter, _ in adapters:
+        if adapter.approximation:
+            print(f"note: {adapter.approximation}", file=sys.stderr)
     trained = adapters[0][0].metadata if adapters else {}
     spec = find_spec(args.base or trained.get("base") or "pocket")
     sample = trained.get("recipe", {}).get("sample", {})

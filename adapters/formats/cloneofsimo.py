@@ -53,7 +53,7 @@ def renamed(
 
 def _paths(file: Path, unet: Mapping[int, Mapping[str, Tensor]], header: Mapping[str, str]) -> list[str]:
     try:
-        walked = set(json.loads(header.get("unet", '["CrossAttention", "Attention", "GEGLU"]')))
+        walked = set(map(str, json.loads(header.get("unet", '["CrossAttention", "Attention", "GEGLU"]'))))
     except (ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{file}: 'unet' of its header is no list of classes") from error
     if not unet or sorted(unet) != list(range(len(unet))):

@@ -4,8 +4,11 @@ Refused, each with its reason: pickles (also under another suffix), headers beyo
 paths, NaN and infinity, integers where factors belong.
 """
 
+import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,3 +69,55 @@ def checked_name(file: Path, name: object) -> str:
             f"{file}: its metadata names the adapter {str(name)[:80]!r}, which is no plain name (letters, digits, ' .+()@-_')"
         )
     return name
+
+
+Kind = type | tuple[type]
+BLOCK_KINDS: dict[str, Kind] = {"name": str, "base": str, "base_id": str, "profile": str, "contract": str}
+RECIPE_KINDS: dict[str, dict[str, Kind]] = {
+    "sample": {
+        "prompts": (str,),
+        "negative_prompt": str,
+        "seed": int,
+        "steps": int,
+        "guidance": float,
+        "true_guidance": float,
+    },
+    "data": {"resolution": int, "resolutions": (int,)},
+    "train": {"seed": int},
+    "optim": {"learning_rate": float},
+}
+"""What commands read of the recipe in a file, and of which type it is; (str,) is a list of strings. null is nothing said."""
+
+
+def checked_block(file: Path, block: object) -> dict[str, Any]:
+    """Our block of a file's metadata, where everything that is read of it has its type. Raises CheckpointError naming what has not."""
+    found = _object(file, "loragraft", block)
+    if found.get("name"):
+        checked_name(file, found["name"])
+    _check_kinds(file, "loragraft", found, BLOCK_KINDS)
+    recipe = _object(file, "recipe", found.get("recipe") or {})
+    for part, kinds in RECIPE_KINDS.items():
+        _check_kinds(file, f"recipe.{part}", _object(file, f"recipe.{part}", recipe.get(part) or {}), kinds)
+    return found
+
+
+def _object(file: Path, where: str, value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file}: {where!r} in its metadata is not a JSON object")
+    return value
+
+
+def _check_kinds(file: Path, where: str, values: dict[str, Any], kinds: Mapping[str, Kind]) -> None:
+    for key, kind in kinds.items():
+        value = values.get(key)
+        if value is not None and not _is(value, kind):
+            wanted = f"list of {kind[0].__name__}" if isinstance(kind, tuple) else kind.__name__
+            raise CheckpointError(f"{file}: {where}.{key} in its metadata is {str(value)[:40]!r}, expected {wanted}")
+
+
+def _is(value: object, kind: Kind) -> bool:
+    if isinstance(kind, tuple):
+        return isinstance(value, list) and all(_is(entry, kind[0]) for entry in value)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, kind) and not isinstance(value, bool)

@@ -6,6 +6,7 @@ PEFT scales by lora_alpha / r, rsLoRA by lora_alpha / sqrt(r); rank_pattern and 
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from peft.utils.other import get_pattern_key
 
 from loragraft.quantization.tensor_file import CheckpointError
 
+PLAIN_PATTERN = re.compile(r"\^?[\w.\\-]+\$?")
+"""A module's name, perhaps anchored or escaped. PEFT would take any regular expression, also one that never ends."""
 PEFT_CONFIG = "adapter_config.json"
 CONFIG_LIMIT = 4 * 2**20
 
@@ -43,7 +46,10 @@ class HeaderScale:
         return float(alpha) / (math.sqrt(rank) if self.fields.get("use_rslora") else rank)
 
     def _pattern(self, name: str) -> dict[str, Any]:
-        return dict(self.fields.get(name) or {})
+        pattern = self.fields.get(name) or {}
+        if not isinstance(pattern, dict) or not all(PLAIN_PATTERN.fullmatch(key) for key in pattern):
+            raise ValueError(f"cannot be scaled: {name} of the file's configuration is no list of module names")
+        return pattern
 
 
 def header_scales(file: Path, header: Mapping[str, str]) -> dict[str, HeaderScale]:

@@ -68,6 +68,21 @@ def test_export_and_back(kohya: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert "exists already" in capsys.readouterr().err
 
 
+def test_what_an_expansion_costs_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """LoKr of two undivided factors has full rank; at rank 4 the rest is lost, and named on stderr."""
+    generator = torch.Generator().manual_seed(0)
+    factors = {f"{NAME}.lokr_w{k}": torch.randn(4, 4, generator=generator) for k in (1, 2)}
+    write_tensors(tmp_path / "lokr.safetensors", factors, {})
+    exact, cut = (load_adapter(tmp_path / "lokr.safetensors", max_rank=rank) for rank in (16, 4))
+    assert (exact.approximation, exact.rank, cut.rank) == ("", 16, 4)
+    given = ["adapter", "export", str(tmp_path / "lokr.safetensors"), "--style", "diffusers", "--rank", "4", "--out"]
+    assert main([*given, str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().err
+    assert said == f"note: {cut.approximation}\n"
+    assert "1 of 1 layers are cut to rank 4, relative error of their update up to 0." in said
+    assert load_adapter(tmp_path / "out").rank == 4
+
+
 def test_foreign_files_open_by_the_usual_way(kohya: Path) -> None:
     with pytest.raises(ValueError, match="'theirs' also changes text_encoder"):
         open_adapters([f"{kohya}@0.5"])

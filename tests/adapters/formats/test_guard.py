@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -110,6 +112,60 @@ def test_an_adapter_name_in_the_header_that_is_a_path(draw, save: Save) -> None:
     header = {"loragraft": json.dumps({"name": "../../.ssh/authorized_keys"})}
     with pytest.raises(CheckpointError, match=r"names the adapter '\.\./\.\./\.ssh"):
         load_adapter(save({DOWN: draw(2, 8), UP: draw(6, 2)}, header))
+
+
+@pytest.mark.parametrize(
+    ("block", "reason"),
+    [
+        ([], "'loragraft' in its metadata is not a JSON object"),
+        ({"base": 3}, "loragraft.base in its metadata is '3', expected str"),
+        ({"recipe": "x"}, "'recipe' in its metadata is not a JSON object"),
+        (
+            {"recipe": {"sample": {"prompts": "x"}}},
+            "recipe.sample.prompts in its metadata is 'x', expected list of str",
+        ),
+        (
+            {"recipe": {"sample": {"guidance": 1e999}}},
+            "recipe.sample.guidance in its metadata is 'inf', expected float",
+        ),
+        ({"recipe": {"data": {"resolutions": [64, True]}}}, "expected list of int"),
+    ],
+)
+def test_metadata_of_other_types(draw, save: Save, block: object, reason: str) -> None:
+    with pytest.raises(CheckpointError, match=re.escape(reason)):
+        load_adapter(save({DOWN: draw(2, 8), UP: draw(6, 2)}, {"loragraft": json.dumps(block)}))
+
+
+def test_regular_expressions_of_a_stranger_are_not_run(draw, save: Save) -> None:
+    """PEFT matches rank_pattern's keys as such: this one takes 2^40 steps."""
+    fields = {"transformer.r": 2, "transformer.lora_alpha": 2, "transformer.alpha_pattern": {"(p+)+" * 5 + "x": 4}}
+    with pytest.raises(CheckpointError, match="alpha_pattern of the file's configuration is no list of module names"):
+        load_adapter(save({DOWN: draw(2, 8), UP: draw(6, 2)}, {"lora_adapter_metadata": json.dumps(fields)}))
+
+
+def test_bytes_changed_at_random(draw, save: Save) -> None:
+    """150 damaged headers: each is read or refused with a sentence, nothing else is raised."""
+    name = "lora_unet_double_blocks_0_img_attn_qkv"
+    tensors = {
+        f"{name}.lora_down.weight": draw(2, 8),
+        f"{name}.lora_up.weight": draw(24, 2),
+        f"{name}.alpha": torch.tensor(1.0),
+    }
+    file = save(tensors, {"loragraft": json.dumps({"name": "a", "recipe": {"sample": {"prompts": ["x"]}}})})
+    whole = file.read_bytes()
+    length = 8 + int.from_bytes(whole[:8], "little")
+    chance = random.Random(3)
+    refused = 0
+    for _ in range(150):
+        damaged = bytearray(whole)
+        for _ in range(chance.choice((1, 2, 4))):
+            damaged[chance.randrange(8, length)] = chance.choice(b'0123456789"[]{},:.-e\\/_a\x00\xff')
+        file.write_bytes(damaged)
+        try:
+            load_adapter(file)
+        except CheckpointError:
+            refused += 1
+    assert refused > 50
 
 
 def test_shapes_that_do_not_belong_together(draw, save: Save) -> None:
