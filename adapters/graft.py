@@ -6,7 +6,8 @@ The branch reads raw x (SVDQUANT's `lora_down` is stored divided by the smoothin
 as it is. The originals stay in memory: every change recomposes the branch from them, hence any order of grafting,
 re-weighting and removing ends in the same bytes, and after the last removal in the original ones.
 
-A convolution's A [r, C, k, k] and B [N, r, 1, 1] join as matrices over (tap, channel). In a 16-bit model, which has no branch, W + w B A takes the place of W, by the same bookkeeping.
+A convolution's A [r, C, k, k] and B [N, r, 1, 1] join as matrices over (tap, channel). In a 16-bit layer, which has no branch,
+W + w B A takes the place of W, by the same bookkeeping.
 """
 
 from dataclasses import dataclass, field
@@ -46,7 +47,8 @@ def graft(
     """Concatenate `adapter`, times `weight`, into the branches; `name` (default: the adapter's) identifies it later.
 
     Nothing changes unless everything fits. Raises ValueError for an adapter of another base unless `any_base`, a name
-    in use, targets or shapes that do not fit, and a transformer with an injected (training) adapter.
+    in use, targets or shapes that do not fit, an adapter that changes more than the denoiser's layers (`check_whole`), and a
+    transformer with an injected (training) adapter.
     """
     name = adapter.name if name is None else name
     if any(path.endswith(".base_layer") for path, _ in transformer.named_modules()):
@@ -56,6 +58,8 @@ def graft(
         raise ValueError(f"an adapter named {name!r} is grafted already; set_weight changes it, ungraft removes it")
     if not any_base:
         adapter.check_base(state.base_id)
+    adapter.check_portable(state.base_id)
+    adapter.check_whole()
     check_fits(adapter, _targets(transformer))
     for path in adapter.pairs:
         if path not in state.originals:
@@ -96,14 +100,16 @@ def _state(transformer: nn.Module, name: str) -> _Grafts:
 
 
 def _targets(transformer: nn.Module) -> dict[str, tuple[tuple[int, ...], int]]:
-    """Path -> (shape of A without its rank, N) of the layers that can carry a graft: quantized ones, or all linear layers and
-    ungrouped convolutions of a 16-bit model."""
-    layers: dict[str, BranchedLinear] = branched_layers(transformer)
-    if layers:
-        return {path: (_inputs(layer), layer.out_features) for path, layer in layers.items()}
-    plain = ((path, m) for path, m in transformer.named_modules() if is_quantizable(m))
-    weights = {path: module.get_parameter("weight") for path, module in plain}
-    return {path: (tuple(weight.shape[1:]), weight.shape[0]) for path, weight in weights.items()}
+    """Path -> (shape of A without its rank, N) of the layers that can carry a graft: quantized ones, and linear layers and
+    ungrouped convolutions that are in 16 bits."""
+    targets = {}
+    for path, module in transformer.named_modules():
+        if isinstance(module, BranchedLinear):
+            targets[path] = _inputs(module), module.out_features
+        elif is_quantizable(module):
+            weight = module.get_parameter("weight")
+            targets[path] = tuple(weight.shape[1:]), weight.shape[0]
+    return targets
 
 
 def _inputs(layer: BranchedLinear) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 
 from loragraft.adapters.checkpoint import Adapter, load_adapter
+from loragraft.adapters.formats.contract import START_NAME
 from loragraft.zoo.entry import INDEX
 from loragraft.zoo.file_place import open_files
 
@@ -68,7 +69,8 @@ class Catalogue:
 
 
 def adapter_files(folder: Path) -> list[Path]:
-    """Adapter files of one run, of an adapter folder, of a folder that holds such, or of a zoo; a file stands for itself."""
+    """Adapter files of one run, of an adapter folder, of a folder that holds such or loose files of any dialect (ComfyUI's
+    models/loras), or of a zoo; a file stands for itself."""
     if folder.is_file():
         return [folder]
     own = [folder / LORA_WEIGHT_NAME_SAFE, folder / "adapter" / LORA_WEIGHT_NAME_SAFE]
@@ -78,7 +80,9 @@ def adapter_files(folder: Path) -> list[Path]:
         if child.is_dir() and not child.name.startswith(".")
         for place in (child, child / "adapter")
     ]
-    return [file for file in dict.fromkeys([*own, *inside, *_published(folder)]) if file.is_file()]
+    loose = [] if any(file.is_file() for file in own) else sorted(folder.glob("*.safetensors"))
+    found = dict.fromkeys([*own, *inside, *_published(folder), *(file for file in loose if file.name != START_NAME)])
+    return [file for file in found if file.is_file()]
 
 
 def _published(folder: Path) -> list[Path]:

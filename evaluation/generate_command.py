@@ -1,6 +1,7 @@
 """The verb `loragraft generate`: its options, and what they mean. Heavy imports wait until it runs."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -28,6 +29,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", help=f"one of {', '.join(list_bases())}; default: the adapter's own, else pocket")
     parser.add_argument("--profile", choices=PROFILES, help="default: the adapter's own, else native")
     parser.add_argument("--any-base", action="store_true", help="graft an adapter that was trained on another base")
+    parser.add_argument(
+        "--denoiser-only", action="store_true", help="of adapters that change text encoders or norms too, use the rest"
+    )
     parser.add_argument("--out", default="images", help="folder for the images (default: images)")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--per-prompt", type=int, default=1, help="images per prompt, at consecutive seeds")
@@ -59,7 +63,10 @@ def run(args: argparse.Namespace, device: str) -> int:
     from loragraft.data.cache import default_cache_root
     from loragraft.evaluation.generate import Settings, before_after_grid, render, save_image
 
-    adapters = open_adapters(args.adapter)
+    adapters = open_adapters(args.adapter, denoiser_only=args.denoiser_only)
+    for adapter, _ in adapters:
+        if adapter.approximation:
+            print(f"note: {adapter.approximation}", file=sys.stderr)
     trained = adapters[0][0].metadata if adapters else {}
     spec = find_spec(args.base or trained.get("base") or "pocket")
     sample = trained.get("recipe", {}).get("sample", {})

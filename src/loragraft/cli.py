@@ -152,6 +152,12 @@ def _publish(args: argparse.Namespace) -> int:
     return run_publish(args)
 
 
+def _adapter(args: argparse.Namespace) -> int:
+    from loragraft.adapters.adapter_command import run
+
+    return run(args)
+
+
 def _zoo(arguments: list[str]) -> int:
     from loragraft.zoo.zoo_command import main as zoo_main
 
@@ -190,6 +196,7 @@ def _device() -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from loragraft.adapters.adapter_command import add_options as adapter_options
     from loragraft.evaluation.generate_command import add_options as generate_options
     from loragraft.zoo.zoo_command import publish_options
 
@@ -327,6 +334,17 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--numerics", choices=("w4a8", "w4a4"), help="convert to these")
     convert.add_argument("--signed", action="store_true", help="replace unsigned activations, which Lite does not know")
     convert.add_argument("--layout", choices=("row-major", "tile-packed"), default="row-major", help="for ComfyUI")
+
+    adapter = verb(
+        "adapter",
+        _adapter,
+        "look into a LoRA file of any trainer, or write it in another one's naming",
+        "loragraft adapter inspect downloaded.safetensors\n"
+        "loragraft adapter export runs/marketing --style comfyui --out marketing.safetensors\n\n"
+        "Read: diffusers, PEFT, attention processors, kohya, OneTrainer, LyCORIS (LoKr, LoHa), ComfyUI, XLabs, BFL control,\n"
+        "cloneofsimo. generate, demo and the others take such files as they are.",
+    )
+    adapter_options(adapter)
 
     verb("preflight", _recipe, "memory and time of a run before it starts, what it fits and what would make it fit")
 

@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from loragraft.demo.catalogue import Catalogue
+from loragraft.quantization.tensor_file import write_tensors
 from loragraft.zoo.entry import Status
 from loragraft.zoo.places import open_place
 from loragraft.zoo.publish import publish
@@ -34,6 +36,19 @@ def test_a_damaged_zoo_is_told_and_the_rest_stays(runs: Any, tmp_path: Path) -> 
     listing = Catalogue([tmp_path, runs.folder / "ours"]).listing()
     assert list(listing.adapters) == ["ours"]
     assert "is not the JSON that a zoo writes" in listing.problems[0]
+
+
+def test_loose_files_of_other_trainers(tmp_path: Path) -> None:
+    """A folder as ComfyUI's models/loras; a pickle there is not looked at, a refused file is told."""
+    name = "lora_unet_double_blocks_0_img_attn_proj"
+    factors = {f"{name}.lora_down.weight": torch.ones(2, 8), f"{name}.lora_up.weight": torch.ones(8, 2)}
+    write_tensors(tmp_path / "style.safetensors", factors, {})
+    write_tensors(tmp_path / "odd.safetensors", {"x": torch.ones(1)}, {})
+    (tmp_path / "old.pt").write_bytes(b"PK")
+    listing = Catalogue([tmp_path]).listing()
+    assert list(listing.adapters) == ["style"]
+    (problem,) = listing.problems
+    assert "odd.safetensors: 1 tensor(s) are no part of a LoRA" in problem
 
 
 def test_one_name_in_two_places_is_told_apart(runs: Any, tmp_path: Path) -> None:
