@@ -158,6 +158,41 @@ def _w4a16_dx(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[Part]:
     ]
 
 
+def _w4a8_conv(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[Part]:
+    """x is quantized, and multiplied with the branch of all taps at once; then codes times codes over windows."""
+    (x, qweight), taps = args[:2], args[10][3] ** 2
+    (M, C), (P, N), R = x.shape, results[0].shape, _rank(args[5], args[8])
+    by_tap = M * taps * R * x.dtype.itemsize
+    return [
+        Part("memory", 0, _bytes([x, *results[2:]])),
+        Part("gemm", 2 * M * C * taps * R, _bytes([x, results[1]]) + 2 * by_tap),
+        Part("int8", 2 * P * N * taps * C, _bytes([qweight, args[3], *results])),
+        Part("gemm", 2 * P * N * R, 0),
+    ]
+
+
+def _w4a8_conv_dgrad(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[Part]:
+    """W_eff is written, then read by one transposed convolution."""
+    dy, _, down, qweight = args[:4]
+    (P, N), (R, K) = dy.shape, down.shape
+    dense = N * K * dy.dtype.itemsize
+    return [
+        Part("memory", 2 * N * K * R, _bytes(qweight) + dense),
+        Part("conv", 2 * P * N * K, _bytes([dy, results[0]]) + dense),
+    ]
+
+
+def _conv_adapter_gradients(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[Part]:
+    """dy B, then one pass over x or its codes per tap."""
+    dy, _, x = args[:3]
+    (P, N), (r, K) = dy.shape, results[0].shape
+    taps = args[6][3] ** 2
+    return [
+        Part("gemm", 4 * P * N * r, 2 * _bytes([dy])),
+        Part("memory", 2 * x.shape[0] * K * r, taps * (_bytes([x]) + 2 * x.shape[0] * r * dy.dtype.itemsize)),
+    ]
+
+
 def _row_product(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[Part]:
     left, right = args[:2]
     return [Part("memory", 2 * left.shape[0] * left.shape[1] * right.shape[1], _bytes(args) + _bytes(results))]
@@ -185,6 +220,9 @@ _COSTS: dict[str, Callable[[tuple[Any, ...], Sequence[Tensor]], list[Part]]] = {
     "w4a4_dgrad": _w4a4_dgrad,
     "w4a16_linear": _w4a16,
     "w4a16_dx": _w4a16_dx,
+    "w4a8_conv": _w4a8_conv,
+    "w4a8_conv_dgrad": _w4a8_conv_dgrad,
+    "conv_adapter_gradients": _conv_adapter_gradients,
     "quantize_activation": _elementwise,
     "attention": _attention,
     "attention_backward": _attention_backward,
@@ -216,6 +254,26 @@ def _w4a8_dgrad_space(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[
         return [N * K * up.dtype.itemsize]
     padded_N = -(-N // 128) * 128
     return [M * padded_N, 4 * M, 2 * qweight.shape[1] * padded_N, 4 * N, 4 * K]
+
+
+def _w4a8_conv_space(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[int]:
+    """The branch of all taps [M, T R], or later the INT8 weight (none on Hopper); the factors joined."""
+    x, qweight, R = args[0], args[1], _rank(args[5], args[8])
+    by_tap = x.shape[0] * args[10][3] ** 2 * R * x.dtype.itemsize
+    factors = _factors(x.dtype, args[5], args[8]) + _factors(x.dtype, args[6], args[9])
+    return [max(by_tap, 2 * qweight.numel()), *factors]
+
+
+def _w4a8_conv_dgrad_space(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[int]:
+    """W_eff [N, K] in 16 bits."""
+    return [args[0].shape[1] * args[2].shape[1] * args[0].dtype.itemsize]
+
+
+def _conv_adapter_gradients_space(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[int]:
+    """dy B of all taps [T, M, r], their gradients in float32 and the partial sums of one."""
+    dy, x, r = args[0], args[2], args[5].shape[1]
+    spread = args[6][3] ** 2 * x.shape[0] * r * dy.dtype.itemsize
+    return [spread, results[0].numel() * 4, *_row_product_space((dy[:1, :1].expand(x.shape[0], r), x), results)]
 
 
 def _w4a4_space(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[int]:
@@ -265,6 +323,9 @@ _WORKSPACES: dict[str, Callable[[tuple[Any, ...], Sequence[Tensor]], list[int]]]
     "w4a8_dgrad": _w4a8_dgrad_space,
     "w4a4_linear": _w4a4_space,
     "w4a4_dgrad": _w4a4_dgrad_space,
+    "w4a8_conv": _w4a8_conv_space,
+    "w4a8_conv_dgrad": _w4a8_conv_dgrad_space,
+    "conv_adapter_gradients": _conv_adapter_gradients_space,
     "row_product": _row_product_space,
     "attention_backward": _our_attention_backward_space,
     "_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward_space,
