@@ -80,9 +80,7 @@ def _check_cover(
     neither = [path for path in paths if path not in plan and path not in kept]
     if neither:
         listed = ", ".join(neither[:8]) + (", ..." if len(neither) > 8 else "")
-        raise ValueError(
-            f"{len(neither)} layer(s) are neither planned nor kept: {listed}; name them in one of both"
-        )
+        raise ValueError(f"{len(neither)} layer(s) are neither planned nor kept: {listed}; name them in one of both")
 
 
 def quantize_model(
