@@ -3,11 +3,11 @@
     y_pn = s_n sum_t a_q(p,t) sum_c x_qc w_ntc  +  sum_r h_pr u_nr  +  bias_n
 
 A tile is two warpgroups' work, TH x TW output pixels of one image by 64 outputs each: OUT of them side by side in the outputs,
-PIX in the pixels, one below the other. What tap (u, v) reads of x is the same rectangle moved by
-(u - padding, v - padding): one box of a four-dimensional TMA descriptor [B, H, W, C], which fills with zeros outside of the
-image; so windows cost no address arithmetic, no masks and no memory. The rest is `hopper_gemm`: Y^T = W X^T with the weight's
-codes widened in registers, one warp that keeps STAGES tiles of 128 columns in flight, two warpgroups out of
-step, the branch as one more product. The registers of an INT32 and a float32 sum of 256 pixels would not fit: there are 64 or 128.
+PIX in the pixels, one below the other. What tap (u, v) reads of x is the same rectangle moved by (u - padding, v - padding):
+one box of a four-dimensional TMA descriptor [B, H, W, C], which fills with zeros outside of the image; so windows cost no
+address arithmetic, no masks and no memory. The rest is `hopper_gemm`: Y^T = W X^T with the weight's codes widened in registers,
+one warp that keeps STAGES tiles of 128 columns in flight, two warpgroups out of step, the branch as one more product. The
+registers of an INT32 and a float32 sum of 256 pixels would not fit: there are 64 or 128.
 
 A step has 128 columns, two halves of 64. Where Ct / 64 is odd (320, 960 channels) every other tap ends between the halves of
 a step. Boxes have no gaps, so for stride 2 x is seen as [B, H / 2, 2, W / 2, 2 C]: a tap reads one parity of rows and of columns.

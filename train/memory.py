@@ -178,7 +178,8 @@ def worth_keeping_or_small(context: Any, operation: Any, *args: Any, **kwargs: A
 def _expensive() -> frozenset[Any]:
     ours, aten = torch.ops.loragraft, torch.ops.aten
     return frozenset({
-        ours.w4a8_linear.default, ours.w4a4_linear.default, ours.w4a16_linear.default, ours.quantize_activation.default,
+        ours.w4a8_linear.default, ours.w4a4_linear.default, ours.w4a16_linear.default, ours.w4a8_conv.default,
+        ours.quantize_activation.default,
         ours.attention.default, aten._scaled_dot_product_flash_attention.default,
         aten._scaled_dot_product_flash_attention_for_cpu.default, aten._scaled_dot_product_efficient_attention.default,
         aten._scaled_dot_product_cudnn_attention.default, aten.mm.default, aten.addmm.default, aten.bmm.default,
