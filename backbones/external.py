@@ -1,8 +1,9 @@
 """A base whose weights do not travel with the package: found where the recipe says, on disk or on the Hub, and opened.
 
     diffusers pipeline       its denoiser (transformer or UNet), text encoders and autoencoder
-    denoiser alone           16-bit folder or file (of a UNet also the file of a whole pipeline), our INT4 folder, an SVDQuant file of another program; the encoders come from
-                             the pipeline around it, or from weights.encoders
+    denoiser alone           16-bit folder or file (of a UNet also the file of a whole pipeline, of SANA its authors' file),
+                             our INT4 folder, an SVDQuant file of another program; the encoders come from the pipeline around it, or
+                             from weights.encoders
 
 16-bit weights are quantized once, layer by layer, into <cache root>/bases/<base>-<profile>-<key>, key = their names, sizes and
 times; a killed quantization goes on where it was. SVDQuant weights run in the numerics that they state.
@@ -23,7 +24,8 @@ from torch import nn
 from tqdm import tqdm
 
 from loragraft.backbones.architectures import FOLDER_RANK, NUMERICS, folder_settings, open_model, quantize_files
-from loragraft.backbones.single_file import as_folder
+from loragraft.backbones.pipeline_folder import variant
+from loragraft.backbones.single_file import as_folder, is_one_file
 from loragraft.backbones.skeleton import meta_transformer, plan_architecture, randomize
 from loragraft.backbones.spec import BaseSpec, External, Profile, Weights
 from loragraft.quantization.checkpoint import (
@@ -152,7 +154,7 @@ def open_transformer(
     """
     if _is_quantized(path):
         return _ready_made(spec, external, path, profile)
-    if path.is_file() and spec.family.component == "unet":
+    if is_one_file(spec, path):
         path = as_folder(spec, external, path, cache_root)
     _, _, config = open_model(path)
     external.check(config, str(path))
@@ -160,7 +162,7 @@ def open_transformer(
         if path.is_file():
             raise ValueError(f"{path} is one file; for the 16-bit model give the diffusers folder")
         model: nn.Module = spec.transformer_class.from_pretrained(  # type: ignore[attr-defined]
-            path, torch_dtype=torch.bfloat16, local_files_only=True
+            path, torch_dtype=torch.bfloat16, variant=variant(path), local_files_only=True
         )
         record_base_id(model)
         return model, None

@@ -6,11 +6,12 @@ The scale is applied here and nowhere else: what the cache holds is what the tra
 by it once before they decode. On a GPU the autoencoder is there only while it works.
 
 DC-AE's decoder takes 1.6 GiB of activations at 1024 px, more than SANA's whole transformer (Chen et al., "Deep Compression
-Autoencoder for Efficient High-Resolution Diffusion Models", 2024). On a GPU of less than `SMALL_GPU` bytes it decodes in tiles
-of `TILE` pixels that overlap by an eighth. It never encodes in tiles: its deep stages attend to the whole picture, so that a tile
-has other latents, and they are what is trained on.
+Autoencoder for Efficient High-Resolution Diffusion Models", 2024). What would take more than a quarter of the GPU's memory is
+decoded in tiles that overlap by an eighth: from 1152 px on with 8 GiB, from 832 with 4. It is never encoded in tiles: the deep
+stages attend to the whole picture, so that a tile has other latents, and they are what is trained on.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -21,9 +22,11 @@ from torch import Tensor
 
 from loragraft.backbones.flux1_encoders import KlPictures
 
-SMALL_GPU = 9 * 2**30
-"""Bytes: cards sold as 8 GB and less."""
-TILE, STRIDE = 512, 448
+DECODING = 1_670
+"""Bytes of activations that DC-AE's decoder takes for a pixel, in 16 bits."""
+SHARE = 4
+"""The decoder may have a SHARE-th of the GPU's memory."""
+GRAIN = 64
 
 
 class Pictures(KlPictures):
@@ -40,8 +43,8 @@ class Pictures(KlPictures):
         self._scheduler_class = scheduler[0]
         if isinstance(vae, AutoencoderDC):
             vae.disable_tiling()
-            if is_small(device):
-                tile_decoding(vae)
+            if device.type == "cuda":
+                tile_decoding(vae, tile_edge(torch.cuda.get_device_properties(device).total_memory))
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
@@ -62,14 +65,15 @@ class Pictures(KlPictures):
         return {"vae": self.vae, "scheduler": scheduler, "text_encoder": None, "tokenizer": None}
 
 
-def is_small(device: torch.device) -> bool:
-    """Whether pictures of 1024 px should be decoded in tiles there."""
-    return device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory < SMALL_GPU
+def tile_edge(total: int) -> int:
+    """Pixels along the edge of the largest picture that is decoded whole on a GPU of `total` bytes; a multiple of GRAIN."""
+    return max(1, math.isqrt(total // SHARE // DECODING) // GRAIN) * GRAIN
 
 
-def tile_decoding(vae: AutoencoderDC) -> None:
-    """Pictures above `TILE` pixels an edge are decoded in tiles, whose seams are blended."""
-    vae.enable_tiling(TILE, TILE, STRIDE, STRIDE)
+def tile_decoding(vae: AutoencoderDC, edge: int) -> None:
+    """Pictures above `edge` pixels are decoded in tiles of it, whose seams are blended over an eighth."""
+    stride = edge * 7 // 8 // 32 * 32
+    vae.enable_tiling(edge, edge, stride, stride)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 from loragraft.backbones.load import find_spec, list_bases
+from loragraft.backbones.pipeline_folder import variant
 from loragraft.backbones.sampler import build_pipeline, generate_from_text
 from loragraft.backbones.spec import BaseSpec, External
 from loragraft.quantization.calibrate import collect, save_stats
@@ -63,8 +64,9 @@ def collect_pipeline_stats(
     encoders = external.open_encoders(folder, device, dtype)
     texts, empty = [encoders.encode_text([prompt]) for prompt in prompts], encoders.encode_text([""])
     encoders.release_text()
+    place = folder / spec.family.component
     model = spec.transformer_class.from_pretrained(  # type: ignore[attr-defined]
-        folder / spec.family.component, dtype=dtype, local_files_only=True
+        place, dtype=dtype, variant=variant(place), local_files_only=True
     )
     nn.Module.to(model, device)
     model.eval().requires_grad_(False)

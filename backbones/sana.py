@@ -136,6 +136,7 @@ def sana_spec(size: Size) -> BaseSpec:
             text_bytes=GEMMA_BYTES,
         ),
         resolution=1024,
+        grain=32,
         quantize=SANA.quantize,
         quantize_w4a16=SANA.quantize_w4a16,
         keep_16bit=SANA.keep_16bit,

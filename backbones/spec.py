@@ -129,6 +129,8 @@ class BaseSpec:
     """Where the weights come from the user."""
     resolution: int
     """Native edge in pixels."""
+    grain: int = 16
+    """Height and width of a picture are multiples of it: the autoencoder's stride times the patch."""
     quantize: tuple[str, ...]
     """Linears that carry the INT4 profile."""
     quantize_w4a16: tuple[str, ...]

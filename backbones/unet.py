@@ -65,7 +65,7 @@ class UNetFamily(Family):
     def rows(self, latents: tuple[int, ...], text: dict[str, Tensor]) -> set[int]:
         """The text's, and the picture's at every level of the transformers."""
         b, _, h, w = latents
-        levels = {b * (h >> level) * (w >> level) for level in self.levels}
+        levels = {b * -(-h // 2**level) * -(-w // 2**level) for level in self.levels}  # halved upwards
         return {b * text["prompt_embeds"].shape[1], *levels}
 
 

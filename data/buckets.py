@@ -2,8 +2,8 @@
 
 A resolution R has the sizes (H, W) of about R^2 pixels and never more, so that no bucket needs more memory than the square:
 W from R in steps of s to R sqrt(MOST_ASPECT), H = R^2 / W rounded down to a multiple of s, and the same lying on the side.
-s = 64 from 1024 px on, R / 16 below, at least 16 and always a multiple of 16, which a latent of eighths in patches of two
-needs: each resolution has about the same shapes. Aspect ratio buckets: NovelAI, "Novel AI Improvements on Stable Diffusion"
+s = 64 from 1024 px on, R / 16 below, rounded up to a multiple of the base's grain (16 where latents are eighths in patches of two,
+32 for DC-AE): each resolution has about the same shapes. Aspect ratio buckets: NovelAI, "Novel AI Improvements on Stable Diffusion"
 (2022).
 """
 
@@ -37,13 +37,25 @@ class Sizes:
     """Resolutions, ascending: edges of squares of that many pixels."""
     buckets: bool
     """Whether an image keeps its aspect ratio, or becomes a square."""
+    grain: int = 16
+    """Height and width are multiples of it."""
 
     @classmethod
-    def asked(cls, config: DataConfig, native: int) -> "Sizes | None":
-        """What a recipe asks for on a base of `native` pixels; None for files that become plain squares under LARGE pixels."""
+    def asked(cls, config: DataConfig, native: int, grain: int = 16) -> "Sizes | None":
+        """What a recipe asks for on a base of `native` pixels; None for files that become plain squares under LARGE pixels.
+
+        Raises ValueError for an edge that is no multiple of the base's grain.
+        """
         edges = tuple(sorted(config.edges(native)))
+        for edge in edges:
+            if edge % grain:
+                below = max(grain, edge // grain * grain)
+                raise ValueError(
+                    f"this base draws at multiples of {grain} px, and {edge} is none: set data.resolution (or data.resolutions) to "
+                    f"{below} or {edge // grain * grain + grain}"
+                )
         plain = len(edges) == 1 and edges[0] < LARGE and not config.buckets and not config.streaming
-        return None if plain else cls(edges, config.buckets)
+        return None if plain else cls(edges, config.buckets, grain)
 
     def of(self, sample: Sample) -> list[Shape]:
         """Where a sample goes: one bucket at each resolution that the image fills without being enlarged, or at the smallest.
@@ -56,13 +68,13 @@ class Sizes:
         return list(dict.fromkeys(filled if sample.split == "train" else filled[-1:]))
 
     def _bucket(self, width: int, height: int, edge: int) -> Shape:
-        return nearest_bucket(width, height, edge) if self.buckets else (edge, edge)
+        return nearest_bucket(width, height, edge, self.grain) if self.buckets else (edge, edge)
 
 
 @functools.cache
-def bucket_shapes(resolution: int) -> tuple[Shape, ...]:
+def bucket_shapes(resolution: int, grain: int = 16) -> tuple[Shape, ...]:
     """The (H, W) of a resolution, widest last (formula above)."""
-    step = max(16, min(64, resolution // 256 * 16))
+    step = math.ceil(max(16, min(64, resolution // 256 * 16)) / grain) * grain
     lying = {
         (resolution * resolution // width // step * step, width)
         for width in range(resolution, int(resolution * math.sqrt(MOST_ASPECT)) + 1, step)
@@ -70,10 +82,10 @@ def bucket_shapes(resolution: int) -> tuple[Shape, ...]:
     return tuple(sorted(lying | {(w, h) for h, w in lying}, key=lambda shape: (shape[1] / shape[0], shape)))
 
 
-def nearest_bucket(width: int, height: int, resolution: int) -> Shape:
+def nearest_bucket(width: int, height: int, resolution: int, grain: int = 16) -> Shape:
     """The (H, W) whose aspect ratio is nearest to the image's, as a ratio: min |log(W / H) - log(width / height)|."""
     wanted = math.log(width / height)
-    return min(bucket_shapes(resolution), key=lambda s: (abs(math.log(s[1] / s[0]) - wanted), -s[0] * s[1]))
+    return min(bucket_shapes(resolution, grain), key=lambda s: (abs(math.log(s[1] / s[0]) - wanted), -s[0] * s[1]))
 
 
 def image_size(sample: Sample) -> tuple[int, int]:

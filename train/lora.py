@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     backbone.set_training_numerics(recipe.train.save_x, recipe.train.dgrad)
     resolution = backbone.resolution = max(recipe.data.edges(backbone.spec.resolution))
-    sizes = Sizes.asked(recipe.data, backbone.spec.resolution)
+    sizes = Sizes.asked(recipe.data, backbone.spec.resolution, backbone.spec.grain)
     with accelerator.main_process_first():
         samples = [] if recipe.data.streaming else open_source(recipe.data, resolution, default_cache_root())
         check_overlap(samples, recipe.data, default_cache_root())

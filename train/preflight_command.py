@@ -140,7 +140,7 @@ def data_lines(recipe: Recipe, resolution: int, cache_root: Path, processes: int
 
 def bucket_lines(recipe: Recipe, samples: Sequence[Sample], resolution: int, processes: int) -> list[str]:
     """Images and batches of every size, where a recipe asks for buckets or several resolutions."""
-    sizes = Sizes.asked(recipe.data, resolution)
+    sizes = Sizes.asked(recipe.data, resolution, find_spec(recipe.base).grain)
     if sizes is None or not (recipe.data.buckets or recipe.data.resolutions):
         return []
     try:

@@ -1,5 +1,6 @@
 """SANA's and PixArt-Sigma's families: what the transformer is told, which loss, gradients, and pictures through the stock pipelines."""
 
+from collections import Counter
 from functools import partialmethod
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from loragraft.backbones.skeleton import plan_architecture
 from loragraft.kernels.layout import relative_rms
 from loragraft.quantization.checkpoint import quantized_layers
 from loragraft.quantization.convert import quantize_model
-from loragraft.quantization.settings import QuantSettings
+from loragraft.quantization.settings import Numerics, QuantSettings
 from loragraft.recipes.schema import AdapterConfig
 from loragraft.train.step import compile_blocks
 
@@ -155,6 +156,21 @@ def test_the_gradient_is_that_of_the_16_bit_model_with_the_same_weights(
         assert relative_rms(found, expected) < 1e-3
 
 
+@pytest.mark.parametrize("numerics", ["w4a8", "w4a4", "w4a16"])
+@pytest.mark.parametrize(("family", "lists", "pipeline", "channels"), KINDS)
+def test_every_profile_covers_all_layers_and_stays_near_the_16_bit_model(
+    family: Family, lists: Architecture, pipeline: type[Any], channels: int, numerics: Numerics, folders: Folders
+) -> None:
+    settings = QuantSettings(numerics, rank=8, smoothing=None if numerics == "w4a16" else "weight", search="subsampled")
+    plain, ours = (opened(folders[lists.class_name], pipeline) for _ in range(2))
+    quantize_model(ours, plan_architecture(lists, settings, ours), {}, keep=lists.keep_16bit)
+    latents, _, times, text = inputs(channels)
+    expected = family.predict(plain, latents, times, text)
+    assert relative_rms(family.predict(ours, latents, times, text), expected) < (0.25 if numerics == "w4a4" else 0.15)
+    counts = Counter(layer.numerics for layer in quantized_layers(ours).values())
+    assert counts == Counter({numerics: 20}) + Counter({"w4a16": 1})
+
+
 @pytest.mark.parametrize(("family", "lists", "pipeline", "channels"), KINDS)
 def test_pictures_are_the_stock_pipelines(
     family: Family, lists: Architecture, pipeline: type[Any], channels: int, folders: Folders
@@ -195,7 +211,7 @@ def test_blocks_compile_whole(
     family: Family, lists: Architecture, pipeline: type[Any], channels: int, folders: Folders
 ) -> None:
     """No graph break: what is traced runs as it is, and no code is generated."""
-    settings = QuantSettings("w4a8", rank=4, smoothing="hadamard", search="subsampled", iterations=1, grid=1)
+    settings = QuantSettings("w4a8", rank=4, smoothing="weight", search="subsampled", iterations=1, grid=1)
     model = opened(folders[lists.class_name], pipeline)
     quantize_model(model, plan_architecture(lists, settings, model), {}, keep=lists.keep_16bit)
     parameters = inject_adapter(model, AdapterConfig(rank=2, alpha=2), lists.quantize)

@@ -6,10 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import PixArtSigmaPipeline, SanaPipeline
+from transformers import Gemma2Model
 
 from loragraft.backbones.masked_encoders import CAPTIONS_TOGETHER, RandomMaskedEncoders
 from loragraft.backbones.pixart_encoders import PixArtEncoders
+from loragraft.backbones.resting import stream_layers
 from loragraft.backbones.sana_encoders import INSTRUCTION, SanaEncoders, _instruction
+from loragraft.kernels.layout import relative_rms
 from loragraft.quantization.tensor_file import CheckpointError
 
 CPU = torch.device("cpu")
@@ -171,3 +174,40 @@ def test_random_encoders_have_the_shapes_and_depend_on_caption_and_seed(sana: Sa
     encoders.release_text()
     with pytest.raises(RuntimeError, match="released"):
         encoders.encode_text(["a"])
+
+
+def test_a_streamed_gemma_gives_the_same_and_holds_nothing_in_between(sana_folder: Path) -> None:
+    """Its rotary frequencies are no part of a checkpoint, so they cannot be offloaded as weights are."""
+    model = Gemma2Model.from_pretrained(sana_folder / "text_encoder", dtype=torch.float32, local_files_only=True).eval()
+    ids = torch.arange(12).view(2, 6)
+    mask = (ids % 6 < 4).long()
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask)[0]
+        stream_layers(model, CPU)
+        assert all(p.is_meta for p in model.parameters()), "the weights lie with the hooks, not in the model"
+        for _ in range(2):
+            assert torch.equal(model(ids, attention_mask=mask)[0], expected)
+        assert all(p.is_meta for p in model.parameters())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", ["sana", "pixart"])
+def test_on_a_gpu_every_encoder_leaves_it(kind: str, sana_folder: Path, pixart_folder: Path) -> None:
+    folder, made = (sana_folder, SanaEncoders) if kind == "sana" else (pixart_folder, PixArtEncoders)
+    before = torch.cuda.memory_allocated()
+    encoders = made(folder, torch.device("cuda"), torch.bfloat16)
+    assert torch.cuda.memory_allocated() == before
+    latents = encoders.encode_images(torch.zeros(2, 3, 64, 64)).cpu()
+    assert encoders.vae.device.type == "cuda"
+    on_gpu = encoders.encode_text(["a white heart", ""])
+    assert encoders.vae.device.type == "cpu"
+    assert not any(tensor.is_cuda for tensor in on_gpu.values())
+    encoders.release_text()
+    assert torch.cuda.memory_allocated() == before
+    on_cpu = made(folder, CPU, torch.float32)
+    mask = on_cpu.encode_text(["a white heart", ""])["prompt_attention_mask"]
+    assert torch.equal(on_gpu["prompt_attention_mask"].float(), mask)
+    states = on_cpu.encode_text(["a white heart", ""])["prompt_embeds"]
+    assert relative_rms(on_gpu["prompt_embeds"].float()[mask.bool()], states[mask.bool()]) < 0.03
+    assert relative_rms(latents.float(), on_cpu.encode_images(torch.zeros(2, 3, 64, 64))) < 0.05

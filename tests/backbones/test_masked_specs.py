@@ -136,3 +136,18 @@ def test_a_recipe_that_names_the_base_gets_its_defaults(spec: BaseSpec) -> None:
     assert recipe.train.checkpointing == "block" and recipe.train.text_dropout == 0.1
     assert isinstance(spec.family.scheduler(), DPMSolverMultistepScheduler)
     assert spec.family.image_to_image is None and spec.family.inpaint is None
+
+
+def test_a_transformer_in_one_variant_is_read_in_16_bits_and_quantized(
+    sana_folder: Path, tmp_path: Path, quick_quantizer: None
+) -> None:
+    """SANA is published as `diffusion_pytorch_model.bf16.safetensors` too."""
+    folder = shutil.copytree(sana_folder, tmp_path / "published")
+    plain = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    plain.rename(plain.with_name("diffusion_pytorch_model.bf16.safetensors"))
+    for profile in ("16bit", "native"):
+        opened = [
+            load_backbone("sana-16b", profile, "cpu", tmp_path / "cache", WeightsConfig(path=str(place)))  # type: ignore[arg-type]
+            for place in (folder, sana_folder)
+        ]
+        assert opened[0].base_id == opened[1].base_id

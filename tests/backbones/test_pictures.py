@@ -1,14 +1,11 @@
 """What DC-AE does in tiles and what it never does."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from diffusers import AutoencoderDC, DPMSolverMultistepScheduler
 
-from loragraft.backbones import pictures
 from loragraft.backbones.flux1_encoders import random_vae
-from loragraft.backbones.pictures import Pictures, is_small, tile_decoding
+from loragraft.backbones.pictures import DECODING, Pictures, tile_decoding, tile_edge
 from loragraft.backbones.sana import DC_AE
 
 NARROW = {
@@ -30,15 +27,13 @@ def test_the_true_dc_ae_has_its_published_size() -> None:
     assert sizes == pytest.approx([153, 159], abs=0.5)
 
 
-def test_tiles_are_decoded_and_never_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_are_decoded_and_never_encoded() -> None:
     vae, half = made()
     pixels = torch.rand(1, 3, 192, 128, generator=torch.Generator().manual_seed(0)) * 2 - 1
     latents = half.encode_images(pixels)
     with torch.no_grad():
         whole = vae.decode(latents).sample
-    monkeypatch.setattr(pictures, "TILE", 128)
-    monkeypatch.setattr(pictures, "STRIDE", 96)
-    tile_decoding(vae)
+    tile_decoding(vae, 128)
     assert torch.equal(half.encode_images(pixels), latents)
     assert vae.use_tiling, "encoding must leave the decoder's tiles"
     seen: list[tuple[int, ...]] = []
@@ -49,13 +44,12 @@ def test_tiles_are_decoded_and_never_encoded(monkeypatch: pytest.MonkeyPatch) ->
     assert seen == [(4, 4), (4, 1), (3, 4), (3, 1)]
 
 
-def test_a_small_gpu_is_one_of_8_gb(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not is_small(torch.device("cpu"))
-    for size, small in ((8 * 2**30, True), (12 * 2**30, False)):
-        monkeypatch.setattr(
-            torch.cuda, "get_device_properties", lambda _, size=size: SimpleNamespace(total_memory=size)
-        )
-        assert is_small(torch.device("cuda")) is small
+@pytest.mark.parametrize(("gib", "edge"), [(4, 768), (8, 1088), (12, 1344), (80, 3584), (0.01, 64)])
+def test_a_tile_takes_a_quarter_of_the_gpu(gib: float, edge: int) -> None:
+    """1024 px are decoded whole from 8 GiB on."""
+    total = int(gib * 2**30)
+    assert tile_edge(total) == edge
+    assert edge**2 * DECODING <= total / 4 or edge == 64
 
 
 @pytest.mark.gpu
@@ -68,7 +62,7 @@ def test_on_a_gpu_tiles_take_less_memory() -> None:
     peaks = []
     for tiled in (False, True):
         if tiled:
-            tile_decoding(vae)
+            tile_decoding(vae, 512)
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()

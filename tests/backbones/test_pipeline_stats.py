@@ -107,9 +107,11 @@ def test_every_kind_of_pipeline_calibrates_itself(sana_folder: Path, pixart_fold
     for folder, names, tokens in ((sana_folder, {"sana-06b", "sana-16b"}, 4), (pixart_folder, {"pixart-sigma"}, 16)):
         assert base_of(folder)[0].name in names
         out = tmp_path / f"{folder.name}.safetensors"
-        layer = "transformer_blocks.0.attn1.to_q"
-        collect_pipeline_stats(folder, [layer], out, "cpu", prompts=["a cat"], steps=2, resolution=64)
-        assert StatsFile(out).read(layer).samples_SK.shape == (2 * 2 * tokens, 64)
+        last = "conv_point" if folder == sana_folder else "net.2"
+        layers = {"transformer_blocks.0.attn1.to_q": 64, f"transformer_blocks.0.ff.{last}": 160 if tokens == 4 else 256}
+        collect_pipeline_stats(folder, list(layers), out, "cpu", prompts=["a cat"], steps=2, resolution=64)
+        for layer, width in layers.items():
+            assert StatsFile(out).read(layer).samples_SK.shape == (2 * 2 * tokens, width)
 
 
 def test_a_pipeline_of_no_known_base_is_refused(sana_folder: Path, tmp_path: Path) -> None:

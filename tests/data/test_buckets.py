@@ -33,6 +33,13 @@ def test_shapes_are_multiples_and_never_larger_than_the_square(resolution: int, 
     assert ratios == sorted(ratios)
 
 
+@pytest.mark.parametrize(("resolution", "step"), [(1024, 64), (768, 64), (512, 32), (320, 32)])
+def test_shapes_keep_to_a_coarser_grain(resolution: int, step: int) -> None:
+    shapes = bucket_shapes(resolution, 32)
+    assert (resolution, resolution) in shapes
+    assert all(h % step == w % step == 0 for h, w in shapes)
+
+
 def test_at_1024_they_are_the_usual_ones() -> None:
     lying = [shape for shape in bucket_shapes(1024) if shape[1] > shape[0]]
     assert {(896, 1152), (832, 1216), (768, 1344), (640, 1536)} <= set(lying)
@@ -90,6 +97,16 @@ def test_several_resolutions_take_what_needs_no_enlarging(tmp_path: Path) -> Non
     assert sizes.of(_sample(tmp_path, 30, 20)) == [(48, 80)], "the smallest, enlarged"
     assert sizes.of(_sample(tmp_path, 300, 300, "test")) == [(256, 256)], "held out: once"
     assert Sizes((64, 128), buckets=False).of(_sample(tmp_path, 130, 300)) == [(64, 64), (128, 128)]
+
+
+def test_an_edge_off_the_bases_grain_is_refused_with_its_neighbours() -> None:
+    config = DataConfig(domain="marketing", resolution=528)
+    assert Sizes.asked(config, 1024) == Sizes((528,), buckets=False)
+    with pytest.raises(ValueError, match=r"multiples of 32 px, and 528 is none: .* 512 or 544"):
+        Sizes.asked(config, 1024, 32)
+    with pytest.raises(ValueError, match="48 is none"):
+        Sizes.asked(DataConfig(domain="marketing", resolutions=(64, 48)), 1024, 32)
+    assert Sizes.asked(DataConfig(domain="marketing", buckets=True), 768, 32) == Sizes((768,), buckets=True, grain=32)
 
 
 def test_plain_squares_of_a_small_base_ask_for_nothing() -> None:
