@@ -18,6 +18,8 @@ from torch import Tensor
 from loragraft.adapters.checkpoint import METADATA_KEY, Adapter
 
 LOCAL = re.compile(r"^(/|~|\.{1,2}[/\\]|[A-Za-z]:[\\/]|\\\\|file:)")
+INSIDE = re.compile(r"(?<![\w.])(?:/(?:home|root|Users|mnt|media|tmp|var|opt)/|[A-Za-z]:\\)[^\s\"']*")
+"""A path within a sentence: of people's own places only, as a URL's middle looks like a path too."""
 BFL, STABILITY = "https://github.com/black-forest-labs/flux", "https://github.com/Stability-AI/generative-models"
 SPECS = {
     "flux": ("flux-1-dev/lora", BFL, "flux1", "networks.lora_flux", 1024),
@@ -95,11 +97,15 @@ def tensor_hash(tensors: Mapping[str, Tensor]) -> str:
 
 
 def without_paths(value: Any) -> Any:
-    """JSON data with every string that is a local path cut to the file's name."""
+    """JSON data with every local path, as a string or within one, cut to the file's name."""
     if isinstance(value, Mapping):
         return {key: without_paths(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return [without_paths(entry) for entry in value]
-    if isinstance(value, str) and LOCAL.match(value):
-        return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
+    if isinstance(value, str):
+        return _file_name(value) if LOCAL.match(value) else INSIDE.sub(lambda found: _file_name(found[0]), value)
     return value
+
+
+def _file_name(path: str) -> str:
+    return re.split(r"[/\\]", path.rstrip("/\\"))[-1]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from loragraft.adapters.checkpoint import Adapter, load_adapter
 from loragraft.adapters.formats.families import UNETS, Family
+from loragraft.adapters.formats.file_metadata import without_paths
 from loragraft.adapters.formats.writing import STYLES, export_adapter, styled
 from loragraft.quantization.dialects.flux_names import flux_linears
 from loragraft.quantization.tensor_file import read_tensors, write_tensors
@@ -182,6 +183,18 @@ def test_a_stock_pipeline_loads_it(draw, tmp_path: Path, plain_flux: FluxTransfo
     pipeline.load_lora_weights(str(tmp_path), weight_name=file.name, adapter_name="ours")
     for path, pair in pairs.items():
         torch.testing.assert_close(plain_flux.get_submodule(path).get_delta_weight("ours"), update(pair).float())
+
+
+def test_local_paths_become_names() -> None:
+    found = {
+        "/data/photos/": "photos",
+        "C:\\runs\\a.yaml": "a.yaml",
+        "made from /home/me/x.png and C:\\Users\\me\\y.png.": "made from x.png and y.png.",
+        "https://example.org/home/me": "https://example.org/home/me",
+        "org/name": "org/name",
+        "a cat / a dog": "a cat / a dog",
+    }
+    assert without_paths(list(found)) == list(found.values())
 
 
 def test_the_header_says_what_others_read_and_nothing_local(draw, tmp_path: Path) -> None:
