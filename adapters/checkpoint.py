@@ -258,13 +258,19 @@ def check_fits(adapter: Adapter, layers: Mapping[str, tuple[tuple[int, ...], int
             f"adapter {adapter.name!r} targets {len(unknown)} layer(s) that cannot carry it here: {listed}{more}"
         )
     for path, (down, up) in adapter.pairs.items():
-        if (tuple(down.shape[1:]), up.shape[0]) != layers[path]:
+        inputs, outputs = layers[path]
+        if (_less_ones(down.shape[1:]), up.shape[0]) != (_less_ones(inputs), outputs):
             raise ValueError(
                 f"adapter {adapter.name!r}: {path!r} maps {_sizes(down.shape[1:])} to {up.shape[0]} features, "
-                f"the layer {_sizes(layers[path][0])} to {layers[path][1]}"
+                f"the layer {_sizes(inputs)} to {outputs}"
             )
 
 
 def _sizes(shape: Sequence[int]) -> str:
     """256, or 64 x 3 x 3."""
     return " x ".join(map(str, shape))
+
+
+def _less_ones(shape: Sequence[int]) -> tuple[int, ...]:
+    """Without a 1x1 kernel, which some trainers write as a matrix and others as a convolution."""
+    return tuple(shape[:1]) if set(shape[1:]) <= {1} else tuple(shape)

@@ -118,9 +118,9 @@ def _inputs(layer: BranchedLinear) -> tuple[int, ...]:
 
 
 def _as_matrices(layer: BranchedLinear, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """(A, B) as the layer's branch has its factors: [r, in_features] and [N, r]."""
-    down, up = pair
-    return (layer.adapter_columns(down), up.flatten(1)) if isinstance(layer, SVDQuantConv2d) else pair
+    """(A, B) as the layer's branch has its factors: [r, in_features] and [N, r]. A 1x1 kernel may be flat, or a flat one 1x1."""
+    down, up = pair[0].reshape(len(pair[0]), *_inputs(layer)), pair[1].flatten(1)
+    return (layer.adapter_columns(down), up) if isinstance(layer, SVDQuantConv2d) else (down, up)
 
 
 def _current(layer: nn.Module) -> tuple[Tensor, ...]:
