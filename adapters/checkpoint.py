@@ -12,9 +12,8 @@ There are no `.alpha` tensors: diffusers refuses a file that has both them and t
 """
 
 import json
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -24,16 +23,23 @@ from diffusers import UNet2DConditionModel
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
 from torch import Tensor, nn
 
+from loragraft.adapters.formats.contract import COMPENSATING, PORTABLE, contract_of, less_start
+from loragraft.adapters.formats.factors import MAX_RANK
+from loragraft.adapters.formats.families import UNKNOWN_FAMILY, Family
+from loragraft.adapters.formats.guard import checked_block
+from loragraft.adapters.formats.reading import read_file
 from loragraft.adapters.inject import DEFAULT_NAME, adapter_factors
 from loragraft.quantization.names import nearest
-from loragraft.quantization.tensor_file import CheckpointError, read_tensors, write_tensors
+from loragraft.quantization.tensor_file import CheckpointError, write_tensors
 
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
 Component = Literal["transformer", "unet"]
 COMPONENTS: tuple[Component, ...] = ("transformer", "unet")
 """What stands before a path in a file: the denoiser's name in a pipeline."""
 METADATA_KEY = "loragraft"
+PEFT_WEIGHTS = "adapter_model.safetensors"
 REQUIRED = ("base", "base_id")
+MOST_LISTED = 5
 UNKNOWN_BASE = "unknown (the file does not say)"
 
 
@@ -45,9 +51,17 @@ class Adapter:
     metadata: dict[str, Any]
     """The `loragraft` block: base, base_id, profile, rank, alpha, targets, recipe, created, versions, ..."""
     pairs: dict[str, tuple[Tensor, Tensor]]
-    """Path -> (A [r, K], B [N, r] with alpha / r in it); of a convolution A [r, C, k, k] and B [N, r, 1, 1]."""
+    """Path -> (A [r, K], B [N, r] with alpha / r in it); of a convolution A [r, C, kh, kw], B [N, r, 1, 1]."""
     component: Component = "transformer"
     """The part of a pipeline that it is for."""
+    dialect: str = "loragraft"
+    """Whose naming the file had; loragraft: diffusers' with our block in the header."""
+    family: Family = UNKNOWN_FAMILY
+    """Which kind of base its layers belong to, by names and sizes."""
+    extras: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    """What else the file changes, which a graft does not: text encoders, embeddings, norms, biases (`formats.reading`)."""
+    errors: Mapping[str, float] = field(default_factory=dict)
+    """Path -> relative error of an expanded LoKr, LoHa or difference, where it was cut to the largest rank."""
 
     @property
     def base_id(self) -> str:
@@ -59,8 +73,51 @@ class Adapter:
         """Largest rank of any pair."""
         return max(down.shape[0] for down, _ in self.pairs.values())
 
+    @property
+    def approximation(self) -> str:
+        """What expanding a LoKr, LoHa or difference cost, in words; "" where it is exact."""
+        if not self.errors:
+            return ""
+        return (
+            f"adapter {self.name!r}: {len(self.errors)} of {len(self.pairs)} layers are cut to rank {self.rank}, relative error "
+            f"of their update up to {max(self.errors.values()):.2g}"
+        )
+
+    def denoiser_only(self) -> "Adapter":
+        """The same without what a graft does not change."""
+        return replace(self, extras={})
+
+    def check_whole(self) -> None:
+        """Raises ValueError listing what the file changes besides the denoiser's layers: a graft alone would draw other images."""
+        if self.extras:
+            listed = ", ".join(f"{kind} ({len(tensors)} tensors)" for kind, tensors in self.extras.items())
+            raise ValueError(
+                f"adapter {self.name!r} also changes {listed}, which Loragraft leaves as they are. To use the rest of it "
+                "knowingly, give --denoiser-only, or write a file without them: loragraft adapter export FILE --style diffusers "
+                "--denoiser-only --out FOLDER"
+            )
+
+    def less(self, start: "Adapter") -> "Adapter":
+        """A compensating adapter less what it started from: portable, of the sum of both ranks. Raises ValueError."""
+        pairs = less_start(self.pairs, start.pairs)
+        about = {**self.metadata, "contract": PORTABLE, "rank": max(down.shape[0] for down, _ in pairs.values())}
+        return replace(self, pairs=pairs, metadata=about)
+
+    def check_portable(self, base_id: str) -> None:
+        """Raises ValueError for a compensating adapter on another base than its own, which it would only damage."""
+        if contract_of(self.metadata) == COMPENSATING and self.base_id != base_id:
+            raise ValueError(
+                f"adapter {self.name!r} is compensating: it makes up for the error of INT4 base {self.base_id} and is wrong on "
+                f"this one ({base_id}); make it portable: loragraft adapter export FILE --style diffusers --out FOLDER"
+            )
+
     def check_base(self, base_id: str) -> None:
         """Raises ValueError naming both ids unless the adapter was trained on exactly this base."""
+        if self.base_id == UNKNOWN_BASE:
+            raise ValueError(
+                f"adapter {self.name!r} was trained on an unknown base: its file does not say which (layers: {self.family}). If it "
+                f"is one for this base, graft it with --any-base (any_base=True); this base is {base_id}"
+            )
         if self.base_id != base_id:
             raise ValueError(
                 f"adapter {self.name!r} was trained on base {self.base_id} ({self.metadata.get('base', 'no name')}), "
@@ -110,11 +167,11 @@ def write_adapter(
             if not torch.isfinite(factor).all():
                 raise ValueError(f"{path}{suffix} holds NaN or infinity; the training diverged, nothing is written")
             tensors[f"{component}.{path}{suffix}"] = factor.detach().to("cpu", dtype, copy=True)
-    block = {"created": datetime.now(UTC).isoformat(timespec="seconds"), **metadata}
+    block = {"created": datetime.now(UTC).isoformat(timespec="seconds"), "contract": PORTABLE, **metadata}
     header = {
         "format": "pt",
         METADATA_KEY: json.dumps(block, sort_keys=True),
-        LORA_ADAPTER_METADATA_KEY: json.dumps(_peft_metadata(pairs, component), sort_keys=True),
+        LORA_ADAPTER_METADATA_KEY: json.dumps(peft_metadata(pairs, component), sort_keys=True),
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -122,7 +179,7 @@ def write_adapter(
     return folder / LORA_WEIGHT_NAME_SAFE
 
 
-def _peft_metadata(pairs: Mapping[str, tuple[Tensor, Tensor]], component: Component) -> dict[str, Any]:
+def peft_metadata(pairs: Mapping[str, tuple[Tensor, Tensor]], component: Component) -> dict[str, Any]:
     """PEFT's LoraConfig as diffusers packs it. alpha = r everywhere: the scale is in B.
 
     Only the fields that matter: a dump of the whole dataclass names fields that an older PEFT refuses.
@@ -145,84 +202,47 @@ def _peft_metadata(pairs: Mapping[str, tuple[Tensor, Tensor]], component: Compon
     return {f"{component}.{key}": value for key, value in config.items()}
 
 
-def load_adapter(path: Path | str) -> Adapter:
-    """Read an adapter file, or the one in a folder, onto the CPU.
+def load_adapter(path: Path | str, max_rank: int = MAX_RANK) -> Adapter:
+    """Read an adapter file, or the one in a folder, onto the CPU; its dialect is found out (`formats.reading`).
 
-    Files of other trainers in the same layout load too; they do not say which base they are for (`check_base` refuses
-    them). Raises CheckpointError for anything but safetensors, truncated files, foreign keys, incomplete pairs, shapes
-    that do not fit together, NaN or infinity, and scales that are kept outside the tensors.
+    Files of other trainers do not say which base they are for (`check_base` refuses them). LoKr, LoHa and full differences are
+    expanded up to `max_rank`. Raises CheckpointError as `read_file` does, and for metadata that cannot be trusted.
     """
-    path = Path(path)
-    file = path / LORA_WEIGHT_NAME_SAFE if path.is_dir() else path
-    if file.suffix != ".safetensors":
-        raise CheckpointError(f"{file}: adapters are read from .safetensors files only (others can run code)")
-    tensors, header = read_tensors(file)
-    component = _component(tensors)
-    pairs = _pairs(file, tensors, component)
-    _check_scale(file, header, component)
-    metadata = _block(file, header)
-    fallback = file.parent.name if file.name == LORA_WEIGHT_NAME_SAFE else file.stem
-    return Adapter(str(metadata.get("name") or fallback), metadata, pairs, component)
+    file = adapter_file(Path(path))
+    contents = read_file(file, max_rank)
+    metadata = _block(file, contents.header)
+    fallback = file.parent.name if file.name in (LORA_WEIGHT_NAME_SAFE, PEFT_WEIGHTS) else file.stem
+    name = metadata.get("name") or fallback
+    own = METADATA_KEY in contents.header and contents.dialect == "diffusers"
+    dialect = "loragraft" if own else contents.dialect
+    component: Component = "unet" if contents.unet else "transformer"
+    return Adapter(
+        name, metadata, contents.pairs, component, dialect, contents.family, contents.extras, contents.errors
+    )
 
 
-def _component(tensors: Mapping[str, Tensor]) -> Component:
-    """What the first key begins with; of a file with other keys `_pairs` says what is wrong."""
-    first = next(iter(tensors), "")
-    return next((name for name in COMPONENTS if first.startswith(f"{name}.")), COMPONENTS[0])
+def adapter_file(path: Path) -> Path:
+    """The adapter file of a run or folder (diffusers' name, PEFT's, or the only one there is), or the file itself."""
+    if not path.is_dir():
+        return path
+    path = path / "adapter" if (path / "adapter").is_dir() else path
+    for name in (LORA_WEIGHT_NAME_SAFE, PEFT_WEIGHTS):
+        if (path / name).is_file():
+            return path / name
+    only = sorted(path.glob("*.safetensors"))
+    if len(only) != 1:
+        raise CheckpointError(
+            f"{path} holds {len(only)} .safetensors files and none named {LORA_WEIGHT_NAME_SAFE} or {PEFT_WEIGHTS}; give the file"
+        )
+    return only[0]
 
 
 def _block(file: Path, header: dict[str, str]) -> dict[str, Any]:
     try:
         block = json.loads(header.get(METADATA_KEY, "{}"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: the {METADATA_KEY!r} block of its header is not JSON") from error
-    if not isinstance(block, dict):
-        raise CheckpointError(f"{file}: the {METADATA_KEY!r} block of its header is not a JSON object")
-    return block
-
-
-def _pairs(file: Path, tensors: dict[str, Tensor], component: Component) -> dict[str, tuple[Tensor, Tensor]]:
-    if not tensors:
-        raise CheckpointError(f"{file} holds no tensors")
-    downs: dict[str, Tensor] = {}
-    ups: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        bare = key.removeprefix(f"{component}.")
-        if bare == key or not bare.endswith((DOWN, UP)):
-            raise CheckpointError(f"{file}: tensor {key!r} is not {component}.<path>{DOWN} or {UP}")
-        if tensor.ndim not in (2, 4) or not tensor.is_floating_point():
-            raise CheckpointError(
-                f"{file}: tensor {key!r} is {tensor.dtype} {tuple(tensor.shape)}, expected a float matrix, or a kernel [., ., k, k]"
-            )
-        if not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{file}: tensor {key!r} holds NaN or infinity")
-        (downs if bare.endswith(DOWN) else ups)[bare.removesuffix(DOWN).removesuffix(UP)] = tensor
-    for path in sorted(downs.keys() ^ ups.keys()):
-        raise CheckpointError(f"{file}: {path!r} has only one factor, {DOWN if path in downs else UP}")
-    for path, down in downs.items():
-        if down.ndim != ups[path].ndim or set(ups[path].shape[2:]) - {1}:
-            raise CheckpointError(
-                f"{file}: {path!r} has A {tuple(down.shape)} and B {tuple(ups[path].shape)}: expected [r, K] and [N, r], or "
-                "[r, C, k, k] and [N, r, 1, 1]"
-            )
-        if down.shape[0] != ups[path].shape[1] or down.shape[0] == 0:
-            raise CheckpointError(
-                f"{file}: {path!r} has A {tuple(down.shape)} and B {tuple(ups[path].shape)}: ranks differ"
-            )
-    return {path: (downs[path], ups[path]) for path in sorted(downs)}
-
-
-def _check_scale(file: Path, header: dict[str, str], component: Component) -> None:
-    """Our files have alpha = r. A file whose header says otherwise would be grafted at the wrong strength."""
-    fields = json.loads(header.get(LORA_ADAPTER_METADATA_KEY, "{}"))
-    rank, alpha = fields.get(f"{component}.r"), fields.get(f"{component}.lora_alpha")
-    patterns = fields.get(f"{component}.rank_pattern"), fields.get(f"{component}.alpha_pattern")
-    same = rank is None or (math.isclose(rank, alpha) and patterns[0] == patterns[1])
-    if not same or fields.get(f"{component}.use_rslora") or fields.get(f"{component}.use_dora"):
-        raise CheckpointError(
-            f"{file} keeps its scale outside the tensors (r {rank}, alpha {alpha}, patterns, rslora or dora); "
-            "save it again as plain LoRA with alpha = r"
-        )
+    return checked_block(file, block)
 
 
 def check_fits(adapter: Adapter, layers: Mapping[str, tuple[tuple[int, ...], int]]) -> None:
@@ -232,18 +252,25 @@ def check_fits(adapter: Adapter, layers: Mapping[str, tuple[tuple[int, ...], int
     """
     unknown = [path for path in adapter.pairs if path not in layers]
     if unknown:
+        listed = "; ".join(f"{path!r} ({nearest(path, layers)})" for path in unknown[:MOST_LISTED])
+        more = f"; and {len(unknown) - MOST_LISTED} more" if len(unknown) > MOST_LISTED else ""
         raise ValueError(
-            f"adapter {adapter.name!r} targets {len(unknown)} layer(s) that cannot carry it here, the first is "
-            f"{unknown[0]!r}; {nearest(unknown[0], layers)}"
+            f"adapter {adapter.name!r} targets {len(unknown)} layer(s) that cannot carry it here: {listed}{more}"
         )
     for path, (down, up) in adapter.pairs.items():
-        if (tuple(down.shape[1:]), up.shape[0]) != layers[path]:
+        inputs, outputs = layers[path]
+        if (_less_ones(down.shape[1:]), up.shape[0]) != (_less_ones(inputs), outputs):
             raise ValueError(
                 f"adapter {adapter.name!r}: {path!r} maps {_sizes(down.shape[1:])} to {up.shape[0]} features, "
-                f"the layer {_sizes(layers[path][0])} to {layers[path][1]}"
+                f"the layer {_sizes(inputs)} to {outputs}"
             )
 
 
 def _sizes(shape: Sequence[int]) -> str:
     """256, or 64 x 3 x 3."""
     return " x ".join(map(str, shape))
+
+
+def _less_ones(shape: Sequence[int]) -> tuple[int, ...]:
+    """Without a 1x1 kernel, which some trainers write as a matrix and others as a convolution."""
+    return tuple(shape[:1]) if set(shape[1:]) <= {1} else tuple(shape)

@@ -6,7 +6,8 @@ The branch reads raw x (SVDQUANT's `lora_down` is stored divided by the smoothin
 as it is. The originals stay in memory: every change recomposes the branch from them, hence any order of grafting,
 re-weighting and removing ends in the same bytes, and after the last removal in the original ones.
 
-A convolution's A [r, C, k, k] and B [N, r, 1, 1] join as matrices over (tap, channel). In a 16-bit model, which has no branch, W + w B A takes the place of W, by the same bookkeeping.
+A convolution's A [r, C, k, k] and B [N, r, 1, 1] join as matrices over (tap, channel). In a 16-bit layer, which has no branch,
+W + w B A takes the place of W, by the same bookkeeping.
 """
 
 from dataclasses import dataclass, field
@@ -17,9 +18,9 @@ from torch import Tensor, nn
 
 from loragraft.adapters.checkpoint import Adapter, check_fits
 from loragraft.kernels.layout import relative_rms
-from loragraft.quantization.checkpoint import quantized_layers, recorded_base_id
+from loragraft.quantization.branched import BranchedLinear
+from loragraft.quantization.checkpoint import branched_layers, recorded_base_id
 from loragraft.quantization.conv import SVDQuantConv2d, is_quantizable
-from loragraft.quantization.linear import SVDQuantLinear
 from loragraft.quantization.names import named_module
 
 STATE = "loragraft_grafts"
@@ -46,7 +47,8 @@ def graft(
     """Concatenate `adapter`, times `weight`, into the branches; `name` (default: the adapter's) identifies it later.
 
     Nothing changes unless everything fits. Raises ValueError for an adapter of another base unless `any_base`, a name
-    in use, targets or shapes that do not fit, and a transformer with an injected (training) adapter.
+    in use, targets or shapes that do not fit, an adapter that changes more than the denoiser's layers (`check_whole`), and a
+    transformer with an injected (training) adapter.
     """
     name = adapter.name if name is None else name
     if any(path.endswith(".base_layer") for path, _ in transformer.named_modules()):
@@ -56,6 +58,8 @@ def graft(
         raise ValueError(f"an adapter named {name!r} is grafted already; set_weight changes it, ungraft removes it")
     if not any_base:
         adapter.check_base(state.base_id)
+    adapter.check_portable(state.base_id)
+    adapter.check_whole()
     check_fits(adapter, _targets(transformer))
     for path in adapter.pairs:
         if path not in state.originals:
@@ -96,29 +100,31 @@ def _state(transformer: nn.Module, name: str) -> _Grafts:
 
 
 def _targets(transformer: nn.Module) -> dict[str, tuple[tuple[int, ...], int]]:
-    """Path -> (shape of A without its rank, N) of the layers that can carry a graft: quantized ones, or all linear layers and
-    ungrouped convolutions of a 16-bit model."""
-    layers: dict[str, SVDQuantLinear] = quantized_layers(transformer)
-    if layers:
-        return {path: (_inputs(layer), layer.out_features) for path, layer in layers.items()}
-    plain = ((path, m) for path, m in transformer.named_modules() if is_quantizable(m))
-    weights = {path: module.get_parameter("weight") for path, module in plain}
-    return {path: (tuple(weight.shape[1:]), weight.shape[0]) for path, weight in weights.items()}
+    """Path -> (shape of A without its rank, N) of the layers that can carry a graft: quantized ones, and linear layers and
+    ungrouped convolutions that are in 16 bits."""
+    targets = {}
+    for path, module in transformer.named_modules():
+        if isinstance(module, BranchedLinear):
+            targets[path] = _inputs(module), module.out_features
+        elif is_quantizable(module):
+            weight = module.get_parameter("weight")
+            targets[path] = tuple(weight.shape[1:]), weight.shape[0]
+    return targets
 
 
-def _inputs(layer: SVDQuantLinear) -> tuple[int, ...]:
+def _inputs(layer: BranchedLinear) -> tuple[int, ...]:
     """(K,), or (C, k, k) of a convolution."""
     return layer.adapter_shape if isinstance(layer, SVDQuantConv2d) else (layer.in_features,)
 
 
-def _as_matrices(layer: SVDQuantLinear, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """(A, B) as the layer's branch has its factors: [r, in_features] and [N, r]."""
-    down, up = pair
-    return (layer.adapter_columns(down), up.flatten(1)) if isinstance(layer, SVDQuantConv2d) else pair
+def _as_matrices(layer: BranchedLinear, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """(A, B) as the layer's branch has its factors: [r, in_features] and [N, r]. A 1x1 kernel may be flat, or a flat one 1x1."""
+    down, up = pair[0].reshape(len(pair[0]), *_inputs(layer)), pair[1].flatten(1)
+    return (layer.adapter_columns(down), up) if isinstance(layer, SVDQuantConv2d) else (down, up)
 
 
 def _current(layer: nn.Module) -> tuple[Tensor, ...]:
-    if isinstance(layer, SVDQuantLinear):
+    if isinstance(layer, BranchedLinear):
         return layer.lora_down, layer.lora_up
     assert isinstance(layer, nn.Linear | nn.Conv2d)  # check_fits
     return (layer.weight.detach(),)
@@ -131,7 +137,7 @@ def _compose(transformer: nn.Module, state: _Grafts, paths: list[str]) -> None:
         pairs = [(a.pairs[path], weight) for a, weight in state.adapters.values() if path in a.pairs]
         device = _current(layer)[0].device  # the model may have moved since the originals were put aside
         originals = tuple(tensor.to(device) for tensor in state.originals[path])
-        if isinstance(layer, SVDQuantLinear):
+        if isinstance(layer, BranchedLinear):
             down, up = originals
             matrices = [(_as_matrices(layer, pair), weight) for pair, weight in pairs]
             layer.set_branch(*_widened(down, up, matrices) if pairs else (down, up))
@@ -189,7 +195,7 @@ def graft_deviation(
         raise ValueError(
             f"ungraft {', '.join(grafted(transformer))} first: deviations are measured against the bare base"
         )
-    layers = quantized_layers(transformer)
+    layers = branched_layers(transformer)
     check_fits(adapter, {path: (_inputs(layer), layer.out_features) for path, layer in layers.items()})
     deviations = []
     for path, x in inputs.items():
@@ -217,7 +223,7 @@ def graft_deviation(
     return deviations
 
 
-def _exactly_added(layer: SVDQuantLinear, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+def _exactly_added(layer: BranchedLinear, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
     """What the adapter adds, in x's dtype."""
     if not isinstance(layer, SVDQuantConv2d):
         return (x @ down.T) @ up.T

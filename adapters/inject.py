@@ -14,8 +14,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from loragraft.kernels.branch import Joined
+from loragraft.quantization.branched import BranchedLinear
 from loragraft.quantization.conv import SVDQuantConv2d, is_quantizable
-from loragraft.quantization.linear import SVDQuantLinear
 from loragraft.quantization.names import match_paths, nearest, replace_module
 from loragraft.recipes.schema import AdapterConfig
 
@@ -23,7 +23,7 @@ DEFAULT_NAME = "default"
 
 
 class SVDQuantLoraLinear(nn.Module, LoraLayer):
-    """PEFT's LoRA layer over a `SVDQuantLinear`: plain LoRA, any number of active adapters, no merging.
+    """PEFT's LoRA layer over a `SVDQuantLinear` or a `QuantizedLinear`: plain LoRA, any number of active adapters, no merging.
 
     joined_down, joined_up: branch and adapter in one, in the compute dtype; kept up to date by `joined.JoinedFactors`, and read
     where gradients are computed only. joined_together: joined_down of all layers that read one x, this one's from row
@@ -36,7 +36,7 @@ class SVDQuantLoraLinear(nn.Module, LoraLayer):
 
     def __init__(
         self,
-        base_layer: SVDQuantLinear,
+        base_layer: BranchedLinear,
         adapter_name: str,
         config: LoraConfig,
         r: int,
@@ -54,7 +54,7 @@ class SVDQuantLoraLinear(nn.Module, LoraLayer):
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
-        assert isinstance(module, SVDQuantLinear)  # PEFT reaches us through the registered type
+        assert isinstance(module, BranchedLinear)  # PEFT reaches us through the registered type
         return module.in_features, module.out_features
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig, **kwargs: Any) -> None:
@@ -190,11 +190,11 @@ def expand_targets(transformer: nn.Module, patterns: Sequence[str]) -> list[str]
     if not patterns:
         raise ValueError("no adapter targets: give at least one full-path regular expression")
     modules = {path: module for path, module in transformer.named_modules() if path}
-    quantized = any(isinstance(module, SVDQuantLinear) for module in modules.values())
-    kind = "SVDQuantLinear or SVDQuantConv2d" if quantized else "Linear or ungrouped Conv2d"
+    quantized = any(isinstance(module, BranchedLinear) for module in modules.values())
+    kind = "quantized layer" if quantized else "Linear or ungrouped Conv2d"
 
     def carries(module: nn.Module) -> bool:
-        return isinstance(module, SVDQuantLinear) if quantized else is_quantizable(module)
+        return isinstance(module, BranchedLinear) if quantized else is_quantizable(module)
 
     eligible = [path for path, module in modules.items() if carries(module)]
     chosen: set[str] = set()
@@ -227,7 +227,7 @@ def inject_adapter(
     paths = expand_targets(transformer, config.targets or default_targets)
     transformer.requires_grad_(False)
     peft_config = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=_exactly(paths))  # type: ignore[arg-type]
-    peft_config._register_custom_module({SVDQuantConv2d: SVDQuantLoraConv2d, SVDQuantLinear: SVDQuantLoraLinear})
+    peft_config._register_custom_module({SVDQuantConv2d: SVDQuantLoraConv2d, BranchedLinear: SVDQuantLoraLinear})
     with torch.random.fork_rng(devices=[]):  # PEFT initialises on the CPU and moves
         torch.default_generator.manual_seed(config.seed)  # torch.manual_seed would reach every GPU's generator too
         inject_adapter_in_model(peft_config, transformer, adapter_name=name)

@@ -31,8 +31,7 @@ class JoinedFactors:
         for layer in self._transformer.modules():
             if isinstance(layer, SVDQuantLoraLinear) and len(layer.active_adapters) == 1:
                 base = layer.get_base_layer()
-                assert isinstance(base, SVDQuantLinear)
-                if base.numerics == "w4a8" and base.lora_down.dtype == self._dtype:
+                if isinstance(base, SVDQuantLinear) and base.numerics == "w4a8" and base.lora_down.dtype == self._dtype:
                     self._join(layer, base)
         self.refresh()
 

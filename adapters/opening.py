@@ -8,8 +8,11 @@ from loragraft.recipes.load import load_recipe
 from loragraft.recipes.schema import Recipe
 
 
-def open_adapters(given: Sequence[str]) -> list[tuple[Adapter, float]]:
-    """`PATH` or `PATH@WEIGHT`, where PATH is a run, an adapter folder or a .safetensors file."""
+def open_adapters(given: Sequence[str], *, denoiser_only: bool = False) -> list[tuple[Adapter, float]]:
+    """`PATH` or `PATH@WEIGHT`, where PATH is a run, an adapter folder or a .safetensors file in any dialect.
+
+    Raises ValueError for an adapter that changes more than the denoiser, unless `denoiser_only` drops the rest of it.
+    """
     found = []
     for entry in given:
         path, at, weight = entry.rpartition("@")
@@ -18,7 +21,10 @@ def open_adapters(given: Sequence[str]) -> list[tuple[Adapter, float]]:
             value = float(weight)
         except ValueError:
             raise ValueError(f"{entry!r}: what follows @ is the adapter's weight, a number such as 0.8") from None
-        found.append((load_adapter(_file_or_folder(Path(path))), value))
+        adapter = load_adapter(_file_or_folder(Path(path)))
+        adapter = adapter.denoiser_only() if denoiser_only else adapter
+        adapter.check_whole()
+        found.append((adapter, value))
     return found
 
 

@@ -15,13 +15,21 @@ import torch
 from loragraft.backbones.family import Component
 from loragraft.backbones.spec import BaseSpec, Profile
 from loragraft.quantization.calibrate import StatsFile
+from loragraft.quantization.formats import FORMATS
 from loragraft.quantization.names import match_paths, nearest
 from loragraft.quantization.settings import LayerReport, Numerics, QuantSettings, Smoothing
 from loragraft.quantization.stream import plan_source, quantize_stream, weight_layers
 from loragraft.quantization.tensor_file import CheckpointError
 from loragraft.quantization.weight_source import FileSource, WeightSource
 
-NUMERICS: dict[Profile, Numerics] = {"native": "w4a8", "interchange": "w4a4", "weight-only": "w4a16"}
+NUMERICS: dict[Profile, Numerics] = {
+    "native": "w4a8",
+    "interchange": "w4a4",
+    "weight-only": "w4a16",
+    **{found.name: found.name for found in FORMATS.values()},
+}
+SMOOTHED = ("native", "interchange")
+"""Profiles whose layers store a smoothing vector."""
 FOLDER_RANK = 32
 """SVDQuant's rank for models of this size."""
 FOLDER_ROUNDS = 20
@@ -183,14 +191,13 @@ def folder_settings(
 ) -> QuantSettings:
     """How a large model's attention and feed-forward layers are quantized: `auto`, by a subsampled search.
 
-    Data-free, `auto` comes to "hadamard" on every one of FLUX.1's: what stands for such a model may say so at once.
-    `weight-only` has no smoothing: nothing is rounded that it would help.
+    `weight-only` and formats have no smoothing, formats a branch of their own rank.
     """
     return QuantSettings(
         numerics=NUMERICS[profile],
-        rank=FOLDER_RANK if rank is None else rank,
+        rank=FOLDER_RANK if rank is None and profile not in FORMATS else rank,
         group_size=group_size,
-        smoothing="none" if profile == "weight-only" else smoothing,
+        smoothing=smoothing if profile in SMOOTHED else "none",
         iterations=FOLDER_ROUNDS,
         grid=CALIBRATED_GRID if calibrated else DATA_FREE_GRID,
         search="subsampled",
@@ -199,19 +206,24 @@ def folder_settings(
     )
 
 
+def stand_in_settings(profile: Profile, seed: int = 0) -> QuantSettings:
+    """What data-free `auto` comes to on every one of FLUX.1's layers, for a model that stands for a quantized one."""
+    smoothing: Smoothing = "hadamard" if profile == "native" else "weight"
+    return folder_settings(profile, calibrated=False, seed=seed, smoothing=smoothing)
+
+
 def plan_rules(
     lists: Architecture | BaseSpec, main: QuantSettings, convolutions: Mapping[str, int]
 ) -> tuple[dict[str, QuantSettings], list[str]]:
     """(pattern -> settings, patterns of what stays in 16 bits): `main` everywhere but on the few-row layers (W4A16).
 
     convolutions: path -> edge of the kernel, of those that can be quantized. 1x1 ones of `quantize_conv` are linear layers and
-    carry any numerics; larger ones are W4A8 or stay.
+    carry any of SVDQuant's numerics; larger ones are W4A8 or stay. In the other formats all of them stay.
     """
-    few_rows = QuantSettings("w4a16", search=main.search, seed=main.seed)
-    rules = dict.fromkeys(lists.quantize, main) | dict.fromkeys(lists.quantize_w4a16, few_rows)
+    rules = dict.fromkeys(lists.quantize, main) | dict.fromkeys(lists.quantize_w4a16, main.for_few_rows())
     keep = list(lists.keep_16bit)
     for path in (path for paths in match_paths(lists.quantize_conv, list(convolutions)).values() for path in paths):
-        if convolutions[path] == 1 or main.numerics == "w4a8":
+        if main.numerics == "w4a8" or (convolutions[path] == 1 and main.numerics not in FORMATS):
             rules[re.escape(path)] = main
         else:
             keep.append(re.escape(path))

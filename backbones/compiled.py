@@ -19,6 +19,7 @@ from torch import nn
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.utils import _pytree as pytree
 
+from loragraft.quantization.branched import BranchedLinear
 from loragraft.quantization.linear import SVDQuantLinear, join_group
 
 MOST_KINDS = 8
@@ -108,22 +109,12 @@ def group_layers(block: nn.Module) -> None:
 
 
 def _kind(block: nn.Module) -> tuple[object, ...]:
-    """What compiled code depends on: the class, and per INT4 layer its shape and arithmetic."""
+    """What compiled code depends on: the class, and per quantized layer its shape and arithmetic."""
     layers = [
-        (
-            path,
-            m.in_features,
-            m.out_features,
-            m.numerics,
-            m.group_size,
-            m.rank,
-            m.hadamard,
-            m.smoothed,
-            m.act_unsigned,
-            m.bias is None,
-        )
+        (path, m.in_features, m.out_features, m.numerics, m.group_size, m.rank, m.bias is None)
+        + ((m.hadamard, m.smoothed, m.act_unsigned) if isinstance(m, SVDQuantLinear) else ())
         for path, m in block.named_modules()
-        if isinstance(m, SVDQuantLinear)
+        if isinstance(m, BranchedLinear)
     ]
     return (type(block).__name__, *layers)
 

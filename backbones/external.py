@@ -23,16 +23,16 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNot
 from torch import nn
 from tqdm import tqdm
 
-from loragraft.backbones.architectures import FOLDER_RANK, NUMERICS, folder_settings, open_model, quantize_files
+from loragraft.backbones.architectures import NUMERICS, open_model, quantize_files, stand_in_settings
 from loragraft.backbones.pipeline_folder import variant
 from loragraft.backbones.single_file import as_folder, is_one_file
 from loragraft.backbones.skeleton import meta_transformer, plan_architecture, randomize
 from loragraft.backbones.spec import BaseSpec, External, Profile, Weights
 from loragraft.quantization.checkpoint import (
     CONFIG_NAME,
+    branched_layers,
     load_quantized,
     quantization_config,
-    quantized_layers,
     record_base_id,
 )
 from loragraft.quantization.dialects.assembly import read_json
@@ -207,7 +207,7 @@ def _ready_made(spec: BaseSpec, external: External, path: Path, profile: Profile
         raise ValueError(f"{path} is INT4 ({dialect}): its 16-bit weights are not there; give the 16-bit folder")
     stated = quantization_config(model)["profile"]
     if stated not in PROFILES:
-        numerics = sorted({layer.numerics for layer in quantized_layers(model).values()})
+        numerics = sorted({layer.numerics for layer in branched_layers(model).values()})
         raise ValueError(
             f"{path} mixes numerics ({', '.join(numerics)}): make it one with `loragraft convert --numerics`"
         )
@@ -222,6 +222,5 @@ def random_transformer(
     """The true shapes on `device`, filled from `seed` (`skeleton.randomize`)."""
     plan = None
     if profile is not None:
-        main = folder_settings(profile, calibrated=False, rank=FOLDER_RANK, seed=seed, smoothing="hadamard")
-        plan = partial(plan_architecture, spec, main)
+        plan = partial(plan_architecture, spec, stand_in_settings(profile, seed))
     return randomize(meta_transformer(spec.transformer_class, external.config, plan), device, dtype, seed)

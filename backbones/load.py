@@ -12,19 +12,22 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from loragraft.backbones.architectures import NUMERICS
+from loragraft.backbones.architectures import NUMERICS, SMOOTHED
 from loragraft.backbones.bases import list_bases
 from loragraft.backbones.sampler import build_pipeline, generate_from_text
 from loragraft.backbones.spec import Backbone, BaseSpec, Encoders, Profile, Weights
+from loragraft.quantization.branched import BranchedLinear
 from loragraft.quantization.checkpoint import load_quantized, record_base_id, recorded_base_id, save_quantized
 from loragraft.quantization.convert import plan_layers, quantize_backbone
+from loragraft.quantization.formats import FORMATS
 from loragraft.quantization.ledger import build_ledger
-from loragraft.quantization.linear import SVDQuantLinear
 from loragraft.quantization.settings import LayerReport, QuantSettings, Smoothing
 from loragraft.quantization.tensor_file import CheckpointError
 
 CALIBRATION_STEPS = 10
-__all__ = ["find_spec", "list_bases", "load_16bit", "load_backbone", "quantize_base", "shipped_bases"]
+BASE_RANK = 16
+"""Rank of the branch of a base that travels with the package."""
+__all__ = ["BASE_RANK", "find_spec", "list_bases", "load_16bit", "load_backbone", "quantize_base", "shipped_bases"]
 
 
 def shipped_bases() -> list[str]:
@@ -50,12 +53,14 @@ def load_backbone(
     cache_root: Path,
     weights: Weights | None = None,
     wait: bool = False,
+    encoders: Encoders | None = None,
 ) -> Backbone:
     """The frozen base `name` in `profile` (None or "16bit": not quantized), with its encoders, on `device`.
 
     weights: for a base that does not travel with the package. Ready-made INT4 weights keep their own profile, which
     `Backbone.profile` then says. A profile that is not ready-made is quantized once into `cache_root`/bases and reused.
     wait: the transformer stays on the CPU until `Backbone.onto_device`, so that encoders have the device for themselves.
+    encoders: instead of a shipped base's own, such as ones that read what was encoded before.
     Raises ValueError for an unknown base and for weights that are not there, `CheckpointError` for a damaged checkpoint.
     """
     spec = find_spec(name)
@@ -63,7 +68,8 @@ def load_backbone(
     device = torch.device(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if spec.external is None and not (weights and (weights.path or weights.random)):
-        transformer, encoders = _open_shipped(spec, profile, device, dtype, cache_root)
+        encoders = encoders or _shipped(spec)[1](device, dtype)
+        transformer = _open_shipped(spec, profile, device, cache_root)
     else:
         transformer, encoders, profile = _open_external(spec, profile, device, dtype, cache_root, weights)
     transformer.eval().requires_grad_(False)
@@ -84,24 +90,31 @@ def load_backbone(
     return backbone
 
 
-def _open_shipped(
-    spec: BaseSpec, profile: Profile | None, device: torch.device, dtype: torch.dtype, cache_root: Path
-) -> tuple[nn.Module, Encoders]:
-    _, load_encoders = _shipped(spec)
-    encoders = load_encoders(device, dtype)
+def _open_shipped(spec: BaseSpec, profile: Profile | None, device: torch.device, cache_root: Path) -> nn.Module:
     if profile is None:
-        return load_16bit(spec), encoders
-    shipped = spec.transformer_int4.get(profile)
-    if shipped is not None:
-        return load_quantized(shipped, spec.transformer_class), encoders
+        return load_16bit(spec)
+    folder = shipped_folder(spec, profile, device, cache_root)
+    try:
+        model: nn.Module = load_quantized(folder, spec.transformer_class)
+    except CheckpointError as error:
+        if folder == spec.transformer_int4.get(profile):
+            raise
+        raise CheckpointError(f"{error}. {folder} is a cache: delete it, and it is quantized again") from error
+    return model
+
+
+def shipped_folder(spec: BaseSpec, profile: Profile | None, device: torch.device | str, cache_root: Path) -> Path:
+    """Where the transformer of a base that travels with the package lies in `profile`; quantized into the cache if it must be."""
+    transformer_16bit, _ = _shipped(spec)
+    if profile is None:
+        return transformer_16bit
+    if profile in spec.transformer_int4:
+        return spec.transformer_int4[profile]
     folder = cache_root / "bases" / f"{spec.name}-{profile}-{recorded_base_id(load_16bit(spec))[:16]}"
     if not folder.exists():
         print(f"{spec.name} ships no {profile} checkpoint: quantizing it once into {folder}", file=sys.stderr)
         quantize_base(spec, profile, folder, device)
-    try:
-        return load_quantized(folder, spec.transformer_class), encoders
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}. {folder} is a cache: delete it, and it is quantized again") from error
+    return folder
 
 
 def _open_external(
@@ -154,16 +167,18 @@ def quantize_base(
     device: torch.device | str,
     *,
     smoothing: Smoothing = "calibrated",
-    rank: int = 16,
+    rank: int | None = None,
     group_size: int = 64,
     gptq: bool = False,
 ) -> list[LayerReport]:
     """Quantizes the 16-bit transformer of `spec` and writes an INT4 checkpoint to `folder`.
 
     Calibrated and automatic smoothing and GPTQ denoise the spec's calibration prompts once and watch the inputs of every linear.
-    `weight-only` has no smoothing: nothing is rounded that it would help.
+    `weight-only` and formats have no smoothing. rank: None = `BASE_RANK`, or a format's own.
     """
-    smoothing = "none" if profile == "weight-only" else smoothing
+    smoothing = smoothing if profile in SMOOTHED else "none"
+    if rank is None and profile not in FORMATS:
+        rank = BASE_RANK
     device = torch.device(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     transformer = load_16bit(spec).eval().requires_grad_(False)
@@ -177,15 +192,15 @@ def quantize_base(
     # Back to what the 16-bit base holds on disk: every value came from there, so nothing is rounded.
     nn.Module.to(transformer, dtype=torch.bfloat16)
     for module in transformer.modules():
-        if isinstance(module, SVDQuantLinear) and module.bias is not None:
+        if isinstance(module, BranchedLinear) and module.bias is not None:
             module.bias = module.bias.to(torch.bfloat16)
     save_quantized(transformer, folder)
     return reports
 
 
 def plan_base(spec: BaseSpec, transformer: nn.Module, main: QuantSettings) -> dict[str, QuantSettings]:
-    """Which layer of the 16-bit `transformer` is quantized how: `main` everywhere but on the few-row layers (W4A16)."""
-    few_rows = QuantSettings(numerics="w4a16")
+    """Which layer of the 16-bit `transformer` is quantized how: `main`, and `main.for_few_rows()` on the few-row layers."""
+    few_rows = main.for_few_rows()
     rules = dict.fromkeys(spec.quantize, main) | dict.fromkeys(spec.quantize_w4a16, few_rows)
     return plan_layers(transformer, rules, spec.keep_16bit)
 

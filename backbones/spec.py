@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from loragraft.backbones.attention import Attention, set_attention
 from loragraft.backbones.family import Family
 from loragraft.quantization.checkpoint import checksum
+from loragraft.quantization.formats import FormatName
 from loragraft.quantization.ledger import Ledger
 from loragraft.quantization.linear import SVDQuantLinear
 
-Profile = Literal["native", "interchange", "weight-only"]
+Profile = Literal["native", "interchange", "weight-only", FormatName]
 """`native`: SVDQuant W4A8 with integer group scales. `interchange`: SVDQuant W4A4 in groups of 64. `weight-only`: W4A16 with
-the branch, activations as they are."""
+the branch, activations as they are. Otherwise a format of `quantization/formats.py`."""
 
 
 SaveX = Literal["quantized", "raw"]

@@ -33,7 +33,7 @@ import torch
 from preflight import GIB, Configuration, Model, compare, measure, predict
 
 from loragraft.backbones.file_size import base_bytes
-from loragraft.backbones.load import find_spec, list_bases, shipped_bases
+from loragraft.backbones.load import find_spec, list_bases
 from loragraft.backbones.skeleton import meta_transformer
 from loragraft.disk import write_atomic
 from loragraft.recipes.load import load_recipe
@@ -43,6 +43,8 @@ BESIDE = 4
 """Predictions that run at once."""
 TIMEOUT = 150
 """Seconds for one base's prediction or measurement."""
+SHIPPED = ("pocket",)
+"""`load.shipped_bases` without importing them: `pocket` reads its text encoder from a package that a bare machine lacks."""
 CONV_BASE = "sdxl"
 """Whose convolutions benchmarks/conv.py times."""
 ROW = "row: "
@@ -50,21 +52,22 @@ ROW = "row: "
 
 def bases(only: Sequence[str] = ()) -> list[str]:
     """The bases whose weights do not travel with the package, or those named. Raises ValueError for an unknown name."""
-    shipped = shipped_bases()
-    return [find_spec(name).name for name in only] or [name for name in list_bases() if name not in shipped]
+    return [find_spec(name).name for name in only] or [name for name in list_bases() if name not in SHIPPED]
 
 
-def configuration(base: str) -> Configuration:
-    """What is run of it: a step as the base's own defaults have it."""
+def configuration(base: str, eager: bool = False) -> Configuration:
+    """What is run of it: a step as the base's own defaults have it; `eager`: launched kernel by kernel."""
     spec = find_spec(base)
     trains = not spec.refuses_training
     checkpointing = trains and load_recipe("marketing", [f"base={base}"]).train.checkpointing == "block"
-    return Configuration(base, spec.resolution, trains=trains, checkpointing=checkpointing, captured=trains)
+    return Configuration(
+        base, spec.resolution, trains=trains, checkpointing=checkpointing, captured=trains and not eager
+    )
 
 
-def prediction(base: str) -> dict[str, Any]:
+def prediction(base: str, eager: bool = False) -> dict[str, Any]:
     """Sizes and preflight, from the configuration alone."""
-    spec, chosen = find_spec(base), configuration(base)
+    spec, chosen = find_spec(base), configuration(base, eager)
     assert spec.external is not None  # `bases` names no other
     plain = meta_transformer(spec.transformer_class, spec.external.config)
     run = predict(Model.of(base), chosen)
@@ -73,14 +76,14 @@ def prediction(base: str) -> dict[str, Any]:
         "file_gb": base_bytes(spec, "native") / 1e9, "file_gb_16bit": base_bytes(spec, None) / 1e9,
         "preflight_gib": run.peak / GIB, "at_peak_gib": {kind: nbytes / GIB for kind, nbytes in run.at_peak.items()},
         "unknown_ops": list(run.unknown), "pixels": chosen.pixels, "step": "train" if chosen.trains else "forward",
-        "checkpointing": chosen.checkpointing,
+        "checkpointing": chosen.checkpointing, "captured": chosen.captured,
     }  # fmt: skip
 
 
-def measurement(base: str) -> dict[str, Any]:
+def measurement(base: str, eager: bool = False) -> dict[str, Any]:
     """One step on the GPU."""
     torch.backends.cuda.enable_cudnn_sdp(False)  # as training does: its backward pass fails on some drivers
-    found = measure(Model.of(base), configuration(base), torch.device("cuda"))
+    found = measure(Model.of(base), configuration(base, eager), torch.device("cuda"))
     reserved = found["reserved_bytes"] / GIB
     return {"step_ms": 1e3 * found["seconds"], "peak_gib": found["peak_bytes"] / GIB, "reserved_gib": reserved}
 
@@ -95,9 +98,9 @@ def joined(predicted: dict[str, Any], measured: dict[str, Any], conv: float | No
     return {key: row.get(key) for key in KEYS} | {key: value for key, value in row.items() if key not in KEYS}
 
 
-def in_its_own_process(what: str, base: str) -> dict[str, Any]:
+def in_its_own_process(what: str, base: str, eager: bool) -> dict[str, Any]:
     """The row that `bases.py --part WHAT --only BASE` prints, or {"error": the end of what it said}."""
-    command = [sys.executable, __file__, "--part", what, "--only", base]
+    command = [sys.executable, __file__, "--part", what, "--only", base, *(["--eager"] if eager else [])]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     except subprocess.TimeoutExpired:
@@ -134,6 +137,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", action="append", default=[], metavar="BASE", help="may be given several times")
     parser.add_argument("--predict", action="store_true", help="sizes and preflight alone: needs no GPU")
+    parser.add_argument("--eager", action="store_true", help="steps launched kernel by kernel, not captured")
     parser.add_argument("--conv", type=Path, help="JSON of benchmarks/conv.py, for conv_vs_cudnn")
     parser.add_argument("--commit", default="", help="commit of the code that runs")
     parser.add_argument(
@@ -142,7 +146,8 @@ def main() -> int:
     args = parser.parse_args()
     if args.part is not None:
         (base,) = bases(args.only)
-        print(ROW + json.dumps(prediction(base) if args.part == "prediction" else measurement(base)))
+        part = prediction if args.part == "prediction" else measurement
+        print(ROW + json.dumps(part(base, args.eager)))
         return 0
     if args.out is None:
         parser.error("give --out")
@@ -150,10 +155,10 @@ def main() -> int:
     rows = json.loads(args.out.read_text())["bases"] if args.only and args.out.exists() else {}
     with ThreadPoolExecutor(BESIDE if not args.predict else 1) as pool:
         waiting: dict[str, Future[dict[str, Any]]] = {
-            base: pool.submit(in_its_own_process, "prediction", base) for base in bases(args.only)
+            base: pool.submit(in_its_own_process, "prediction", base, args.eager) for base in bases(args.only)
         }
         for base, future in waiting.items():
-            measured = {} if args.predict else in_its_own_process("measurement", base)
+            measured = {} if args.predict else in_its_own_process("measurement", base, args.eager)
             rows[base] = row = joined(future.result(), measured, conv.get(base))
             print(line(base, row), flush=True)
             write(args, rows, time.perf_counter() - started)

@@ -6,7 +6,7 @@
 Nothing is timed if an error against float64 of the same quantized operands, or of a gradient against float64 of its
 reference, exceeds its bound. Then medians of replayed CUDA graphs, one of each in turn: bf16 (cuDNN, channels last,
 benchmark = True, no branch, bias included) and ours with everything (activation quantization, branch of rank 32 + 16, bias)
-for each kernel and tile size that runs (`conv_gemm.CONFIGS`, on Hopper `HOPPER_CONFIGS`), and without a branch; then the parts of ours alone. `best` is the fastest
+for each kernel and tile size that runs (`conv_gemm.CONFIGS`), and without a branch; then the parts of ours alone. `best` is the fastest
 configuration of each shape, `w4a8` what the layer takes by itself. The first and the last convolution (4 channels) stay in 16 bits.
 Sums count every shape as often as the UNet has it.
 """
@@ -27,8 +27,6 @@ from timing import compare
 from torch import Tensor
 
 from loragraft.kernels.conv_gemm import CONFIGS
-from loragraft.kernels.hopper import on_hopper
-from loragraft.kernels.hopper_conv import HOPPER_CONFIGS
 from loragraft.kernels.hopper_gemm import card_name
 from loragraft.kernels.layout import pack_words, padded, rank_product, relative_rms
 from loragraft.kernels.taps import Window, sum_taps, tap_columns
@@ -116,8 +114,6 @@ def errors(config: str | None) -> dict[str, float]:
     """Worst relative RMS error of the forward pass and of each gradient in bf16."""
     worst = dict.fromkeys(("y", "dx", "dA", "dB"), 0.0)
     for B, H, W, C, N, stride in CHECKED:
-        if config in HOPPER_CONFIGS and stride == 2 and (H % 2 or W % 2):
-            continue  # `hopper_conv_runs`
         x, w = images(B, H, W, C), native_conv(C, N, RANK)
         window: dict[str, Any] = {"kernel": 3, "stride": stride, "padding": 1}
         y = w4a8_conv(x, **w, **window, config=config)
@@ -208,7 +204,7 @@ def main() -> int:
     parser.add_argument(
         "--configs",
         nargs="+",
-        choices=(*CONFIGS, *HOPPER_CONFIGS),
+        choices=CONFIGS,
         help="kernels and tile sizes to time (default: all)",
     )
     parser.add_argument("--tune", type=Path, help="folder of CARD.json to write the best tile sizes to")
@@ -217,8 +213,7 @@ def main() -> int:
         parser.error("no CUDA device: these figures are about GPU kernels; `pytest tests/kernels` checks the CPU path")
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(0)
-    hopper = HOPPER_CONFIGS if on_hopper(torch.empty(0, device=DEVICE), BF16) else ()
-    configs = arguments.configs or [*CONFIGS, *hopper]
+    configs = arguments.configs or list(CONFIGS)
     wrong = {name: errors(name) for name in configs}
     worst = max(value for of_config in wrong.values() for value in of_config.values())
     if not worst <= BOUND:

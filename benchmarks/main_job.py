@@ -8,7 +8,7 @@ Stages, each a command of its own that a user could type; a stage that is done i
     design: train                       the other domain
     full scores of both                 N = 256, with every control
     pocket                              the base on held-out captions (needs --icons, which this project may not ship)
-    precision                           16-bit against RTN, SVDQuant and NF4 (NF4 needs bitsandbytes)
+    precision                           16-bit against RTN, SVDQuant and NF4
     tests                               the test suite
 
 Alone on two cores it takes about an hour and a half. `--stages` runs some of them; the JSON is made of what is there.
@@ -23,7 +23,6 @@ import sys
 import tempfile
 import time
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +61,6 @@ def commands(folder: Path, args: argparse.Namespace) -> dict[str, tuple[str, lis
         return [*CLI, "score", runs[name], "--full", "--control", runs[other]]
 
     precision: list[str | Path] = [PYTHON, "benchmarks/precision.py"]
-    nf4: list[str | Path] = ["--nf4-folder", folder / "nf4"] if find_spec("bitsandbytes") else []
     made: dict[str, tuple[str, list[str | Path]]] = {
         "train": ("marketing", [*launch, "--recipe", "marketing", "--out", runs["marketing"]]),
         "generate": (
@@ -84,9 +82,7 @@ def commands(folder: Path, args: argparse.Namespace) -> dict[str, tuple[str, lis
             [PYTHON, "benchmarks/pocket_quality.py", "--icons", *(icon.resolve() for icon in args.icons), "--work",
              folder / "pocket", "--out", folder / "pocket_quality.json", "--commit", args.commit],
         )  # fmt: skip
-    if nf4:
-        made["nf4"] = ("precision", [*precision, "make-nf4", "--out", folder / "nf4"])
-    made["precision_render"] = ("precision", [*precision, "render", "--work", folder / "precision", *nf4])
+    made["precision_render"] = ("precision", [*precision, "render", "--work", folder / "precision"])
     made["precision"] = (
         "precision",
         [*precision, "measure", "--work", folder / "precision", "--out", folder / "precision.json", "--commit", args.commit],

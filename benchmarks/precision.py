@@ -1,16 +1,16 @@
 """16-bit against 4-bit: what quantization changes in the images of `pocket`, at equal prompts and seeds.
 
-    python benchmarks/precision.py make-nf4 --out nf4                                 any machine with bitsandbytes
-    python benchmarks/precision.py render --work precision --nf4-folder nf4           resumable; best on a GPU
+    python benchmarks/precision.py render --work precision           resumable; best on a GPU
     python benchmarks/precision.py measure --work precision --out benchmarks/results/precision.json
 
-Variants, all on the same layers in groups of 64; the adaLN layers are W4A16 in all but the last:
+Variants, all on the same layers in groups of 64; the adaLN layers are W4A16 in all but the last. Every precision that a
+recipe can name, with an adapter trained on each: precision_ladder.py.
 
     16bit        the reference
     rtn-w4a4     plain rounding: the codes and kernels of `interchange`, no branch, no smoothing
     svdq-w4a4    SVDQuant, profile `interchange`
     svdq-w4a8    SVDQuant, profile `native`, as shipped
-    nf4          bitsandbytes' NF4 weights, dequantized: what its layers multiply with (activations stay 16-bit)
+    nf4          bitsandbytes' NF4 weights (activations stay 16-bit)
 
 PSNR, SSIM and ST-LPIPS are means over image pairs, KID compares the two sets; all with 95 % bootstrap intervals. Prompts:
 the test captions of the domains, then the general ones of the score.
@@ -28,10 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from loragraft.backbones.load import find_spec, load_16bit, load_backbone, plan_base
-from loragraft.backbones.spec import Backbone
+from loragraft.backbones.load import find_spec, load_backbone, plan_base
+from loragraft.backbones.spec import Backbone, Profile
 from loragraft.data.cache import default_cache_root
 from loragraft.data.domains import DOMAINS
 from loragraft.data.sources import open_source
@@ -44,14 +43,12 @@ from loragraft.evaluation.metrics import mean_interval
 from loragraft.quantization.checkpoint import record_base_id, recorded_base_id
 from loragraft.quantization.convert import quantize_model
 from loragraft.quantization.ledger import build_ledger
-from loragraft.quantization.names import named_module
 from loragraft.quantization.settings import QuantSettings
 from loragraft.recipes.load import list_recipes, load_recipe
 from loragraft.recipes.schema import DataConfig
 
 BASE, REFERENCE = "pocket", "16bit"
 RTN = QuantSettings(numerics="w4a4", rank=0, smoothing="none", rotation="never")
-NF4_BLOCK = 64
 PLAN = "plan.json"
 
 
@@ -59,12 +56,9 @@ def main() -> int:
     """Runs one stage."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     stages = parser.add_subparsers(dest="stage", required=True)
-    nf4 = stages.add_parser("make-nf4", help="the base with NF4 weights, dequantized into a 16-bit folder")
-    nf4.add_argument("--out", type=Path, required=True)
     draw = stages.add_parser("render", help="draw what is missing")
     draw.add_argument("--work", type=Path, required=True)
-    draw.add_argument("--nf4-folder", type=Path, help="from make-nf4; without it the variant is left out")
-    draw.add_argument("--variants", nargs="+", choices=[*VARIANTS, "nf4"], help="default: all")
+    draw.add_argument("--variants", nargs="+", choices=list(VARIANTS), help="default: all")
     draw.add_argument("--images", type=int, default=256)
     draw.add_argument("--steps", type=int, default=12)
     draw.add_argument("--seed", type=int, default=0)
@@ -75,37 +69,20 @@ def main() -> int:
     judge.add_argument("--commit", default="", help="commit of the code that drew")
     args = parser.parse_args()
     try:
-        {"make-nf4": make_nf4, "render": render, "measure": measure}[args.stage](args)
+        {"render": render, "measure": measure}[args.stage](args)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def make_nf4(args: argparse.Namespace) -> None:
-    """Replaces the weight of every planned layer by dequantize(quantize(weight)) in bf16, blocks of 64 along K."""
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-
-    spec = find_spec(BASE)
-    transformer = load_16bit(spec)
-    for path in plan_base(spec, transformer, RTN):
-        layer = named_module(transformer, path)
-        assert isinstance(layer, nn.Linear)
-        if layer.in_features % NF4_BLOCK:
-            raise ValueError(f"{path}: {layer.in_features} inputs are not divisible by blocks of {NF4_BLOCK}")
-        codes, state = quantize_4bit(layer.weight.data, blocksize=NF4_BLOCK, quant_type="nf4")
-        layer.weight = nn.Parameter(dequantize_4bit(codes, state).to(torch.bfloat16), requires_grad=False)
-    transformer.save_pretrained(args.out)  # type: ignore[operator]
-    print(f"{args.out}: {BASE} with NF4 weights (bitsandbytes {version('bitsandbytes')})")
+def opened(precision: Profile | None) -> Callable[[str], Backbone]:
+    return lambda device: load_backbone(BASE, precision, device, default_cache_root())
 
 
-def sixteen(device: str, _: Path | None) -> Backbone:
-    return load_backbone(BASE, None, device, default_cache_root())
-
-
-def rounded(device: str, _: Path | None) -> Backbone:
+def rounded(device: str) -> Backbone:
     """The plan of `interchange` with plain rounding."""
-    backbone = sixteen(device, None)
+    backbone = load_backbone(BASE, None, device, default_cache_root())
     quantize_model(
         backbone.transformer, plan_base(backbone.spec, backbone.transformer, RTN), {}, keep=backbone.spec.keep_16bit
     )
@@ -118,31 +95,12 @@ def rounded(device: str, _: Path | None) -> Backbone:
     )
 
 
-def interchange(device: str, _: Path | None) -> Backbone:
-    return load_backbone(BASE, "interchange", device, default_cache_root())
-
-
-def native(device: str, _: Path | None) -> Backbone:
-    return load_backbone(BASE, "native", device, default_cache_root())
-
-
-def nf4(device: str, folder: Path | None) -> Backbone:
-    """The 16-bit code path on dequantized weights."""
-    if folder is None or not folder.is_dir():
-        raise FileNotFoundError(
-            f"--nf4-folder {folder} does not exist: make it with `precision.py make-nf4 --out FOLDER`"
-        )
-    backbone = sixteen(device, None)
-    transformer = load_16bit(replace(backbone.spec, transformer_16bit=folder)).eval().requires_grad_(False)
-    nn.Module.to(transformer, device=backbone.device, dtype=backbone.dtype)
-    return replace(backbone, transformer=transformer, base_id=recorded_base_id(transformer))
-
-
-VARIANTS: dict[str, Callable[[str, Path | None], Backbone]] = {
-    REFERENCE: sixteen,
+VARIANTS: dict[str, Callable[[str], Backbone]] = {
+    REFERENCE: opened(None),
     "rtn-w4a4": rounded,
-    "svdq-w4a4": interchange,
-    "svdq-w4a8": native,
+    "svdq-w4a4": opened("interchange"),
+    "svdq-w4a8": opened("native"),
+    "nf4": opened("nf4"),
 }
 
 
@@ -162,15 +120,14 @@ def render(args: argparse.Namespace) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    makers = {**VARIANTS, "nf4": nf4}
-    wanted = args.variants or [*VARIANTS, *(["nf4"] if args.nf4_folder else [])]
+    wanted = args.variants or list(VARIANTS)
     asked = prompts()
     args.work.mkdir(parents=True, exist_ok=True)
     plan_file = args.work / PLAN
     plan: dict[str, Any] = json.loads(plan_file.read_text()) if plan_file.exists() else {}
     for name in wanted:
         begun = time.perf_counter()
-        backbone = makers[name](device, args.nf4_folder)
+        backbone = VARIANTS[name](device)
         entry = ImageSet(
             name=name,
             prompts=asked,

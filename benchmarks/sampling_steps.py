@@ -11,7 +11,6 @@ of one batch, drawn after another as warm-up, its text encoder and autoencoder i
 import argparse
 import json
 import sys
-import time
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -22,13 +21,11 @@ from convergence import domain_set, real_features
 
 from loragraft.adapters.opening import open_run
 from loragraft.backbones.load import load_backbone
-from loragraft.backbones.spec import Backbone
 from loragraft.data.cache import default_cache_root
 from loragraft.disk import write_atomic
 from loragraft.evaluation import measure
 from loragraft.evaluation.features import FeatureStore
-from loragraft.evaluation.generate import render
-from loragraft.evaluation.image_sets import BATCH, ImageSet, device_name, present, render_missing
+from loragraft.evaluation.image_sets import device_name, present, render_missing, seconds_per_image
 from loragraft.evaluation.metrics import kernel_distance_interval
 
 STEPS = (4, 10, 20, 50)
@@ -87,18 +84,6 @@ def sweep(run: Path, args: argparse.Namespace, device: str) -> list[dict[str, An
         rows.append({**row, "guidance": entry.guidance, "references": len(real)})
         print(f"{recipe.numerics}, {steps} steps: {seconds:.3f} s per image, KID {kid['value']:.4f}", flush=True)
     return rows
-
-
-def seconds_per_image(backbone: Backbone, entry: ImageSet) -> float:
-    """Of a whole batch; another one of the same size goes first."""
-    assert entry.adapter is not None  # domain_set
-    count = min(entry.count, BATCH[backbone.device.type])
-    settings = [entry.settings(index) for index in range(count)]
-    for _ in range(2):
-        began = time.perf_counter()
-        render(backbone, [(entry.adapter, entry.weight)], settings, batch_size=count)
-        seconds = time.perf_counter() - began
-    return seconds / count
 
 
 def table(rows: list[dict[str, Any]]) -> str:

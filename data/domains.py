@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-import resvg_py
 from tqdm.auto import tqdm
 
 from loragraft.data.dice import Dice
@@ -110,6 +109,8 @@ def build_domain(config: DataConfig, resolution: int, cache_root: Path) -> Path:
 
 def render(svg: str, resolution: int) -> bytes:
     """An SVG document as a PNG of `resolution` pixels square. Fonts differ between machines, so none are loaded."""
+    import resvg_py  # a machine that reads what was drawn elsewhere need not have it
+
     png = resvg_py.svg_to_bytes(svg_string=svg, width=resolution, height=resolution, skip_system_fonts=True)
     return bytes(png)
 

@@ -8,6 +8,9 @@ from pathlib import Path
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 
 from loragraft.adapters.checkpoint import Adapter, load_adapter
+from loragraft.adapters.formats.contract import START_NAME
+from loragraft.zoo.entry import INDEX
+from loragraft.zoo.file_place import open_files
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,12 @@ class Catalogue:
                 problems.append(
                     f"{folder}: no such folder. Training writes runs/NAME, publishing the folder after --to"
                 )
-            for file in adapter_files(folder):
+            try:
+                files = adapter_files(folder)
+            except ValueError as error:
+                problems.append(str(error))
+                continue
+            for file in files:
                 try:
                     named.append((self._load(file).name, file))
                 except (ValueError, OSError) as error:
@@ -61,7 +69,8 @@ class Catalogue:
 
 
 def adapter_files(folder: Path) -> list[Path]:
-    """Adapter files of one run, of an adapter folder, or of a folder that holds such; a file stands for itself."""
+    """Adapter files of one run, of an adapter folder, of a folder that holds such or loose files of any dialect (ComfyUI's
+    models/loras), or of a zoo; a file stands for itself."""
     if folder.is_file():
         return [folder]
     own = [folder / LORA_WEIGHT_NAME_SAFE, folder / "adapter" / LORA_WEIGHT_NAME_SAFE]
@@ -71,7 +80,20 @@ def adapter_files(folder: Path) -> list[Path]:
         if child.is_dir() and not child.name.startswith(".")
         for place in (child, child / "adapter")
     ]
-    return [file for file in dict.fromkeys([*own, *inside]) if file.is_file()]
+    loose = [] if any(file.is_file() for file in own) else sorted(folder.glob("*.safetensors"))
+    found = dict.fromkeys([*own, *inside, *_published(folder), *(file for file in loose if file.name != START_NAME)])
+    return [file for file in found if file.is_file()]
+
+
+def _published(folder: Path) -> list[Path]:
+    """Of a zoo, the newest version of every adapter that is not yanked. Raises ZooError for a damaged index."""
+    if not (folder / INDEX).is_file():
+        return []
+    usable = [item.entry for item in open_files(str(folder)).listed() if not item.status.yanked]
+    newest = {
+        entry.name: folder / entry.name / entry.version for entry in usable
+    }  # in the index's order: the last wins
+    return [path / LORA_WEIGHT_NAME_SAFE for path in newest.values()]
 
 
 def _place(file: Path) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from loragraft.adapters.checkpoint import Adapter
-from loragraft.quantization.linear import SVDQuantLinear
+from loragraft.quantization.branched import BranchedLinear
 
 MIB = 2**20
 
@@ -56,7 +56,7 @@ def model_size(transformer: nn.Module) -> ModelSize:
     """
     packed, unpacked, others = 0, 0, 0
     for module in transformer.modules():
-        if isinstance(module, SVDQuantLinear):
+        if isinstance(module, BranchedLinear):
             packed += module.nbytes
             bias = module.out_features if module.bias is not None else 0
             unpacked += 2 * (module.in_features * module.out_features + bias)

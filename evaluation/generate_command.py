@@ -1,17 +1,19 @@
 """The verb `loragraft generate`: its options, and what they mean. Heavy imports wait until it runs."""
 
 import argparse
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from loragraft.backbones.bases import list_bases
+from loragraft.recipes.schema import Numerics
 
 if TYPE_CHECKING:
     from loragraft.backbones.spec import Profile
     from loragraft.evaluation.prompt_file import Line
     from loragraft.recipes.schema import WeightsConfig
 
-PROFILES = ("native", "interchange", "weight-only", "16bit")
+PROFILES = get_args(Numerics)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +36,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", help=f"one of {', '.join(list_bases())}; default: the adapter's own, else pocket")
     parser.add_argument("--profile", choices=PROFILES, help="default: the adapter's own, else native")
     parser.add_argument("--any-base", action="store_true", help="graft an adapter that was trained on another base")
+    parser.add_argument(
+        "--denoiser-only", action="store_true", help="of adapters that change text encoders or norms too, use the rest"
+    )
     parser.add_argument("--out", default="images", help="folder for the images (default: images)")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--per-prompt", type=int, default=1, help="images per prompt, at consecutive seeds")
@@ -66,7 +71,10 @@ def run(args: argparse.Namespace, device: str) -> int:
     from loragraft.evaluation.generate import Settings, before_after_grid, render, save_image
     from loragraft.evaluation.prompt_file import draw_lines
 
-    adapters = open_adapters(args.adapter)
+    adapters = open_adapters(args.adapter, denoiser_only=args.denoiser_only)
+    for adapter, _ in adapters:
+        if adapter.approximation:
+            print(f"note: {adapter.approximation}", file=sys.stderr)
     trained = adapters[0][0].metadata if adapters else {}
     spec = find_spec(args.base or trained.get("base") or "pocket")
     sample = trained.get("recipe", {}).get("sample", {})
@@ -76,7 +84,7 @@ def run(args: argparse.Namespace, device: str) -> int:
     prompts = args.prompt or sample.get("prompts") or [line.prompt for line in listed[:1]]
     if not prompts:
         raise ValueError('nothing to draw: give --prompt "..." (it can be repeated)')
-    profile = _profile(args.profile or trained.get("profile") or "native")
+    profile = parse_profile(args.profile or trained.get("profile") or "native")
     backbone = load_backbone(
         spec.name, profile, device, default_cache_root(), _weights(args, spec.external is not None), True
     )
@@ -126,7 +134,7 @@ def _listed(args: argparse.Namespace) -> "list[Line]":
     return read_lines(Path(args.prompt_file))
 
 
-def _profile(name: str) -> "Profile | None":
+def parse_profile(name: str) -> "Profile | None":
     """None for the 16-bit model. Raises ValueError for a name that is none, such as an adapter's of a later version."""
     from loragraft.backbones.architectures import NUMERICS
 

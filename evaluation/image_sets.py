@@ -10,6 +10,7 @@ measured on another. Every file is written under a temporary name and renamed: a
 import hashlib
 import json
 import platform
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,6 +107,18 @@ def render_missing(backbone: Backbone, wanted: Sequence[ImageSet], root: Path) -
                     write_atomic(folder / f"{i:04d}.png", encode_png(image, setting, backbone, grafts, extra))
                 bar.update(len(chunk))
     return folders
+
+
+def seconds_per_image(backbone: Backbone, entry: ImageSet) -> float:
+    """Of a whole batch of the set's first images, encoders included; another one of the same size goes first."""
+    count = min(entry.count, BATCH[backbone.device.type])
+    grafts = [(entry.adapter, entry.weight)] if entry.adapter else []
+    settings = [entry.settings(index) for index in range(count)]
+    for _ in range(2):
+        began = time.perf_counter()
+        render(backbone, grafts, settings, batch_size=count)
+        seconds = time.perf_counter() - began
+    return seconds / count
 
 
 def device_name(device: torch.device) -> str:

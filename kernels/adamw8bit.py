@@ -20,6 +20,7 @@ Quantization" (arXiv 2110.02861).
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
@@ -159,27 +160,29 @@ def _adamw8bit(
     numbers = (keep, rate, beta1, rest1, beta2, rest2, root, eps)
     if not uses_triton(codes):
         return _reference(parameters, gradients, codes, scales, *numbers)
-    factors: list[Sequence[int]] = []
-    work: list[Sequence[int]] = []
-    first = 0
-    for number, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
-        blocks = count_blocks(parameter)
-        factors.append((parameter.data_ptr(), gradient.data_ptr(), parameter.numel(), first))
-        work += [(number, start) for start in range(0, blocks, BLOCKS)]
-        first += blocks
+    sizes = tuple(parameter.numel() for parameter in parameters)
+    first, work = _layout(sizes, codes.device)
+    rows = zip((p.data_ptr() for p in parameters), (g.data_ptr() for g in gradients), sizes, first, strict=True)
+    factors = torch.tensor(list(rows))  # addresses may be others at every step: no synchronous copy
+    factors = factors.pin_memory().to(codes.device, non_blocking=True) if codes.is_cuda else factors
     with on_device(codes):
         adamw8bit_kernel[(len(work),)](
-            _sent(factors, torch.int64, codes), _sent(work, torch.int32, codes), codes, scales, codes.shape[1], scales.shape[1],
-            *numbers, BLOCKS=BLOCKS, BLOCK=BLOCK, E_M=SIGNED[0], M_M=SIGNED[1], E_R=UNSIGNED[0], M_R=UNSIGNED[1],
+            factors, work, codes, scales, codes.shape[1], scales.shape[1], *numbers,
+            BLOCKS=BLOCKS, BLOCK=BLOCK, E_M=SIGNED[0], M_M=SIGNED[1], E_R=UNSIGNED[0], M_R=UNSIGNED[1],
             num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return None
 
 
-def _sent(rows: Sequence[Sequence[int]], dtype: torch.dtype, like: Tensor) -> Tensor:
-    """A table on the device of `like`; the CPU does not wait for the device, as it would for pageable memory."""
-    table = torch.tensor(rows, dtype=dtype)
-    return table.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else table
+@lru_cache(maxsize=4)
+def _layout(sizes: tuple[int, ...], device: torch.device) -> tuple[tuple[int, ...], Tensor]:
+    """(first block of each factor, p_work of the kernel on the device)."""
+    blocks = torch.tensor([-(-size // BLOCK) for size in sizes])
+    programs = -(-blocks // BLOCKS)
+    factor = torch.repeat_interleave(torch.arange(len(sizes)), programs)
+    start = torch.arange(int(programs.sum())) - (programs.cumsum(0) - programs)[factor]
+    work = torch.stack([factor, start * BLOCKS], 1).to(torch.int32)
+    return tuple((blocks.cumsum(0) - blocks).tolist()), work.to(device)
 
 
 @_adamw8bit.register_fake

@@ -19,7 +19,6 @@ from loragraft.kernels import (
     adamw8bit,
     conv_gemm,
     gemm,
-    hopper_conv,
     hopper_gemm,
     hopper_quant,
     row_product,
@@ -177,42 +176,6 @@ def _convolutions() -> list[Build]:
     return builds
 
 
-def _hopper_convolutions() -> list[Build]:
-    only: dict[str, Any] = {"least": 90, "most": 90, "portable": False, "num_stages": 1}
-    numbers = dict.fromkeys(("M_TILES", "H", "W", "HO", "WO", "steps", "CT64"), "i32")
-    types = {**numbers, "p_a": "*fp32", "p_words": "*i32", "p_s": "*fp32", "w_desc": _descriptor("i8", [64, 64], 64),
-             "up_desc": _descriptor("bf16", [64, 32], 64)}  # fmt: skip
-    builds = []
-    shapes = (
-        (True, (1, 128), 2, 1),
-        (False, (1, 128), 2, 1),
-        (False, (4, 16), 2, 1),
-        (True, (8, 8), 1, 1),
-        (True, (2, 64), 2, 2),
-    )
-    for odd, shape, out, stride in shapes:
-        high, wide = shape
-        box = _descriptor("i8", [1, high, wide, 64], 64)
-        parity_box = _descriptor("i8", [1, high, 1, wide, 64], 64)
-        boxes = {
-            "x_desc": box if stride == 1 else parity_box,
-            "h_desc": box,
-            "y_desc": _descriptor("bf16", [1, high, wide, 64], 128),
-        }
-        constants = {"ODD": odd, "KERNEL": 3, "STRIDE": stride, "PADDING": 1, "RANK_STEPS": 2, "TH": high, "TW": wide, "OUT": out, "WN": 64,
-                     "GROUP_M": 8, "STAGES": hopper_conv.stages(high * wide, out)}  # fmt: skip
-        builds.append(
-            Build(
-                hopper_conv.hopper_conv_kernel,
-                constants,
-                {**types, **boxes},
-                quick=odd and out == 2 and stride == 1,
-                **only,
-            )
-        )
-    return builds
-
-
 def _descriptor(dtype: str, shape: list[int], swizzle: int) -> str:
     """Type of a host descriptor in a signature."""
     layout = gl.NVMMASharedLayout(swizzle, 8 if dtype == "i8" else 16, rank=len(shape))
@@ -295,5 +258,5 @@ def _w4a16() -> list[Build]:
 
 
 TABLE: tuple[Build, ...] = (
-    *_quantizers(), *_products(), *_transients(), *_convolutions(), *_optimizer(), *_w4a16(), *_hopper(), *_hopper_convolutions(),
+    *_quantizers(), *_products(), *_transients(), *_convolutions(), *_optimizer(), *_w4a16(), *_hopper(),
 )  # fmt: skip

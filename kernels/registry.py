@@ -1,4 +1,4 @@
-"""The linear ops side by side, with random inputs for each: what tests and benchmarks iterate over.
+"""The linear ops side by side and the convolution, with random inputs for each: what tests and benchmarks iterate over.
 
 Inputs are built so that results can be compared across precisions: x lies on its quantization grid, at most 0.3 steps off,
 so that no rounding depends on the last bit of a float, and codes of padding columns are garbage, which no op may read.
@@ -12,8 +12,10 @@ from torch import Tensor
 
 from loragraft.kernels.act_quant import shift_unsigned
 from loragraft.kernels.layout import GROUP, LinearCase, apply_hadamard, pack_words, padded
+from loragraft.kernels.taps import Window, tap_columns
 from loragraft.kernels.w4a4_linear import CASES as W4A4_CASES
 from loragraft.kernels.w4a4_linear import w4a4_linear, w4a4_reference
+from loragraft.kernels.w4a8_conv import as_image
 from loragraft.kernels.w4a8_linear import CASES as W4A8_CASES
 from loragraft.kernels.w4a8_linear import w4a8_linear, w4a8_reference
 from loragraft.kernels.w4a16_linear import CASES as W4A16_CASES
@@ -122,4 +124,65 @@ OPS = (
     LinearOp("w4a8", w4a8_linear, w4a8_reference, W4A8_CASES, _w4a8_weights, activation_bits=8),
     LinearOp("w4a4", w4a4_linear, w4a4_reference, W4A4_CASES, _w4a4_weights, activation_bits=4),
     LinearOp("w4a16", w4a16_linear, w4a16_reference, W4A16_CASES, _w4a16_weights, activation_bits=8),
+)
+
+
+@dataclass(frozen=True)
+class ConvCase:
+    """One convolution of images [B, C, H, W] to N channels, branch rank R, adapter rank r."""
+
+    B: int
+    C: int
+    H: int
+    W: int
+    N: int
+    kernel: int = 3
+    stride: int = 1
+    padding: int = 1
+    R: int = 8
+    r: int = 4
+    hadamard: bool = False
+    bias: bool = True
+    group: int = GROUP
+
+    def __str__(self) -> str:
+        flags = ("-bias" if self.bias else "") + ("-hadamard" if self.hadamard else "")
+        window = f"k{self.kernel}s{self.stride}p{self.padding}"
+        return f"{self.B}x{self.H}x{self.W}x{self.C}x{self.N}-{window}-R{self.R}-r{self.r}-g{self.group}{flags}"
+
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """Arguments of `w4a8_conv` that are no tensors."""
+        window = {"kernel": self.kernel, "stride": self.stride, "padding": self.padding}
+        return {**window, "hadamard": self.hadamard}
+
+    def inputs(self, seed: int = 0) -> Inputs:
+        """The tensors, float32 on the CPU, x on the quantization grid of its pixels; reproducible from the seed."""
+        random = torch.Generator().manual_seed(seed)
+        window, N, R, r = Window(self.B, self.H, self.W, self.kernel, self.stride, self.padding), self.N, self.R, self.r
+        K, KP = window.taps * self.C, padded(window.taps * tap_columns(self.C))
+        weights = _w4a8_weights(LinearCase(window.pixels, N, KP, hadamard=self.hadamard, group=self.group), random)
+        del weights["hadamard"]
+        pixels = LinearCase(window.pixels, N, self.C, hadamard=self.hadamard)
+        smooth = _smooth(pixels, random)
+        x = _on_grid(pixels, smooth, 8, random)
+        return weights | {
+            "x": as_image(x, self.B, self.H, self.W),
+            "smooth": smooth,
+            "lora_down": torch.randn(R, K, generator=random) / K**0.5,
+            "lora_up": torch.randn(N, R, generator=random) / max(R, 1) ** 0.5,
+            "bias": torch.randn(N, generator=random) if self.bias else None,
+            "adapter_down": torch.randn(r, K, generator=random) / K**0.5 if r else None,
+            "adapter_up": torch.randn(N, r, generator=random) / r**0.5 if r else None,
+        }
+
+
+CONV_CASES = (
+    ConvCase(2, 64, 5, 6, 40, hadamard=True),
+    ConvCase(1, 128, 4, 3, 72, group=128, bias=False),
+    ConvCase(1, 48, 7, 5, 24, stride=2, R=0, r=3),
+    ConvCase(1, 64, 8, 6, 130, stride=2, r=0),
+    ConvCase(1, 100, 3, 4, 16, kernel=1, padding=0, R=5),
+    ConvCase(1, 64, 6, 7, 16, kernel=2, padding=0, stride=2, R=3, r=20),
+    ConvCase(1, 192, 1, 1, 8, R=0, r=0),
 )

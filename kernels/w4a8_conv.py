@@ -14,7 +14,7 @@ Why a scale per pixel and not one per image, which would leave one INT32 sum ove
 largest values in few pixels. In the 68 trained 3 x 3 convolutions of TAESD on photographs (64 channels, activations up to 39
 times their RMS) rounding x costs 0.38 % of the output per pixel (median; worst 0.93 %) and 1.01 % (1.94 %) per image, and
 finding an image's maximum takes another pass over x. The price is one conversion and one multiply-add of the tile per tap,
-against C / 64 tensor core steps: 20 % of the arithmetic's time at C = 320 and 5 % at C = 1280 where nothing hides it.
+against C / 64 tensor core steps: on an H100 30 % of their time at C = 320 and 8 % at C = 1280, where nothing hides it.
 
 Smoothing is per channel, the same for all taps, since they read the same codes. Nothing of im2col is written; the weight is
 widened to INT8 for the length of the call on devices other than Hopper. `smooth_and_rotate` acts on x before the windows.
@@ -37,7 +37,6 @@ from loragraft.kernels.act_quant import (
     smooth_and_rotate,
 )
 from loragraft.kernels.conv_gemm import CONFIGS, conv_config, conv_gemm
-from loragraft.kernels.hopper_conv import HOPPER_CONFIGS, hopper_conv, hopper_conv_runs
 from loragraft.kernels.layout import apply_hadamard, padded, rank_product, rank_rows, uses_triton
 from loragraft.kernels.row_product import row_product
 from loragraft.kernels.taps import Window, pad_taps, spread_taps, sum_taps, tap_columns, trim_taps
@@ -113,14 +112,9 @@ def _w4a8_conv(
         y_PN, h_PR = _on_cpu(x_MC, codes_MC, scale_M1, qweight, row_scale, group_words, down_RK, up_NR, bias, view)
         return y_PN, h_PR, codes_MC, scale_M1
     h_PR = sum_taps(rank_product(x_MC, _by_tap(x_MC, lora_down, adapter_down, view.taps)), up_NR.shape[1], view)
-    config = choose_config(config, codes_MC, x_MC.dtype, up_NR, view, tap_columns(C))
-    operands = codes_MC, scale_M1
-    if config in HOPPER_CONFIGS:
-        weight = qweight, group_words, row_scale
-        y_PN = hopper_conv(*operands, *weight, h_PR, up_NR, bias, view, tap_columns(C), HOPPER_CONFIGS[config])
-    else:
-        weight_NK = plain_int8(qweight, group_words)
-        y_PN = conv_gemm(*operands, weight_NK, row_scale, h_PR, up_NR, bias, view, tap_columns(C), config)
+    weight_NK = plain_int8(qweight, group_words)
+    config = config or choose_config(codes_MC.device, view, up_NR.shape[0], tap_columns(C))
+    y_PN = conv_gemm(codes_MC, scale_M1, weight_NK, row_scale, h_PR, up_NR, bias, view, tap_columns(C), config)
     return y_PN, h_PR, codes_MC, scale_M1
 
 
@@ -131,26 +125,10 @@ def _by_tap(x_MC: Tensor, lora_down: Tensor, adapter_down: Tensor | None, taps: 
     return torch.cat(parts, dim=1).flatten(0, 1).T
 
 
-def choose_config(
-    wanted: str | None, codes_MC: Tensor, dtype: torch.dtype, up_NR: Tensor, window: Window, columns: int
-) -> str:
-    """The kernel and its tile sizes: as wanted, as tuned for this card, Hopper's own where it runs, or by the output's size.
-
-    Raises ValueError where Hopper's is wanted and does not run.
-    """
-    on_hopper = hopper_conv_runs(codes_MC, dtype, up_NR, window)
-    if wanted is not None:
-        if wanted in HOPPER_CONFIGS and not on_hopper:
-            raise ValueError(
-                f"w4a8_conv: config {wanted!r} does not run {window} to {up_NR.shape[0]} channels here; use None"
-            )
-        return wanted
-    tuned = conv_config(codes_MC.device, window, up_NR.shape[0], columns)
-    if tuned is not None and (on_hopper or tuned not in HOPPER_CONFIGS):
-        return tuned
-    if on_hopper:
-        return "hopper"
-    return "portable" if window.out_pixels > 64 and up_NR.shape[0] > 64 else "small"
+def choose_config(device: torch.device, window: Window, outputs: int, columns: int) -> str:
+    """Tile sizes by name: as tuned for this card, or by the output's size."""
+    small = window.out_pixels <= 64 or outputs <= 64
+    return conv_config(device, window, outputs, columns) or ("small" if small else "portable")
 
 
 def _on_cpu(
@@ -289,16 +267,15 @@ def w4a8_conv(
     qweight uint8 [N, Kp/2] (pack_tiles) with Kp = T Ct rounded up to 128, row_scale float32 [N], group_words int32
     [Kp/128, N] (pack_words), smooth [C], lora_down [R, T C] with columns (tap, channel), lora_up [N, R], bias [N],
     adapter_down [r, T C], adapter_up [N, r] (already times alpha / r). T = kernel^2. x in channels-last layout is not copied.
-    save_x: as in `w4a8_linear`. config: kernel and tile sizes by name (`conv_gemm.CONFIGS`, on Hopper
-    `hopper_conv.HOPPER_CONFIGS` too), for benchmarks.
+    save_x: as in `w4a8_linear`. config: tile sizes by name (`conv_gemm.CONFIGS`), for benchmarks.
     Raises ValueError for a shape, window or mode that does not fit.
     """
     adapter_down, adapter_up = branch.trainable_rank(adapter_down), branch.trainable_rank(adapter_up)
     window = _check(x, qweight, row_scale, group_words, smooth, lora_down, lora_up, bias, kernel, stride, padding)
     _check_adapter(x.shape[1] * window.taps, qweight.shape[0], adapter_down, adapter_up)
     branch.check_modes("w4a8_conv", save_x, "dequantized")
-    if config is not None and config not in (*CONFIGS, *HOPPER_CONFIGS):
-        raise ValueError(f"w4a8_conv: config {config!r}; expected one of {', '.join((*CONFIGS, *HOPPER_CONFIGS))}")
+    if config is not None and config not in CONFIGS:
+        raise ValueError(f"w4a8_conv: config {config!r}; expected one of {', '.join(CONFIGS)}")
     if hadamard and x.shape[1] % 64:
         raise ValueError(f"w4a8_conv: hadamard=True needs C % 64 == 0, C = {x.shape[1]}; quantize without the rotation")
     y_PN, *_ = _w4a8_conv(

@@ -1,7 +1,7 @@
 """Our INT4 checkpoint: a diffusers model folder whose `config.json` says how each linear layer and convolution is stored.
 
     config.json                            the model's own configuration + quantization_config
-    diffusion_pytorch_model.safetensors    diffusers' module names; per quantized layer the buffers of `SVDQuantLinear`,
+    diffusion_pytorch_model.safetensors    diffusers' module names; per quantized layer the buffers of its class,
                                            a convolution's over its patches (`conv`)
 
 quantization_config = {quant_method: "loragraft", version, profile, layers: {path: {numerics, group_size, hadamard,
@@ -21,15 +21,18 @@ from torch import Tensor, nn
 
 from loragraft.disk import replacing_folder
 from loragraft.kernels.act_quant import GELU_SHIFT
+from loragraft.quantization.branched import BranchedLinear
 from loragraft.quantization.conv import SVDQuantConv2d, is_quantizable
+from loragraft.quantization.formats import FORMATS
 from loragraft.quantization.linear import SVDQuantLinear, buffer_layout, fits_dtype, share_inputs
 from loragraft.quantization.names import named_module, nearest, replace_module
+from loragraft.quantization.quantized_linear import make_empty
 from loragraft.quantization.settings import Numerics
 from loragraft.quantization.tensor_file import CheckpointError, read_tensors, write_tensors
 
 QUANT_METHOD, VERSION = "loragraft", 1
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "diffusion_pytorch_model.safetensors"
-PROFILES = {"w4a8": "native", "w4a4": "interchange"}
+PROFILES = {"w4a8": "native", "w4a4": "interchange", **{name: name for name in FORMATS}}
 BASE_ID_ATTRIBUTE = "loragraft_base_id"
 LAYER_KEYS = {"numerics", "group_size", "hadamard", "act_unsigned", "act_shift", "rank"}
 
@@ -41,7 +44,7 @@ def base_state(model: nn.Module) -> dict[str, Tensor]:
     ranks are returned, which a graft leaves in front.
     """
     state = {}
-    ranks = {f"{path}.": m.base_rank for path, m in model.named_modules() if isinstance(m, SVDQuantLinear)}
+    ranks = {f"{path}.": m.base_rank for path, m in model.named_modules() if isinstance(m, BranchedLinear)}
     for name, tensor in model.state_dict().items():
         if ".lora_A." in name or ".lora_B." in name:
             continue
@@ -95,40 +98,49 @@ def record_base_id(model: nn.Module, identity: str | None = None) -> None:
     setattr(model, BASE_ID_ATTRIBUTE, base_id(model) if identity is None else identity)
 
 
-def quantized_layers(model: nn.Module) -> dict[str, SVDQuantLinear]:
-    """Path -> layer, through injected adapters."""
-    found = ((path, m) for path, m in model.named_modules() if isinstance(m, SVDQuantLinear))
+def branched_layers(model: nn.Module) -> dict[str, BranchedLinear]:
+    """Path -> quantized layer of any kind, through injected adapters."""
+    found = ((path, m) for path, m in model.named_modules() if isinstance(m, BranchedLinear))
     return {path.removesuffix(".base_layer"): module for path, module in found}
+
+
+def quantized_layers(model: nn.Module) -> dict[str, SVDQuantLinear]:
+    """Of these, SVDQuant's."""
+    return {path: layer for path, layer in branched_layers(model).items() if isinstance(layer, SVDQuantLinear)}
 
 
 def quantization_config(model: nn.Module) -> dict[str, Any]:
     """The JSON block of `config.json`; raises ValueError if nothing is quantized."""
-    layers = quantized_layers(model)
+    layers = branched_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no quantized layer; run quantize_model first")
     kinds = {PROFILES[layer.numerics] for layer in layers.values() if layer.numerics in PROFILES}
     profile = kinds.pop() if len(kinds) == 1 else "mixed" if kinds else "weight-only"
-    described = {
-        path: {
-            "numerics": layer.numerics,
-            "group_size": layer.group_size,
-            "hadamard": layer.hadamard,
-            "act_unsigned": layer.act_unsigned,
-            "act_shift": GELU_SHIFT if layer.act_unsigned else 0.0,
-            **({"act_unsigned_from": layer.unsigned_from} if layer.unsigned_from else {}),
-            "rank": layer.rank,
-            "output_error": layer.output_error,
-        }
-        for path, layer in layers.items()
-    }
+    described = {path: _described(layer) for path, layer in layers.items()}
     return {"quant_method": QUANT_METHOD, "version": VERSION, "profile": profile, "layers": described}
+
+
+def _described(layer: BranchedLinear) -> dict[str, Any]:
+    svdquant = layer if isinstance(layer, SVDQuantLinear) else None
+    unsigned_from = svdquant.unsigned_from if svdquant else 0
+    unsigned = svdquant is not None and svdquant.act_unsigned
+    return {
+        "numerics": layer.numerics,
+        "group_size": layer.group_size,
+        "hadamard": svdquant is not None and svdquant.hadamard,
+        "act_unsigned": unsigned,
+        "act_shift": GELU_SHIFT if unsigned else 0.0,
+        **({"act_unsigned_from": unsigned_from} if unsigned_from else {}),
+        "rank": layer.rank,
+        "output_error": layer.output_error,
+    }
 
 
 def check_saveable(model: nn.Module, bake_grafts: bool) -> None:
     """Raises ValueError for a model with injected adapters, or with grafts unless `bake_grafts`."""
     if any(".base_layer." in name for name in model.state_dict()):
         raise ValueError("the model carries an injected adapter; save that with adapters, and remove_adapter first")
-    grafted = [path for path, layer in quantized_layers(model).items() if layer.rank != layer.base_rank]
+    grafted = [path for path, layer in branched_layers(model).items() if layer.rank != layer.base_rank]
     if grafted and not bake_grafts:
         raise ValueError(
             f"{len(grafted)} layer(s) carry grafts, e.g. {grafted[0]!r}; ungraft, or pass bake_grafts=True"
@@ -214,7 +226,7 @@ def check_block(block: dict[str, Any], path: Path | str) -> None:
 
 def empty_layer(
     model: nn.Module, path: str, layer: dict[str, Any], bias: Tensor | None, folder: Path | str
-) -> SVDQuantLinear:
+) -> BranchedLinear:
     """An empty layer as quantization_config describes it, for the linear layer or convolution of `model` at `path`; the bias has `bias`' dtype.
 
     Raises CheckpointError naming the nearest layers if there is none, or if the description does not fit it.
@@ -239,10 +251,7 @@ def empty_layer(
         if isinstance(module, nn.Conv2d):
             return SVDQuantConv2d.empty_like(module, layer["numerics"], path=path, **options)
         assert isinstance(module, nn.Linear)  # is_quantizable
-        has_bias = module.bias is not None
-        return SVDQuantLinear.empty(
-            module.in_features, module.out_features, layer["numerics"], bias=has_bias, **options
-        )
+        return make_empty(module, layer["numerics"], **options)
     except ValueError as error:
         raise CheckpointError(f"{folder}: layer {path!r}: {error}") from error
 
@@ -254,7 +263,7 @@ def _check_state(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> 
         raise CheckpointError(f"{folder}: {len(missing)} tensor(s) are missing, the first is {missing[0]!r}")
     if foreign:
         raise CheckpointError(f"{folder}: {len(foreign)} tensor(s) belong to no layer, the first is {foreign[0]!r}")
-    strict = {f"{path}.{name}" for path, layer in quantized_layers(model).items() for name in _stored(layer)}
+    strict = {f"{path}.{name}" for path, layer in branched_layers(model).items() for name in _stored(layer)}
     for name, wanted in expected.items():
         check_tensor(name, tensors[name], wanted, folder, strict=name in strict)
 
@@ -277,5 +286,5 @@ def check_tensor(name: str, tensor: Tensor, wanted: Tensor, folder: Path | str, 
         raise CheckpointError(f"{folder}: tensor {name!r} leaves the code: zero points are 0 to 15")
 
 
-def _stored(layer: SVDQuantLinear) -> list[str]:
+def _stored(layer: BranchedLinear) -> list[str]:
     return list(buffer_layout(layer.in_features, layer.out_features, layer.numerics, layer.group_size, layer.rank))

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loragraft.kernels.branch import Joined
 from loragraft.kernels.layout import GROUP
 from loragraft.kernels.taps import pad_taps, tap_columns, trim_taps
 from loragraft.kernels.w4a8_conv import as_columns, as_image, as_kernel, as_pixels, w4a8_conv
@@ -92,7 +93,7 @@ class SVDQuantConv2d(SVDQuantLinear):
         x: Tensor,
         adapter_down: Tensor | None = None,
         adapter_up: Tensor | None = None,
-        joined: tuple[Tensor, Tensor] | None = None,
+        joined: Joined | None = None,
     ) -> Tensor:
         """y of the layer plus the adapter's; adapter_down [r, in_features] of `adapter_columns`, adapter_up [N, r].
 

@@ -8,10 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
 
+from loragraft.quantization.branched import BranchedLinear
 from loragraft.quantization.calibrate import ActivationStats, collect
 from loragraft.quantization.conv import SVDQuantConv2d, is_quantizable
-from loragraft.quantization.linear import SVDQuantLinear, share_inputs
+from loragraft.quantization.linear import share_inputs
 from loragraft.quantization.names import match_paths, named_module, nearest, replace_module
+from loragraft.quantization.quantized_linear import from_linear
 from loragraft.quantization.settings import LayerReport, QuantSettings
 
 Progress = Callable[[int, int, str], object]
@@ -91,7 +93,8 @@ def quantize_model(
     *,
     keep: Sequence[str] = (),
 ) -> list[LayerReport]:
-    """Swap every planned `nn.Linear` for a `SVDQuantLinear` and `nn.Conv2d` for a `SVDQuantConv2d`, in the plan's order.
+    """Swap every planned `nn.Linear` for a `SVDQuantLinear` or a `QuantizedLinear`, and `nn.Conv2d` for a `SVDQuantConv2d`, in
+    the plan's order.
 
     `keep` are full-path patterns of layers that stay as they are. Everything that can be refused is checked before the
     first layer is swapped. Raises as `plan_layers` and `quantize_linear` do.
@@ -116,11 +119,11 @@ def quantize_model(
 
 def _quantized(
     module: nn.Module, stats: ActivationStats | None, settings: QuantSettings, path: str
-) -> tuple[SVDQuantLinear, LayerReport]:
+) -> tuple[BranchedLinear, LayerReport]:
     if isinstance(module, nn.Conv2d):
         return SVDQuantConv2d.from_conv(module, stats, settings, path=path)
     assert isinstance(module, nn.Linear)  # _check_cover
-    return SVDQuantLinear.from_linear(module, stats, settings, path=path)
+    return from_linear(module, stats, settings, path=path)
 
 
 def quantize_backbone(

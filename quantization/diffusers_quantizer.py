@@ -1,6 +1,6 @@
 """diffusers' `from_pretrained` on our checkpoints, through its own quantizer registry.
 
-register(); FluxTransformer2DModel.from_pretrained(folder)        a model with `SVDQuantLinear` layers, any GPU or none
+register(); FluxTransformer2DModel.from_pretrained(folder)        a model with our layers, any GPU or none
 
 `from_pretrained` casts floating tensors to `torch_dtype`; those of quantized layers are taken as they are stored. Nunchaku Lite
 folders belong to diffusers' own quantizer, which is left alone: `load_nunchaku_lite` reads one on our kernels when asked,
@@ -17,6 +17,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
+from loragraft.quantization.branched import BranchedLinear
 from loragraft.quantization.checkpoint import (
     QUANT_METHOD,
     base_id,
@@ -27,7 +28,7 @@ from loragraft.quantization.checkpoint import (
 )
 from loragraft.quantization.dialects.assembly import Progress, assemble
 from loragraft.quantization.dialects.nunchaku_lite import open_lite
-from loragraft.quantization.linear import SVDQuantLinear, share_inputs
+from loragraft.quantization.linear import share_inputs
 from loragraft.quantization.names import named_module, replace_module
 from loragraft.quantization.tensor_file import CheckpointError
 
@@ -55,13 +56,13 @@ class LoragraftConfig(QuantizationConfigMixin):  # type: ignore[misc]  # diffuse
 class StoredLayer(nn.Module):
     """The tensors of a quantized layer as its file has them, on the meta device until they are read."""
 
-    def __init__(self, layer: SVDQuantLinear) -> None:
+    def __init__(self, layer: BranchedLinear) -> None:
         super().__init__()
         self._layer = (layer,)  # a tuple hides it: its own buffers may be in another order
         for name, tensor in layer.state_dict().items():
             self.register_buffer(name, tensor)
 
-    def finish(self) -> SVDQuantLinear:
+    def finish(self) -> BranchedLinear:
         """The layer, once all tensors are there."""
         (layer,) = self._layer
         layer.load_state_dict(dict(self.named_buffers()), strict=True, assign=True)

@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 from loragraft.kernels.layout import uses_triton
+from loragraft.quantization.branched import BranchedLinear
 from loragraft.quantization.conv import SVDQuantConv2d
 from loragraft.quantization.linear import SVDQuantLinear
+from loragraft.quantization.quantized_linear import QuantizedLinear
 
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
 
@@ -20,7 +22,7 @@ class LedgerRow:
 
     path: str
     numerics: str
-    """w4a8, w4a4, w4a16, or the dtype of a layer that is not quantized."""
+    """w4a8, w4a4, w4a16, a format (`formats.FORMATS`), or the dtype of a layer that is not quantized."""
     out_features: int
     in_features: int
     """Of a convolution: columns of its weight as a matrix, k k C and what pads it."""
@@ -28,7 +30,8 @@ class LedgerRow:
     group_size: int
     hadamard: bool
     backend: str
-    """triton: our kernels; reference: their plain-torch twins; torch: an ordinary linear layer."""
+    """triton: our kernels; reference: their plain-torch twins; scaled_mm, int_mm, bitsandbytes: a format's own engine;
+    torch: an ordinary linear layer."""
     nbytes: int
     error: float | None
     """Output error measured when the layer was quantized; None if it was not, or if the checkpoint does not say."""
@@ -85,6 +88,12 @@ def _cells(row: LedgerRow) -> tuple[str, ...]:
     )
 
 
+def _backend(layer: BranchedLinear) -> str:
+    if isinstance(layer, QuantizedLinear):
+        return layer.engine
+    return "triton" if uses_triton(layer.qweight) else "reference"
+
+
 def build_ledger(model: nn.Module) -> Ledger:
     """List every linear layer and convolution; the factors of injected adapters are no layers of the base and are skipped."""
     rows = []
@@ -92,8 +101,7 @@ def build_ledger(model: nn.Module) -> Ledger:
         if ".lora_A." in f".{path}" or ".lora_B." in f".{path}":
             continue
         name = path.removesuffix(".base_layer")
-        if isinstance(module, SVDQuantLinear):
-            backend = "triton" if uses_triton(module.qweight) else "reference"
+        if isinstance(module, BranchedLinear):
             rows.append(
                 LedgerRow(
                     name,
@@ -102,8 +110,8 @@ def build_ledger(model: nn.Module) -> Ledger:
                     module.in_features,
                     module.rank,
                     module.group_size,
-                    module.hadamard,
-                    backend,
+                    isinstance(module, SVDQuantLinear) and module.hadamard,
+                    _backend(module),
                     module.nbytes,
                     module.output_error,
                     _kind(module) if isinstance(module, SVDQuantConv2d) else "linear",

@@ -16,8 +16,8 @@ layers may have float16 for bf16; the bias of an act_unsigned layer makes up for
 only its columns from `unsigned_from` on are unsigned.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -37,14 +37,16 @@ from loragraft.kernels.w4a4_linear import dequantize_w4a4, w4a4_linear
 from loragraft.kernels.w4a8_group import MOST, w4a8_group
 from loragraft.kernels.w4a8_linear import dequantize_w4a8, w4a8_linear
 from loragraft.kernels.w4a16_linear import dequantize_w4a16, w4a16_linear
+from loragraft.quantization.branched import BranchedLinear
 from loragraft.quantization.calibrate import ActivationStats
-from loragraft.quantization.settings import LayerReport, Numerics, QuantSettings
+from loragraft.quantization.formats import FORMATS, Layout
+from loragraft.quantization.settings import LayerReport, Numerics, QuantSettings, SVDQuantNumerics
 from loragraft.quantization.svdquant import quantize_linear
 
 SHARING = frozenset({"to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "proj_mlp"})
 
 
-class SVDQuantLinear(nn.Module):
+class SVDQuantLinear(BranchedLinear):
     """Drop-in for `nn.Linear`: x [..., K] -> y [..., N] in x's dtype, for one adapter or none.
 
     `.to(dtype)`, `.half()` and the like move the buffers but never change their dtype: a scale rounded to 16 bits would be
@@ -57,9 +59,6 @@ class SVDQuantLinear(nn.Module):
     wscale: Tensor
     wzero: Tensor
     smooth: Tensor | None
-    lora_down: Tensor
-    lora_up: Tensor
-    bias: Tensor | None
 
     def __init__(
         self,
@@ -78,17 +77,17 @@ class SVDQuantLinear(nn.Module):
 
         Also for act_unsigned with other numerics than w4a4, or with a rotation, and for an unsigned_from inside a group.
         """
-        super().__init__()
+        if numerics not in get_args(SVDQuantNumerics):
+            raise ValueError(f"numerics {numerics!r}: expected one of {', '.join(get_args(SVDQuantNumerics))}")
+        super().__init__(in_features, out_features, numerics, group_size, output_error)
         if act_unsigned and (numerics != "w4a4" or hadamard):
             raise ValueError(f"act_unsigned is for w4a4 without a rotation, not {numerics} with hadamard = {hadamard}")
         if unsigned_from % 64 or not 0 <= unsigned_from < in_features or (unsigned_from and not act_unsigned):
             raise ValueError(
                 f"unsigned_from {unsigned_from}: expected 0, or with act_unsigned a multiple of 64 below K"
             )
-        self.in_features, self.out_features = in_features, out_features
-        self.numerics, self.group_size, self.hadamard = numerics, group_size, hadamard
+        self.hadamard = hadamard
         self.act_unsigned, self.unsigned_from = act_unsigned, unsigned_from
-        self.output_error = output_error
         self.save_x: Literal["quantized", "raw"] = "quantized"
         self.dgrad: Literal["dequantized", "int8"] = "dequantized"
         self.shares_input = False
@@ -98,7 +97,7 @@ class SVDQuantLinear(nn.Module):
         """The layers, this one at `place`, that a compiled forward pass computes together (`join_group`)."""
         rank = tensors["lora_down"].shape[0] if "lora_down" in tensors else 0
         expected = buffer_layout(in_features, out_features, numerics, group_size, rank)
-        _check_tensors(tensors, expected)
+        check_tensors(tensors, expected)
         for name, tensor in self._in_memory({name: tensors[name] for name in expected}).items():
             self.register_buffer(name, tensor)
         self.register_buffer("bias", tensors.get("bias"))
@@ -106,7 +105,6 @@ class SVDQuantLinear(nn.Module):
             self.smooth = None
         self._note_smoothing()
         self.base_rank = rank
-        """Rank of the branch that belongs to the base; `rank` is larger while an adapter is grafted."""
 
     @classmethod
     def from_linear(
@@ -158,16 +156,6 @@ class SVDQuantLinear(nn.Module):
             unsigned_from=unsigned_from,
             output_error=output_error,
         )
-
-    @property
-    def rank(self) -> int:
-        """Rank of the branch as it is now, grafted adapters included."""
-        return self.lora_down.shape[0]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all buffers."""
-        return sum(buffer.nbytes for buffer in self.buffers())
 
     def forward(
         self,
@@ -232,19 +220,6 @@ class SVDQuantLinear(nn.Module):
             return dequantize_w4a4(self.qweight, self.wscale, dtype)
         return dequantize_w4a16(self.qweight, self.wscale, self.wzero, dtype)
 
-    def set_branch(self, lora_down: Tensor, lora_up: Tensor) -> None:
-        """Exchange the branch for factors [R', K] and [N, R']; the old tensors are left as they are.
-
-        `base_rank` does not change. Raises ValueError on a shape or dtype that does not fit.
-        """
-        wanted = (lora_down.shape[0], self.in_features), (self.out_features, lora_down.shape[0])
-        given = tuple(lora_down.shape), tuple(lora_up.shape)
-        if given != wanted:
-            raise ValueError(f"branch of shapes {given[0]}, {given[1]}; this layer needs {wanted[0]}, {wanted[1]}")
-        if lora_down.dtype != lora_up.dtype or not lora_down.is_floating_point():
-            raise ValueError(f"branch dtypes {lora_down.dtype}, {lora_up.dtype}: expected one floating-point dtype")
-        self.lora_down, self.lora_up = lora_down.contiguous(), lora_up.contiguous()
-
     def _in_memory(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
         """Stored tensors -> buffers."""
         if self.numerics != "w4a8":
@@ -272,16 +247,6 @@ class SVDQuantLinear(nn.Module):
         """A vector of ones is left out of the arithmetic: rotated inputs then reach the tensor cores untouched."""
         smooth = self.smooth
         self.smoothed = smooth is not None and (smooth.is_meta or bool((smooth != 1).any()))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SVDQuantLinear":
-        """`nn.Module.to` and its kin end here: keep the device of fn's result, never its dtype."""
-
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        super()._apply(keep_dtype, recurse)
-        return self
 
     def extra_repr(self) -> str:
         rotated = ", hadamard" if self.hadamard else ", act_unsigned" if self.act_unsigned else ""
@@ -316,13 +281,14 @@ def join_group(layers: Sequence[SVDQuantLinear]) -> bool:
     return True
 
 
-def buffer_layout(
-    in_features: int, out_features: int, numerics: Numerics, group_size: int, rank: int
-) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def buffer_layout(in_features: int, out_features: int, numerics: Numerics, group_size: int, rank: int) -> Layout:
     """Name -> (shape, dtype) of every buffer but the optional bias."""
     K, N, Kp = in_features, out_features, padded(in_features)
+    branch: Layout = {"lora_down": ((rank, K), torch.bfloat16), "lora_up": ((N, rank), torch.bfloat16)}
+    if numerics in FORMATS:
+        return FORMATS[numerics].layout(N, K) | branch
     grouped = (Kp // group_size, N)
-    layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"qweight": ((N, Kp // 2), torch.uint8)}
+    layout: Layout = {"qweight": ((N, Kp // 2), torch.uint8)}
     if numerics == "w4a8":
         layout["row_scale"] = ((N,), torch.float32)
         layout["group_scale"] = layout["group_zero"] = (grouped, torch.uint8)
@@ -332,11 +298,11 @@ def buffer_layout(
         layout["wscale"] = layout["wzero"] = (grouped, torch.bfloat16)
     if numerics != "w4a16":
         layout["smooth"] = ((K,), torch.bfloat16)
-    layout["lora_down"], layout["lora_up"] = ((rank, K), torch.bfloat16), ((N, rank), torch.bfloat16)
-    return layout
+    return layout | branch
 
 
-def _check_tensors(tensors: dict[str, Tensor], expected: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
+def check_tensors(tensors: dict[str, Tensor], expected: Layout) -> None:
+    """Raises ValueError naming a tensor of a layer that is missing, foreign or mis-shaped."""
     missing, foreign = expected.keys() - tensors.keys(), tensors.keys() - expected.keys() - {"bias"}
     if missing or foreign:
         raise ValueError(f"tensors of a quantized layer: missing {sorted(missing)}, not expected {sorted(foreign)}")

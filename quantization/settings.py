@@ -3,8 +3,12 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-Numerics = Literal["w4a8", "w4a4", "w4a16"]
+from loragraft.quantization.formats import FORMATS, FormatName
+
+SVDQuantNumerics = Literal["w4a8", "w4a4", "w4a16"]
 """Weight and activation bits: native, interchange, and weight-only (adaLN)."""
+Numerics = Literal[SVDQuantNumerics, FormatName]
+"""SVDQuant's, or one of `formats.FORMATS`."""
 Smoothing = Literal["calibrated", "weight", "hadamard", "none", "auto"]
 """Where the smoothing vector comes from: measured activations, the weight alone, a rotation instead, nowhere.
 
@@ -24,11 +28,11 @@ class QuantSettings:
 
     numerics: Numerics = "w4a8"
     rank: int | None = None
-    """Rank R of the 16-bit branch; None: 16, or 0 for w4a16 (a tiny-M layer is bound by the bytes it reads)."""
+    """Rank R of the 16-bit branch; None: 16, 0 for w4a16 (a tiny-M layer is bound by the bytes it reads), a format's own."""
     group_size: int = 64
-    """Weights per group scale along K: 64, or 128 with w4a8."""
+    """Weights per group scale along K: 64, or 128 with w4a8. Formats have blocks of their own."""
     smoothing: Smoothing | None = None
-    """None: "calibrated", or "none" for w4a16, whose activations are not quantized."""
+    """None: "calibrated", or "none" for w4a16, whose activations are not quantized, and for formats, which store no vector."""
     rotation: Literal["auto", "never"] = "auto"
     """With calibrated smoothing and w4a8: "auto" also tries block-Hadamard-64 and keeps what measures best."""
     iterations: int = 10
@@ -58,6 +62,8 @@ class QuantSettings:
             )
         if self.numerics == "w4a16" and self.smoothing not in (None, "none"):
             raise ValueError(f"smoothing {self.smoothing!r} with w4a16: its activations stay 16-bit; leave it out")
+        if self.numerics in FORMATS and (self.smoothing not in (None, "none") or self.gptq):
+            raise ValueError(f"{self.numerics} has neither smoothing nor GPTQ: it rounds to nearest; leave both out")
         if self.search not in get_args(Search):
             raise ValueError(f"search {self.search!r}: expected one of {', '.join(get_args(Search))}")
         if self.rank is not None and self.rank < 0:
@@ -70,6 +76,8 @@ class QuantSettings:
         """R, with the default resolved."""
         if self.rank is not None:
             return self.rank
+        if self.numerics in FORMATS:
+            return FORMATS[self.numerics].rank
         return 0 if self.numerics == "w4a16" else DEFAULT_RANK
 
     @property
@@ -82,7 +90,13 @@ class QuantSettings:
         """The smoothing, with the default resolved."""
         if self.smoothing is not None:
             return self.smoothing
-        return "none" if self.numerics == "w4a16" else "calibrated"
+        return "none" if self.numerics == "w4a16" or self.numerics in FORMATS else "calibrated"
+
+    def for_few_rows(self) -> "QuantSettings":
+        """How the layers with one row per image (adaLN) are quantized beside these: W4A16, or in the same format."""
+        if self.numerics in FORMATS and FORMATS[self.numerics].few_rows:
+            return self
+        return QuantSettings("w4a16", search=self.search, seed=self.seed)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,8 @@ from torch import Tensor
 
 from loragraft.kernels.layout import pack_int4, relative_rms
 from loragraft.quantization.calibrate import ActivationStats
+from loragraft.quantization.format_quant import quantize_to_format
+from loragraft.quantization.formats import FORMATS
 from loragraft.quantization.gptq import HELD_OUT, gptq_codes
 from loragraft.quantization.settings import LayerReport, QuantSettings
 from loragraft.quantization.split import (
@@ -57,7 +59,7 @@ def quantize_linear(
     weight_NK: Tensor, bias: Tensor | None, stats: ActivationStats | None, settings: QuantSettings, *, path: str = "",
     taps: int = 1,
 ) -> tuple[dict[str, Tensor], LayerReport]:  # fmt: skip
-    """Quantize one linear layer; returns the buffers of a `SVDQuantLinear` by name, and the report.
+    """Quantize one linear layer; returns the buffers of a `SVDQuantLinear` or `QuantizedLinear` by name, and the report.
 
     weight [N, K] and bias [N] in any float dtype (the bias is kept as it is). `stats` holds the layer's measured inputs;
     it is required for calibrated smoothing and GPTQ and, where given, is what the report's errors are measured on (with GPTQ:
@@ -65,6 +67,9 @@ def quantize_linear(
     Raises ValueError naming `path` for non-finite weights, wrong shapes, missing statistics.
     """
     weight = weight_NK.detach().float()
+    if settings.numerics in FORMATS:
+        _check(weight, stats, settings, path)
+        return quantize_to_format(weight, bias, stats, settings, path)
     del weight_NK  # a caller that keeps none has the 16-bit copy gone from here on
     _check(weight, stats, settings, path)
     mode = settings.smoothing_mode

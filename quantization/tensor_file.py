@@ -30,26 +30,31 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, scratch, metadata)
 
 
-def read_header(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+def read_header(path: Path, header_limit: int = HEADER_LIMIT) -> tuple[dict[str, Any], dict[str, str]]:
     """(name -> {"dtype", "shape", "data_offsets"}, metadata) of a complete safetensors file.
 
-    Raises CheckpointError for a file that is missing, is not safetensors or ends too early; the last names the first tensor
-    that is cut off.
+    Raises CheckpointError for a file that is missing, is not safetensors, has a header of more than `header_limit` bytes or
+    ends too early; the last names the first tensor that is cut off.
     """
     if not path.is_file():
         raise CheckpointError(f"no file {path}")
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > HEADER_LIMIT:
+        if size < 8:
             raise CheckpointError(f"{path} is not a safetensors file")
+        if length > header_limit:
+            raise CheckpointError(
+                f"{path} is not a safetensors file, or a hostile one: it announces a header of {length} bytes, at most "
+                f"{header_limit} are read"
+            )
         if 8 + length > size:
             raise CheckpointError(f"{path} is truncated inside its header: {size} bytes of at least {8 + length}")
         try:
             header = json.loads(file.read(length))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} is not a safetensors file: its header is not JSON") from error
-    metadata = header.pop("__metadata__", {})
+    metadata = _check_entries(path, header)
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         if 8 + length + entry["data_offsets"][1] > size:
             raise CheckpointError(
@@ -59,9 +64,27 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     return header, metadata
 
 
-def read_tensors(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
+def _check_entries(path: Path, header: Any) -> dict[str, str]:
+    """Takes the metadata out of a parsed header; raises CheckpointError where its structure is not that of the format."""
+    metadata = header.pop("__metadata__", {}) if isinstance(header, dict) else None
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{path} is not a safetensors file: its metadata are not strings by name")
+    for name, entry in header.items():
+        offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
+        if (
+            not isinstance(offsets, list)
+            or len(offsets) != 2
+            or not all(isinstance(at, int) and at >= 0 for at in offsets)
+        ):
+            raise CheckpointError(f"{path} is not a safetensors file: its header does not say where tensor {name!r} is")
+    return metadata
+
+
+def read_tensors(
+    path: Path, device: torch.device | str = "cpu", header_limit: int = HEADER_LIMIT
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(all tensors, metadata) of a safetensors file. Raises as `read_header` does."""
-    header, metadata = read_header(path)
+    header, metadata = read_header(path, header_limit)
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             return {name: file.get_tensor(name) for name in header}, metadata

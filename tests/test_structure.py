@@ -17,7 +17,8 @@ MAY_IMPORT = {
     "adapters": {"quantization", "recipes"},
     "train": {"recipes", "data", "backbones", "adapters"},
     "evaluation": {"recipes", "data", "backbones", "adapters"},
-    "demo": {"data", "evaluation"},
+    "zoo": {"recipes", "data", "backbones", "adapters", "evaluation"},
+    "demo": {"data", "evaluation", "zoo"},
 }
 """What each folder builds on directly; what those build on is below it too."""
 LONGEST_FILE = 450

@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from loragraft.quantization.linear import SVDQuantLinear
+from loragraft.quantization.branched import BranchedLinear
 from loragraft.train.allocator import MIB, Block, CachingAllocator
 from loragraft.train.op_cost import OpCost, cost_of, workspace
 
@@ -150,7 +150,7 @@ def swap_tensors(model: nn.Module, tracker: "StorageTracker | None" = None) -> N
     replaced: dict[int, Tensor] = {}
     replacing: list[Tensor] = []  # alive until the end: their addresses are keys
     for module in model.modules():
-        quantized = isinstance(module, SVDQuantLinear)
+        quantized = isinstance(module, BranchedLinear)
         for owned in (module._parameters, module._buffers):
             for name, old in list(owned.items()):
                 if old is None:

@@ -41,6 +41,15 @@ def block_paths(transformer: nn.Module) -> list[str]:
     return paths
 
 
+def supported_policies(transformer: nn.Module) -> tuple[Checkpointing, ...]:
+    """Policies that `set_checkpointing` takes for this model, the least recomputation first; `selective` goes with `block`."""
+    partly: tuple[Checkpointing, ...] = ("gelu", "cheap") if getattr(transformer, "_repeated_blocks", None) else ()
+    whole: tuple[Checkpointing, ...] = (
+        ("block",) if getattr(transformer, "_supports_gradient_checkpointing", False) else ()
+    )
+    return ("none", *partly, *whole)
+
+
 def set_checkpointing(transformer: nn.Module, policy: Checkpointing, blocks: int = 0, *, offload: bool = False) -> int:
     """Turns checkpointing of a diffusers model on or off. Returns how many blocks are checkpointed.
 
@@ -169,7 +178,8 @@ def worth_keeping_or_small(context: Any, operation: Any, *args: Any, **kwargs: A
 def _expensive() -> frozenset[Any]:
     ours, aten = torch.ops.loragraft, torch.ops.aten
     return frozenset({
-        ours.w4a8_linear.default, ours.w4a4_linear.default, ours.w4a16_linear.default, ours.quantize_activation.default,
+        ours.w4a8_linear.default, ours.w4a4_linear.default, ours.w4a16_linear.default, ours.w4a8_conv.default,
+        ours.quantize_activation.default,
         ours.attention.default, aten._scaled_dot_product_flash_attention.default,
         aten._scaled_dot_product_flash_attention_for_cpu.default, aten._scaled_dot_product_efficient_attention.default,
         aten._scaled_dot_product_cudnn_attention.default, aten.mm.default, aten.addmm.default, aten.bmm.default,

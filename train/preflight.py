@@ -12,7 +12,7 @@ The largest stage decides. A card must hold it with the allocator's unused rests
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from loragraft.adapters.inject import inject_adapter
 from loragraft.adapters.joined import JoinedFactors
 from loragraft.backbones import attention
-from loragraft.backbones.architectures import FOLDER_RANK, folder_settings
+from loragraft.backbones.architectures import stand_in_settings
 from loragraft.backbones.load import find_spec, load_backbone
 from loragraft.backbones.sampler import drawn_together
 from loragraft.backbones.skeleton import meta_transformer, plan_architecture
@@ -87,7 +87,12 @@ class Preflight:
     @property
     def needed(self) -> int:
         """Bytes that a card must have."""
-        return round(self.peak * (1 + SLACK)) + CONTEXT
+        return self.card_for(self.peak)
+
+    @staticmethod
+    def card_for(peak: int) -> int:
+        """Bytes of the smallest card for a peak, with the allocator's rests and CUDA's own."""
+        return round(peak * (1 + SLACK)) + CONTEXT
 
     def fits(self, card: int) -> bool:
         """Whether the whole run fits a card of `card` bytes."""
@@ -152,29 +157,43 @@ def open_subject(recipe: Recipe, cache_root: Path) -> Subject:
     with init_empty_weights():
         encoders = external.random_encoders(0, torch.device("cpu"), DTYPE)
     if recipe.numerics != "16bit":
-        main = folder_settings(recipe.numerics, calibrated=False, rank=FOLDER_RANK, smoothing="hadamard")
-        plan = partial(plan_architecture, spec, main)
+        plan = partial(plan_architecture, spec, stand_in_settings(recipe.numerics))
     build = partial(meta_transformer, spec.transformer_class, external.config, plan)
     return Subject(spec, build, encoders.pipeline_parts["vae"], encoders.encode_text(["a"]), ())
 
 
-def preflight(recipe: Recipe, cache_root: Path, subject: Subject | None = None, *, processes: int = 1) -> Preflight:
+def preflight(
+    recipe: Recipe,
+    cache_root: Path,
+    subject: Subject | None = None,
+    *,
+    processes: int = 1,
+    like: Preflight | None = None,
+) -> Preflight:
     """The prediction for `recipe` on any GPU, for each of `processes`. Takes half a minute of one core for FLUX.1.
 
-    Compiled blocks are predicted as they are written: compiled, they keep up to a tenth less.
+    Compiled blocks are predicted as they are written: compiled, they keep up to a tenth less. like: the prediction for a
+    recipe that differs in its training alone; encoding, sampling and decoding are taken from it.
     """
     subject = open_subject(recipe, cache_root) if subject is None else subject
     resolution = max(recipe.data.edges(subject.spec.resolution))
     captured = recipe.train.cuda_graph != "never" and processes == 1
     train, parameters, rests = train_run(recipe, subject, resolution, captured=captured)
-    sample, decode, count = sample_runs(recipe, subject, resolution)
-    encode = dry_infer(subject.vae, partial(_encode_one, subject.vae, resolution))
+    if like is not None and like.resolution == resolution:
+        sample, decode, count = like.sample, like.decode, like.images
+        encoding = [stage for stage in like.stages if stage.name.startswith("encode")]
+    else:
+        sample, decode, count = sample_runs(recipe, subject, resolution)
+        encode = dry_infer(subject.vae, partial(_encode_one, subject.vae, resolution))
+        encoding = [
+            Stage("encode captions", text_stage(subject.spec, subject.encoders)),
+            Stage("encode images", encode.peak),
+        ]
     adapter = train.at_peak["adapter"]
     resting = train.static + train.library + rests
     scaled = (sample.peak - sample.static - sample.library) * recipe.train.batch_size // count
     stages = (
-        Stage("encode captions", text_stage(subject.spec, subject.encoders)),
-        Stage("encode images", encode.peak),
+        *encoding,
         Stage("train", train.peak),
         Stage("validate", resting + scaled),
         Stage("sample", resting + max(sample.peak - sample.static - sample.library, decode.peak - decode.library)),
@@ -198,7 +217,7 @@ def train_run(recipe: Recipe, subject: Subject, resolution: int, *, captured: bo
     parameters = inject_adapter(model, recipe.adapter, subject.spec.lora_targets)
     rests = 0
     if captured:  # as `step.graph_step` does; the joined factors stay on the layers
-        joined = JoinedFactors(model, DTYPE).nbytes
+        joined = JoinedFactors(model, DTYPE).nbytes if config.join_factors else 0
         rests = -joined if fills_card(model) else sum(parameter.nbytes for parameter in parameters)
     with _dry_offload():
         memory.set_checkpointing(
@@ -260,51 +279,3 @@ def _dry_offload() -> Iterator[None]:
         mock.patch.object(memory, "_check_offload"),
     ):
         yield
-
-
-def suggestions(recipe: Recipe, resolution: int) -> Iterator[tuple[str, Recipe]]:
-    """(overrides to type, the recipe with them): each adds to the one before, the cheapest in quality and time first."""
-    typed: list[str] = []
-
-    def changed(block: str, **values: Any) -> tuple[str, Recipe]:
-        nonlocal recipe
-        recipe = replace(recipe, **{block: replace(getattr(recipe, block), **values)})
-        typed.extend(f"{block}.{key}={'[]' if value == () else value}" for key, value in values.items())
-        return " ".join(typed), recipe
-
-    if recipe.train.checkpointing != "block":
-        yield changed(
-            "train", checkpointing="block", **({"checkpoint_blocks": 0} if recipe.train.checkpoint_blocks else {})
-        )
-    least = 2 if recipe.data.prior.images else 1
-    while recipe.train.batch_size > least:
-        size = max(least, recipe.train.batch_size // 2)
-        yield changed(
-            "train", batch_size=size, accumulation=recipe.train.accumulation * (recipe.train.batch_size // size)
-        )
-    if recipe.optim.name == "adamw":
-        yield changed("optim", name="adamw8bit")
-    if not recipe.train.offload_activations:
-        yield changed("train", offload_activations=True)
-    while (resolution := resolution * 3 // 4 // 64 * 64) >= 256:
-        yield changed("data", **({"resolutions": ()} if recipe.data.resolutions else {}), resolution=resolution)
-    while recipe.adapter.rank > 4:
-        yield changed("adapter", rank=recipe.adapter.rank // 2, alpha=recipe.adapter.alpha / 2)
-
-
-def what_fits(
-    recipe: Recipe, found: Preflight, card: int, cache_root: Path, progress: Callable[[str], object] = print
-) -> tuple[str, Preflight] | None:
-    """The first of `suggestions` with which the run fits `card` bytes, and its prediction; ("", found) if it does already.
-
-    None if none does. `progress` hears of each that is tried.
-    """
-    if found.fits(card):
-        return "", found
-    subject = open_subject(recipe, cache_root)
-    for overrides, changed in suggestions(recipe, found.resolution):
-        tried = preflight(changed, cache_root, subject)
-        progress(f"{overrides}: {tried.needed / GIB:.1f} GiB")
-        if tried.fits(card):
-            return overrides, tried
-    return None

@@ -2,7 +2,7 @@
 
     loragraft preflight marketing
     loragraft preflight marketing base=flux1-dev weights.random=true train.batch_size=1
-    loragraft preflight marketing base=flux1-dev weights.random=true --fit 12GiB
+    loragraft preflight marketing base=flux1-dev weights.random=true --fit 12GiB         the cheapest setting for that card
     loragraft preflight --calibrate                              on the machine that will train, once
 
 The real step runs on fake tensors on one CPU core: nothing is loaded that a FLUX.1 would need, and no GPU. The data set is looked
@@ -28,8 +28,9 @@ from loragraft.data.sources import open_source
 from loragraft.recipes.load import load_recipe
 from loragraft.recipes.schema import Recipe
 from loragraft.train.dry_run import KINDS
+from loragraft.train.fit import what_fits
 from loragraft.train.machine_calibration import calibrate
-from loragraft.train.preflight import CARDS_GIB, GIB, Preflight, preflight, what_fits
+from loragraft.train.preflight import CARDS_GIB, GIB, Preflight, preflight
 from loragraft.train.roofline import CARDS, Machine, machine_for, run_seconds, save_machine, seconds
 
 MAKERS = 6
@@ -59,12 +60,12 @@ def run(arguments: list[str]) -> int:
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(to_dict(found, machines), indent=1) + "\n")
-    return 0 if args.fit is None else _fit(recipe, found, args.fit, cache_root)
+    return 0 if args.fit is None else _fit(recipe, found, args.fit, cache_root, args.processes)
 
 
-def _fit(recipe: Recipe, found: Preflight, card: int, cache_root: Path) -> int:
+def _fit(recipe: Recipe, found: Preflight, card: int, cache_root: Path, processes: int) -> int:
     print(f"\nto fit {card / GIB:g} GiB:")
-    fitting = what_fits(recipe, found, card, cache_root, lambda line: print(f"  tried {line}", flush=True))
+    fitting = what_fits(recipe, found, card, cache_root, lambda line: print(f"  tried {line}", flush=True), processes)
     if fitting is None:
         print("  nothing that a recipe can change is enough; the weights alone need a larger card")
         return 1

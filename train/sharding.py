@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from loragraft.quantization.linear import SVDQuantLinear
+from loragraft.quantization.branched import BranchedLinear
 from loragraft.recipes.schema import TrainConfig
 from loragraft.train.memory import block_paths
 
@@ -60,7 +60,7 @@ def shard_base(transformer: nn.Module, adapter: Sequence[nn.Parameter], device: 
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for module in transformer.modules():
-        if isinstance(module, SVDQuantLinear):
+        if isinstance(module, BranchedLinear):
             _freeze_buffers(module)
     whole = set(adapter)
     for path in block_paths(transformer):
@@ -68,7 +68,7 @@ def shard_base(transformer: nn.Module, adapter: Sequence[nn.Parameter], device: 
     fully_shard(transformer, mesh=mesh, ignored_params=whole)
 
 
-def _freeze_buffers(layer: SVDQuantLinear) -> None:
+def _freeze_buffers(layer: BranchedLinear) -> None:
     """Matrices become parameters without gradient; vectors and empty branches are not worth dividing."""
     for name, buffer in list(layer.named_buffers(recurse=False)):
         if buffer.dim() == 2 and buffer.numel():

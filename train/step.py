@@ -193,7 +193,7 @@ def choose_step(
                 "it has no repeated blocks; train with train.compile=never"
             )
     if captures(config, accelerator):
-        return graph_step(accelerator.unwrap_model(model), loss, parameters, family)
+        return graph_step(accelerator.unwrap_model(model), loss, parameters, family, join=config.join_factors)
     return EagerStep(loss, accelerator, model)
 
 
@@ -213,18 +213,24 @@ def captures(config: TrainConfig, accelerator: Accelerator) -> bool:
 
 
 def graph_step(
-    transformer: nn.Module, loss: Loss, parameters: Sequence[nn.Parameter], family: Family = FLUX_LIKE
+    transformer: nn.Module,
+    loss: Loss,
+    parameters: Sequence[nn.Parameter],
+    family: Family = FLUX_LIKE,
+    *,
+    join: bool = True,
 ) -> GraphStep:
-    """A captured step of `transformer`, its factors joined and its kernels compiled beside the blocks."""
+    """A captured step of `transformer`, its factors joined if asked and its kernels compiled beside the blocks."""
     dtype = next(p for p in transformer.parameters() if not p.requires_grad).dtype
-    joined, prepare = JoinedFactors(transformer, dtype), partial(prepare_layers, transformer, family)
+    joined = JoinedFactors(transformer, dtype) if join else None
+    prepare = partial(prepare_layers, transformer, family)
     return GraphStep(loss, parameters, joined, prepare, fills=fills_card(transformer))
 
 
 def prepare_layers(transformer: nn.Module, family: Family, tensors: dict[str, Tensor]) -> Thread:
     """Compiles the layers' kernels beside the blocks (`warm_layers`)."""
     latents = tensors["latents"]
-    return warm_layers(transformer, family.rows(tuple(latents.shape), tensors), latents.dtype)
+    return warm_layers(transformer, family.rows(tuple(latents.shape), tensors), len(latents), latents.dtype)
 
 
 def fills_card(model: nn.Module) -> bool:

@@ -9,7 +9,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-import wandb
 from accelerate import Accelerator
 from accelerate.tracking import WandBTracker
 from PIL.Image import Image
@@ -32,6 +31,8 @@ class Tracking:
         """Opens the run with the resolved recipe, its hash, the base's id and the ledger as its config."""
         if recipe.tracking.mode == "disabled" or not accelerator.is_main_process:
             return cls(None, recipe.name)
+        import wandb  # here and below: a second to import, and `disabled` needs none
+
         run_id = hashlib.sha256(f"{folder.recipe_hash}/{folder.path.name}".encode()).hexdigest()[:12]
         mode = wandb_mode(recipe.tracking.mode)
         if mode == "offline":
@@ -65,12 +66,16 @@ class Tracking:
     def log_images(self, images: list[tuple[Image, str]], step: int) -> None:
         """Images with their prompts as captions."""
         if self._tracker is not None:
+            import wandb
+
             shown = [wandb.Image(image, caption=prompt) for image, prompt in images]
             self._tracker.log({"samples": shown}, step=step)
 
     def log_adapter(self, file: Path) -> None:
         """The adapter as an artifact of type `adapter`."""
         if self._tracker is not None:
+            import wandb
+
             artifact = wandb.Artifact(f"{self._name}-adapter", type="adapter")
             artifact.add_file(str(file))
             self._tracker.run.log_artifact(artifact)
@@ -88,5 +93,7 @@ class Tracking:
 def wandb_mode(mode: Literal["offline", "auto", "online", "disabled"]) -> Any:
     """`auto` is online where a login is stored, offline otherwise; the others are themselves."""
     if mode == "auto":
+        import wandb
+
         return "online" if wandb.api.api_key else "offline"
     return mode

@@ -3,13 +3,13 @@
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Never
+from typing import Literal, Never, get_args
 
 import torch
 from diffusers import FluxTransformer2DModel
 from tqdm import tqdm
 
-from loragraft.quantization.checkpoint import save_quantized
+from loragraft.quantization.checkpoint import branched_layers, save_quantized
 from loragraft.quantization.dialects.assembly import Progress
 from loragraft.quantization.dialects.comfyui import Layout, Names, save_comfyui
 from loragraft.quantization.dialects.detection import detect_dialect, load_any
@@ -17,6 +17,7 @@ from loragraft.quantization.dialects.flux_names import flux_linears
 from loragraft.quantization.dialects.nunchaku_lite import save_lite
 from loragraft.quantization.ledger import build_ledger
 from loragraft.quantization.numerics import Conversion, conversion_table, convert_numerics, sign_activations
+from loragraft.quantization.settings import SVDQuantNumerics
 
 Target = Literal["native", "nunchaku-lite", "comfyui", "comfyui-flux"]
 TARGETS: tuple[Target, ...] = ("native", "nunchaku-lite", "comfyui", "comfyui-flux")
@@ -62,6 +63,11 @@ def convert_checkpoint(
     dialect = detect_dialect(source)
     with _bar(f"read {dialect}", show_progress) as bar:
         model, _ = load_any(source, _stepping(bar))
+    foreign = sorted({layer.numerics for layer in branched_layers(model).values()} - set(get_args(SVDQuantNumerics)))
+    if foreign and (to != "native" or numerics is not None):
+        raise ValueError(
+            f"{source} is {', '.join(foreign)}: only SVDQuant's W4A8, W4A4 and W4A16 are converted; quantize again"
+        )
     changes: list[Conversion] = []
     device = "cuda" if torch.cuda.is_available() else None
     if signed:

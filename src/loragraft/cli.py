@@ -15,15 +15,16 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import loragraft
 from loragraft.outcome import guarded
+from loragraft.recipes.schema import Numerics
 
 if TYPE_CHECKING:
     from loragraft.recipes.schema import Recipe
 
-PROFILES = ("native", "interchange")
+PROFILES = [name for name in get_args(Numerics) if name != "16bit"]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,6 +34,8 @@ def main(argv: list[str] | None = None) -> int:
         return guarded(lambda: _train(arguments[1:]))
     if arguments[:1] == ["preflight"]:
         return guarded(lambda: _preflight(arguments[1:]))
+    if arguments[:1] == ["zoo"]:
+        return guarded(lambda: _zoo(arguments[1:]))
     args = _parser().parse_args(arguments)
     verb: Callable[[argparse.Namespace], int] = args.verb
     return guarded(lambda: verb(args))
@@ -159,21 +162,21 @@ def _preflight(arguments: list[str]) -> int:
 
 
 def _publish(args: argparse.Namespace) -> int:
-    from loragraft.adapters.publish import publish_folder
+    from loragraft.zoo.zoo_command import run_publish
 
-    target = publish_folder(Path(args.run), Path(args.to))
-    print(f"published: {target}")
-    return 0
+    return run_publish(args)
 
 
-def _zoo(args: argparse.Namespace) -> int:
-    from loragraft.adapters.publish import list_published
+def _adapter(args: argparse.Namespace) -> int:
+    from loragraft.adapters.adapter_command import run
 
-    entries = list_published(Path(args.folder))
-    for name, about in entries:
-        print(f"{name:24s} base {about['base']} ({about['profile']}, {about['base_id'][:12]}), rank {about['rank']}")
-    print(f"{len(entries)} adapters in {args.folder}")
-    return 0
+    return run(args)
+
+
+def _zoo(arguments: list[str]) -> int:
+    from loragraft.zoo.zoo_command import main as zoo_main
+
+    return zoo_main(arguments)
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -208,9 +211,11 @@ def _device() -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from loragraft.adapters.adapter_command import add_options as adapter_options
     from loragraft.evaluation.generate_command import add_options as generate_options
     from loragraft.evaluation.standard_command import EPILOG, add_metric_options
     from loragraft.evaluation.standard_command import add_options as measure_options
+    from loragraft.zoo.zoo_command import publish_options
 
     parser = argparse.ArgumentParser(
         prog="loragraft", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -365,14 +370,32 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--signed", action="store_true", help="replace unsigned activations, which Lite does not know")
     convert.add_argument("--layout", choices=("row-major", "tile-packed"), default="row-major", help="for ComfyUI")
 
+    adapter = verb(
+        "adapter",
+        _adapter,
+        "look into a LoRA file of any trainer, or write it in another one's naming",
+        "loragraft adapter inspect downloaded.safetensors\n"
+        "loragraft adapter export runs/marketing --style comfyui --out marketing.safetensors\n\n"
+        "Read: diffusers, PEFT, attention processors, kohya, OneTrainer, LyCORIS (LoKr, LoHa), ComfyUI, XLabs, BFL control,\n"
+        "cloneofsimo. generate, demo and the others take such files as they are.",
+    )
+    adapter_options(adapter)
+
     verb("preflight", _recipe, "memory and time of a run before it starts, what it fits and what would make it fit")
 
-    publish = verb("publish", _publish, "copy a finished adapter with its card to a folder")
-    publish.add_argument("run", help="the run folder that training wrote")
-    publish.add_argument("--to", required=True, help="a folder, created if needed: the zoo")
+    publish = verb(
+        "publish",
+        _publish,
+        "a finished adapter with card, pictures, score and index entry to a folder, a URL or the Hub",
+        "loragraft publish runs/marketing --to zoo                 a folder\n"
+        "loragraft publish runs/marketing --to s3://bucket/zoo     what fsspec opens\n"
+        "loragraft publish runs/marketing --to hf://OWNER          the Hub: repository OWNER/marketing, private unless --public\n\n"
+        "Killed or cut off at any moment, the place has its old or its new state; the same command goes on. What is there\n"
+        "already is not sent again. `loragraft zoo` finds, fetches and checks what was published.",
+    )
+    publish_options(publish)
 
-    zoo = verb("zoo", _zoo, "list the adapters of a published folder")
-    zoo.add_argument("folder")
+    verb("zoo", _recipe, "published adapters: ls, search, info, pull, verify, bench, mirror, yank, deprecate, key")
 
     demo = verb(
         "demo",
@@ -385,7 +408,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--base", default="pocket", help="the base to begin with (default: pocket)")
     demo.add_argument(
         "--profile",
-        choices=(*PROFILES, "16bit"),
+        choices=("native", "interchange", "16bit"),
         default="native",
         help="its precision to begin with (default: native)",
     )

@@ -219,3 +219,21 @@ def test_shapes_that_do_not_fit_are_named(net: _Net, make_adapter: Callable[...,
     assert expand_targets(model, ["conv"]) == ["conv"]
     with pytest.raises(ValueError, match="'deep', a Conv2d, not a Linear or ungrouped Conv2d; "):
         expand_targets(model, [".*"])
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_1x1_kernel_may_be_flat(net: _Net, quantized: bool) -> None:
+    """Some trainers write proj_in as a matrix where the base has a convolution: the same graft, the same undoing."""
+    model = net if quantized else _plain()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    down, up = torch.randn(3, 48), torch.randn(32, 3)
+    about = {"base_id": base_id(model)}
+    graft(model, Adapter("flat", about, {"skip": (down, up)}))
+    flat = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ungraft(model, "flat")
+    graft(model, Adapter("kernel", about, {"skip": (down[..., None, None], up[..., None, None])}))
+    assert all(torch.equal(tensor, flat[name]) for name, tensor in model.state_dict().items())
+    branch = "skip.lora_down" if quantized else "skip.weight"
+    assert flat[branch].shape != before[branch].shape or not torch.equal(flat[branch], before[branch])
+    ungraft(model, "kernel")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

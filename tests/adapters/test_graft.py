@@ -1,6 +1,7 @@
 """Grafts: the same output as the adapter kept apart, and every byte back after the last one is gone."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -140,6 +141,32 @@ def test_a_16_bit_model_takes_grafts_too(plain_flux: FluxTransformer2DModel, flu
     ungraft(plain_flux, "a")
     assert _same(plain_flux, before)
     assert torch.equal(plain_flux(**flux_inputs(0)).sample, output)
+
+
+def test_16_bit_layers_of_a_quantized_model_take_grafts(
+    flux: FluxTransformer2DModel, make_adapter: MakeAdapter
+) -> None:
+    """Other people's adapters train embedders and last layers too, which stay in 16 bits here."""
+    before, other = _bytes(flux), make_adapter("other", 0)
+    pair = torch.randn(4, 16), torch.randn(128, 4)
+    graft(flux, Adapter("a", other.metadata, {**other.pairs, "x_embedder": pair}), 0.5)
+    weight = flux.get_submodule("x_embedder").weight
+    assert relative_rms(weight, before["x_embedder.weight"] + 0.5 * pair[1] @ pair[0]) < 1e-6
+    ungraft(flux, "a")
+    assert _same(flux, before)
+
+
+def test_an_adapter_that_changes_more_than_the_denoiser(
+    flux: FluxTransformer2DModel, make_adapter: MakeAdapter
+) -> None:
+    """Is refused with what it is, until it is left out knowingly."""
+    before, good = _bytes(flux), make_adapter("good", 0)
+    more = replace(good, extras={"text_encoder": {"x.lora_A.weight": torch.ones(2, 4)}})
+    with pytest.raises(ValueError, match=r"also changes text_encoder \(1 tensors\).*--denoiser-only"):
+        graft(flux, more)
+    assert _same(flux, before)
+    graft(flux, more.denoiser_only())
+    assert grafted(flux) == {"good": 1.0}
 
 
 def test_refusals_change_nothing(flux: FluxTransformer2DModel, make_adapter: MakeAdapter) -> None:

@@ -138,7 +138,7 @@ def test_several_active_adapters_add_up() -> None:
 
 def test_targets_match_whole_paths(flux: FluxTransformer2DModel) -> None:
     assert expand_targets(flux, [r"single_transformer_blocks\.0\.proj_out"]) == ["single_transformer_blocks.0.proj_out"]
-    with pytest.raises(ValueError, match=r"'proj_out' matches 'proj_out', a Linear, not a SVDQuantLinear"):
+    with pytest.raises(ValueError, match=r"'proj_out' matches 'proj_out', a Linear, not a quantized layer"):
         expand_targets(flux, ["proj_out"])
     with pytest.raises(ValueError, match=r"matches no module path.*nearest: .*attn\.to_q"):
         expand_targets(flux, [r"transformer_blocks\.0\.attn\.to_queue"])

@@ -12,7 +12,9 @@ from torch import nn
 from loragraft import cli
 from loragraft.backbones.architectures import FLUX, flux_config, folder_settings, open_model, plan_model
 from loragraft.backbones.pocket import SPEC
-from loragraft.quantization.checkpoint import load_quantized
+from loragraft.kernels.layout import relative_rms
+from loragraft.quantization.checkpoint import branched_layers, load_quantized
+from loragraft.quantization.formats import FORMATS
 from loragraft.quantization.tensor_file import CheckpointError
 from loragraft.quantization.weight_source import FileSource
 
@@ -108,6 +110,8 @@ def test_refusals(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["--smoothing", "calibrated"], "needs the folder of the whole pipeline"),
         (["--gptq"], "no activation statistics for 17 layer(s)"),
         (["--profile", "interchange", "--group-size", "128"], "group_size 128 with w4a4"),
+        (["--profile", "nf4", "--smoothing", "calibrated"], "nf4 stores no smoothing vector"),
+        (["--profile", "nf4", "--gptq"], "nf4 has neither smoothing nor GPTQ"),
     ):
         assert cli.main(["quantize", str(folder), "--out", str(tmp_path / "out"), *options]) == 2
         assert message in capsys.readouterr().err
@@ -130,3 +134,18 @@ def test_weight_only_rounds_no_activations_and_needs_none(folder: Path) -> None:
     assert {settings.numerics for settings in plan.values()} == {"w4a16"}
     assert {settings.branch_rank for settings in plan.values()} == {4, 0}  # adaLN has no branch
     assert not any(settings.needs_statistics for settings in plan.values())
+
+
+@pytest.mark.parametrize("profile", ["int8", "nf4-double", "mxfp4", "int3"])
+def test_a_format_is_quantized_from_the_files_alone(profile: str, folder: Path, tmp_path: Path) -> None:
+    assert cli.main(["quantize", str(folder), "--out", str(tmp_path / "out"), "--profile", profile]) == 0
+    model = load_quantized(tmp_path / "out", FluxTransformer2DModel)
+    layers = branched_layers(model)
+    plain = _model(128)
+    assert {path for path, layer in layers.items() if layer.numerics not in (profile, "w4a16")} == set()
+    for path in ("transformer_blocks.0.attn.to_q", "single_transformer_blocks.0.proj_out"):
+        assert layers[path].numerics == profile
+        assert layers[path].rank == FORMATS[profile].rank
+        error = relative_rms(layers[path].dequantized_weight(), plain.get_submodule(path).weight)
+        assert 0 < error < 0.2
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["profile"] == profile

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from loragraft.backbones.load import list_bases
+from loragraft.backbones.load import list_bases, shipped_bases
 
 PREDICTED = {
     "params": 10**9, "file_gb": 0.5, "file_gb_16bit": 2.0, "preflight_gib": 4.0, "step": "train", "checkpointing": True,
@@ -31,7 +31,7 @@ def answering(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, **peaks: A
     """In the place of the processes: what each base is said to need, by default 4.2 GiB; the calls, in order."""
     asked: list[tuple[str, str]] = []
 
-    def answer(what: str, base: str) -> dict[str, Any]:
+    def answer(what: str, base: str, eager: bool) -> dict[str, Any]:
         asked.append((what, base))
         found = peaks.get(base.replace("-", "_"), 4.2)
         if what == "prediction":
@@ -50,6 +50,7 @@ def test_every_base_has_a_row_with_every_key(
     (tmp_path / "conv.json").write_text(json.dumps({"batches": {"1": {"conv_vs_cudnn": 1.25}}}))
     code, result = run(benchmark, monkeypatch, tmp_path / "bases.json", "--conv", str(tmp_path / "conv.json"))
     assert code == 0
+    assert list(benchmark.SHIPPED) == shipped_bases()
     assert list(result["bases"]) == [name for name in list_bases() if name != "pocket"]
     for row in result["bases"].values():
         assert tuple(row)[: len(benchmark.KEYS)] == benchmark.KEYS
@@ -89,12 +90,12 @@ def test_a_process_says_its_row_or_why_not(
     script = tmp_path / "part.py"
     monkeypatch.setattr(benchmark, "__file__", str(script))
     script.write_text("print('noise')\nprint('row: {\"params\": 3}')")
-    assert benchmark.in_its_own_process("prediction", "x") == {"params": 3}
+    assert benchmark.in_its_own_process("prediction", "x", False) == {"params": 3}
     script.write_text("raise SystemExit('no such card')")
-    assert benchmark.in_its_own_process("measurement", "x") == {"error": "measurement: no such card"}
+    assert benchmark.in_its_own_process("measurement", "x", False) == {"error": "measurement: no such card"}
     script.write_text("import time; time.sleep(60)")
     monkeypatch.setattr(benchmark, "TIMEOUT", 0.5)
-    assert benchmark.in_its_own_process("measurement", "x") == {"error": "measurement was not done after 0.5 s"}
+    assert benchmark.in_its_own_process("measurement", "x", False) == {"error": "measurement was not done after 0.5 s"}
 
 
 def test_sizes_and_preflight_of_true_shapes(benchmark: ModuleType) -> None:
@@ -103,6 +104,7 @@ def test_sizes_and_preflight_of_true_shapes(benchmark: ModuleType) -> None:
     assert row["file_gb"] <= 0.42 and row["unknown_ops"] == []
     assert row["pixels"] == 1024 and row["step"] == "train"
     assert 1 < row["preflight_gib"] < 8
+    assert row["captured"] and not benchmark.configuration("pixart-sigma", eager=True).captured
     assert benchmark.configuration("flux1-schnell").trains is False
 
 

@@ -1,4 +1,4 @@
-"""The precision table: what may be compared, NF4's layers, and the figures for images that differ by a known amount."""
+"""The precision table: what may be compared, and the figures for images that differ by a known amount."""
 
 import argparse
 import json
@@ -87,8 +87,6 @@ def test_mistakes_are_one_sentence(
     )
     assert precision.main() == 2
     assert "plan.json is missing: run" in capsys.readouterr().err
-    with pytest.raises(FileNotFoundError, match="make-nf4"):
-        precision.nf4("cpu", tmp_path / "none")
 
 
 def test_prompts_are_distinct_and_begin_with_what_the_base_knows(

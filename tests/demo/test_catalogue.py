@@ -5,21 +5,50 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from loragraft.adapters.publish import publish_folder
 from loragraft.demo.catalogue import Catalogue
+from loragraft.quantization.tensor_file import write_tensors
+from loragraft.zoo.entry import Status
+from loragraft.zoo.places import open_place
+from loragraft.zoo.publish import publish
 
 
 def test_runs_published_folders_single_runs_and_files(runs: Any, tmp_path: Path) -> None:
     (tmp_path / "unfinished").mkdir()
     shutil.copytree(runs.folder / "ours", tmp_path / "ours")
-    zoo = publish_folder(tmp_path / "ours", tmp_path / "zoo").parent
+    zoo = tmp_path / "zoo"
+    publish(tmp_path / "ours", open_place(str(zoo)))
+    publish(tmp_path / "ours", open_place(str(zoo)), version="1.10.0")
+    publish(tmp_path / "ours", open_place(str(zoo)), version="1.11.0")
+    open_place(str(zoo)).set_status("ours", "1.11.0", Status(yanked="wrong data"))
+    assert Catalogue([zoo]).listing().adapters["ours"].parent.name == "1.10.0", "the newest that is not yanked"
     file = runs.folder / "second" / "adapter" / "pytorch_lora_weights.safetensors"
     for place in (tmp_path, zoo, tmp_path / "ours", tmp_path / "ours" / "adapter"):
         listing = Catalogue([place]).listing()
         assert (list(listing.adapters), listing.problems) == (["ours"], ()), place
     assert Catalogue([file]).listing().adapters == {"second": file}
     assert list(Catalogue([runs.folder]).listing().adapters) == ["foreign", "ours", "second"]
+
+
+def test_a_damaged_zoo_is_told_and_the_rest_stays(runs: Any, tmp_path: Path) -> None:
+    (tmp_path / "index.json").write_text("[")
+    listing = Catalogue([tmp_path, runs.folder / "ours"]).listing()
+    assert list(listing.adapters) == ["ours"]
+    assert "is not the JSON that a zoo writes" in listing.problems[0]
+
+
+def test_loose_files_of_other_trainers(tmp_path: Path) -> None:
+    """A folder as ComfyUI's models/loras; a pickle there is not looked at, a refused file is told."""
+    name = "lora_unet_double_blocks_0_img_attn_proj"
+    factors = {f"{name}.lora_down.weight": torch.ones(2, 8), f"{name}.lora_up.weight": torch.ones(8, 2)}
+    write_tensors(tmp_path / "style.safetensors", factors, {})
+    write_tensors(tmp_path / "odd.safetensors", {"x": torch.ones(1)}, {})
+    (tmp_path / "old.pt").write_bytes(b"PK")
+    listing = Catalogue([tmp_path]).listing()
+    assert list(listing.adapters) == ["style"]
+    (problem,) = listing.problems
+    assert "odd.safetensors: 1 tensor(s) are no part of a LoRA" in problem
 
 
 def test_one_name_in_two_places_is_told_apart(runs: Any, tmp_path: Path) -> None:

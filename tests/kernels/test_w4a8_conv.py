@@ -1,18 +1,14 @@
 """The native convolution, forward and gradient, against its float64 reference on odd windows and channels."""
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from loragraft.kernels.conv_gemm import CONFIGS
-from loragraft.kernels.layout import LinearCase, pack_words, padded, relative_rms
-from loragraft.kernels.registry import OPS, cast
-from loragraft.kernels.taps import tap_columns
+from loragraft.kernels.layout import relative_rms
+from loragraft.kernels.registry import CONV_CASES, ConvCase, cast
 from loragraft.kernels.w4a8_conv import (
     as_columns,
-    as_image,
     as_kernel,
     as_pixels,
     dequantize_conv,
@@ -21,69 +17,8 @@ from loragraft.kernels.w4a8_conv import (
 )
 from loragraft.kernels.w4a8_linear import w4a8_linear
 
-LINEAR = next(op for op in OPS if op.name == "w4a8")
-
-
-@dataclass(frozen=True)
-class ConvCase:
-    """x [B, C, H, W] to N channels."""
-
-    B: int
-    C: int
-    H: int
-    W: int
-    N: int
-    kernel: int = 3
-    stride: int = 1
-    padding: int = 1
-    R: int = 8
-    r: int = 4
-    hadamard: bool = False
-    bias: bool = True
-    group: int = 64
-
-    def __str__(self):
-        flags = ("-hadamard" if self.hadamard else "") + ("" if self.bias else "-bias") + f"-g{self.group}"
-        return f"{self.B}x{self.H}x{self.W}-{self.C}-{self.N}-k{self.kernel}s{self.stride}p{self.padding}-R{self.R}r{self.r}{flags}"
-
-    @property
-    def window(self):
-        return {"kernel": self.kernel, "stride": self.stride, "padding": self.padding, "hadamard": self.hadamard}
-
-
-CASES = (
-    ConvCase(2, 64, 5, 6, 40, hadamard=True),
-    ConvCase(1, 128, 4, 3, 72, group=128, bias=False),
-    ConvCase(1, 48, 7, 5, 24, stride=2, R=0, r=3),
-    ConvCase(1, 64, 8, 6, 130, stride=2, r=0),
-    ConvCase(1, 100, 3, 4, 16, kernel=1, padding=0, R=5),
-    ConvCase(1, 64, 6, 7, 16, kernel=2, padding=0, stride=2, R=3, r=20),
-    ConvCase(1, 192, 1, 1, 8, R=0, r=0),
-)
 SMALL = ConvCase(1, 64, 4, 5, 24)
-ALL = [pytest.param(case, id=str(case)) for case in CASES]
-
-
-def inputs_of(case, seed=0):
-    """Keyword arguments, float32 on the CPU; x on the quantization grid of its pixels, as the linear ops' tests have it."""
-    random = torch.Generator().manual_seed(seed)
-    taps, M = case.kernel**2, case.B * case.H * case.W
-    K, KP = taps * case.C, padded(taps * tap_columns(case.C))
-    scale = torch.randint(1, 9, (KP // case.group, case.N), dtype=torch.uint8, generator=random)
-    zero = torch.randint(0, 16, scale.shape, dtype=torch.uint8, generator=random)
-    pixels = LINEAR.inputs(LinearCase(M, case.N, case.C, R=0, r=0, hadamard=case.hadamard), seed)
-    return {
-        "x": as_image(pixels["x"], case.B, case.H, case.W),
-        "qweight": torch.randint(0, 256, (case.N, KP // 2), dtype=torch.uint8, generator=random),
-        "row_scale": (torch.rand(case.N, generator=random) + 0.5) / (40 * K**0.5),
-        "group_words": pack_words(scale, zero, case.group),
-        "smooth": pixels["smooth"],
-        "lora_down": torch.randn(case.R, K, generator=random) / K**0.5,
-        "lora_up": torch.randn(case.N, case.R, generator=random) / max(case.R, 1) ** 0.5,
-        "bias": torch.randn(case.N, generator=random) if case.bias else None,
-        "adapter_down": torch.randn(case.r, K, generator=random) / K**0.5 if case.r else None,
-        "adapter_up": torch.randn(case.N, case.r, generator=random) / case.r**0.5 if case.r else None,
-    }
+ALL = [pytest.param(case, id=str(case)) for case in CONV_CASES]
 
 
 def run(function, inputs, dy, **modes):
@@ -98,21 +33,21 @@ def run(function, inputs, dy, **modes):
 
 
 def gradient_of(inputs, case, seed=1):
-    shape = w4a8_conv_reference(**inputs, **case.window).shape
+    shape = w4a8_conv_reference(**inputs, **case.options).shape
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(inputs["x"].device)
 
 
 def oracle(inputs, case, dy):
     wide = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
-    return run(w4a8_conv_reference, wide, dy.double(), **case.window)
+    return run(w4a8_conv_reference, wide, dy.double(), **case.options)
 
 
 @pytest.mark.parametrize("case", ALL)
 @pytest.mark.usefixtures("poison")
 def test_forward_and_gradients_match_float64(case, device, dtype, tolerance):
-    inputs = cast(inputs_of(case), dtype, device)
+    inputs = cast(case.inputs(), dtype, device)
     dy = gradient_of(inputs, case).to(dtype)
-    actual, expected = run(w4a8_conv, inputs, dy, **case.window, save_x="raw"), oracle(inputs, case, dy)
+    actual, expected = run(w4a8_conv, inputs, dy, **case.options, save_x="raw"), oracle(inputs, case, dy)
     for name, value in expected.items():
         assert actual[name].dtype == dtype
         assert actual[name].shape == value.shape
@@ -122,23 +57,23 @@ def test_forward_and_gradients_match_float64(case, device, dtype, tolerance):
 @pytest.mark.parametrize("config", CONFIGS)
 def test_every_configuration_gives_the_same_result(config, device):
     case = ConvCase(1, 128, 5, 4, 72) if config == "deep" else SMALL
-    inputs = cast(inputs_of(case), torch.float32, device)
-    y = w4a8_conv(**inputs, **case.window, config=config)
+    inputs = cast(case.inputs(), torch.float32, device)
+    y = w4a8_conv(**inputs, **case.options, config=config)
     assert relative_rms(y, oracle(inputs, case, torch.ones_like(y))["y"]) < 1e-5
 
 
 def test_one_by_one_is_the_linear_layer(device):
     """On pixels, to the float32 rounding of another order of sums."""
     case = ConvCase(2, 128, 3, 4, 40, kernel=1, padding=0)
-    inputs = cast(inputs_of(case), torch.float32, device)
-    y = w4a8_conv(**inputs, **case.window)
+    inputs = cast(case.inputs(), torch.float32, device)
+    y = w4a8_conv(**inputs, **case.options)
     linear = w4a8_linear(**{**inputs, "x": as_pixels(inputs["x"])}, hadamard=False)
     assert relative_rms(as_pixels(y), linear) < 1e-6
 
 
 def test_the_same_as_cudnns_convolution_of_the_dequantized_weight(device):
     """A wide image on the grid: y is conv2d(x, W) + conv1x1(conv2d(x, D), U) with W as it stands for, nothing else."""
-    inputs = cast(inputs_of(SMALL), torch.float64, device)
+    inputs = cast(SMALL.inputs(), torch.float64, device)
     inputs |= {"smooth": None, "adapter_down": None, "adapter_up": None}
     codes = torch.randint(-126, 127, inputs["x"].shape, generator=torch.Generator().manual_seed(3)).double()
     codes[:, 0] = 127
@@ -146,7 +81,7 @@ def test_the_same_as_cudnns_convolution_of_the_dequantized_weight(device):
     dense = dequantize_conv(inputs["qweight"], inputs["row_scale"], inputs["group_words"], 64, 9, torch.float64)
     weight = as_kernel(dense + inputs["lora_up"] @ inputs["lora_down"], 3)
     expected = torch.nn.functional.conv2d(inputs["x"], weight, inputs["bias"], 1, 1)
-    y = w4a8_conv(**cast(inputs, torch.float32, device), **SMALL.window)
+    y = w4a8_conv(**cast(inputs, torch.float32, device), **SMALL.options)
     assert relative_rms(y, expected) < 1e-5
 
 
@@ -159,63 +94,63 @@ def test_columns_and_kernels_are_inverse():
 @pytest.mark.parametrize("hadamard", [False, True])
 def test_saving_codes_changes_only_the_gradient_of_adapter_down(hadamard, device):
     case = ConvCase(2, 64, 6, 7, 24, hadamard=hadamard)
-    inputs = cast(inputs_of(case), torch.float32, device)
+    inputs = cast(case.inputs(), torch.float32, device)
     inputs["x"] = torch.randn(inputs["x"].shape, generator=torch.Generator().manual_seed(2)).to(device)
     dy = gradient_of(inputs, case)
-    exact, quantized = (run(w4a8_conv, inputs, dy, **case.window, save_x=mode) for mode in ("raw", "quantized"))
+    exact, quantized = (run(w4a8_conv, inputs, dy, **case.options, save_x=mode) for mode in ("raw", "quantized"))
     for name in ("y", "x", "adapter_up"):
         assert torch.equal(exact[name], quantized[name]), name
     assert 1e-3 < relative_rms(quantized["adapter_down"], exact["adapter_down"]) < 2e-2
 
 
 def test_layouts_of_x_and_dy_do_not_matter(device):
-    inputs = cast(inputs_of(SMALL), torch.float32, device)
+    inputs = cast(SMALL.inputs(), torch.float32, device)
     dy = gradient_of(inputs, SMALL)
-    plain = run(w4a8_conv, {**inputs, "x": inputs["x"].contiguous()}, dy.contiguous(), **SMALL.window)
+    plain = run(w4a8_conv, {**inputs, "x": inputs["x"].contiguous()}, dy.contiguous(), **SMALL.options)
     last = {**inputs, "x": inputs["x"].contiguous(memory_format=torch.channels_last)}
-    other = run(w4a8_conv, last, dy.contiguous(memory_format=torch.channels_last), **SMALL.window)
+    other = run(w4a8_conv, last, dy.contiguous(memory_format=torch.channels_last), **SMALL.options)
     assert plain["y"].is_contiguous(memory_format=torch.channels_last)
     for name, value in plain.items():
         assert torch.equal(other[name], value), name
 
 
 def test_an_adapter_in_the_branch_is_the_same_layer(device):
-    inputs = cast(inputs_of(SMALL), torch.float32, device)
+    inputs = cast(SMALL.inputs(), torch.float32, device)
     grafted = inputs | {
         "lora_down": torch.cat([inputs["lora_down"], inputs["adapter_down"]]),
         "lora_up": torch.cat([inputs["lora_up"], inputs["adapter_up"]], dim=1),
         "adapter_down": None,
         "adapter_up": None,
     }
-    assert torch.equal(w4a8_conv(**grafted, **SMALL.window), w4a8_conv(**inputs, **SMALL.window))
+    assert torch.equal(w4a8_conv(**grafted, **SMALL.options), w4a8_conv(**inputs, **SMALL.options))
 
 
 def test_nan_in_one_pixel_stays_in_its_window(device):
-    inputs = cast(inputs_of(ConvCase(1, 64, 7, 7, 16)), torch.float32, device)
+    inputs = cast(ConvCase(1, 64, 7, 7, 16).inputs(), torch.float32, device)
     inputs["x"][0, 5, 3, 2] = float("nan")
-    finite = w4a8_conv(**inputs, **SMALL.window).isfinite().all(dim=1)[0]
+    finite = w4a8_conv(**inputs, **SMALL.options).isfinite().all(dim=1)[0]
     seen = torch.ones(7, 7, dtype=torch.bool, device=device)
     seen[2:5, 1:4] = False
     assert torch.equal(finite, seen)
 
 
 def test_frozen_inputs_get_no_gradient_and_nothing_is_kept(device):
-    inputs = cast(inputs_of(SMALL), torch.float32, device)
+    inputs = cast(SMALL.inputs(), torch.float32, device)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         x = inputs["x"].clone().requires_grad_()
-        y = w4a8_conv(**{**inputs, "x": x}, **SMALL.window)
+        y = w4a8_conv(**{**inputs, "x": x}, **SMALL.options)
     weights = {value.data_ptr() for value in inputs.values() if isinstance(value, torch.Tensor)}
     assert {t.data_ptr() for t in saved} <= weights - {x.data_ptr()}
     (dx,) = torch.autograd.grad(y.sum(), x)
     assert relative_rms(dx, oracle(inputs, SMALL, torch.ones_like(y))["x"]) < 1e-5
-    assert not w4a8_conv(**inputs, **SMALL.window).requires_grad
+    assert not w4a8_conv(**inputs, **SMALL.options).requires_grad
 
 
 def test_two_runs_give_the_same_bits(device, dtype):
-    inputs = cast(inputs_of(SMALL), dtype, device)
+    inputs = cast(SMALL.inputs(), dtype, device)
     dy = gradient_of(inputs, SMALL).to(dtype)
-    first, second = (run(w4a8_conv, inputs, dy, **SMALL.window) for _ in range(2))
+    first, second = (run(w4a8_conv, inputs, dy, **SMALL.options) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -223,7 +158,7 @@ def test_two_runs_give_the_same_bits(device, dtype):
 @pytest.mark.parametrize("rank", [0, 4])
 def test_opcheck(rank, device):
     case = ConvCase(1, 48, 5, 4, 24, stride=2, r=rank)
-    inputs = cast(inputs_of(case), torch.float32, device)
+    inputs = cast(case.inputs(), torch.float32, device)
     for name in ("x", "adapter_down", "adapter_up"):
         if inputs[name] is not None:
             inputs[name].requires_grad_()
@@ -246,10 +181,10 @@ def test_opcheck(rank, device):
 
 @pytest.mark.not_interpreted
 def test_compiles_without_a_graph_break(device):
-    inputs = cast(inputs_of(SMALL), torch.float32, device)
+    inputs = cast(SMALL.inputs(), torch.float32, device)
     dy = gradient_of(inputs, SMALL)
     compiled = torch.compile(w4a8_conv, fullgraph=True, backend="aot_eager")
-    eager, actual = (run(function, inputs, dy, **SMALL.window) for function in (w4a8_conv, compiled))
+    eager, actual = (run(function, inputs, dy, **SMALL.options) for function in (w4a8_conv, compiled))
     for name, value in eager.items():
         assert torch.equal(actual[name], value), name
 
@@ -257,18 +192,18 @@ def test_compiles_without_a_graph_break(device):
 @pytest.mark.not_interpreted
 def test_fake_tensors_give_shapes_without_running(device):
     case = ConvCase(2, 64, 7, 8, 24, stride=2)
-    inputs = cast(inputs_of(case), torch.bfloat16, device)
+    inputs = cast(case.inputs(), torch.bfloat16, device)
     dy = gradient_of(inputs, case)
     with FakeTensorMode() as mode:
         fake = {k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-        results = run(w4a8_conv, fake, mode.from_tensor(dy), **case.window)
+        results = run(w4a8_conv, fake, mode.from_tensor(dy), **case.options)
     assert results["y"].shape == (2, 24, 4, 4)
     assert all(results[name].shape == inputs[name].shape for name in ("x", "adapter_down", "adapter_up"))
 
 
 @pytest.mark.not_interpreted
 def test_what_does_not_fit_is_named():
-    inputs = inputs_of(SMALL)
+    inputs = SMALL.inputs()
     for wrong, message in (
         ({"x": inputs["x"][0]}, r"must be \[B, C, H, W\]"),
         ({"x": inputs["x"][:0]}, "at least one pixel"),
@@ -284,7 +219,7 @@ def test_what_does_not_fit_is_named():
         ({"config": "huge"}, "expected one of small"),
     ):
         with pytest.raises(ValueError, match=message):
-            w4a8_conv(**{**inputs, **SMALL.window, **wrong})
+            w4a8_conv(**{**inputs, **SMALL.options, **wrong})
     odd = ConvCase(1, 48, 4, 4, 8)
     with pytest.raises(ValueError, match="C % 64"):
-        w4a8_conv(**inputs_of(odd), **{**odd.window, "hadamard": True})
+        w4a8_conv(**odd.inputs(), **{**odd.options, "hadamard": True})

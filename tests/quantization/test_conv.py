@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
+from diffusers.quantizers import auto
 from torch import Tensor, nn
 
 from loragraft.kernels.layout import relative_rms
@@ -172,7 +173,11 @@ def test_convolutions_are_planned_or_kept() -> None:
         plan_layers(model, {"deep": QUICK, "fc": QUICK}, keep=["a"])
 
 
-def test_a_unet_is_quantized_saved_and_read(unet: UNet2DConditionModel, tmp_path: Path) -> None:
+def test_a_unet_is_quantized_saved_and_read(
+    unet: UNet2DConditionModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for mapping in (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING):
+        monkeypatch.setitem(mapping, "loragraft", None)  # `register` would stay in force for the tests after this one
     expected = unet(**_inputs(0)).sample
     assert relative_rms(expected, _unet()(**_inputs(0)).sample) < 0.25
     save_quantized(unet, tmp_path / "q")

@@ -1,5 +1,7 @@
 """What preflight counts of a quantized convolution: the ops that run, and the memory that they hold beside their results."""
 
+import importlib
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -7,6 +9,7 @@ from torch import Tensor, nn
 from loragraft.kernels.taps import tap_columns
 from loragraft.quantization.conv import SVDQuantConv2d
 from loragraft.quantization.settings import QuantSettings
+from loragraft.train.memory import worth_keeping
 from loragraft.train.op_cost import OpCost, cost_of, workspace
 
 B, C, N, EDGE, R = 2, 72, 40, 10, 4
@@ -55,3 +58,9 @@ def test_workspace_by_hand(seen: dict[str, tuple[OpCost, list[int]]]) -> None:
     assert space[-2] == pixels * 9 * (R + 2) * 4, "the branch before its sum over taps"
     assert seen["w4a8_conv_dgrad"][1][:2] == [N * 9 * width * 4, N * 9 * C * 4], "W_eff with and without padding"
     assert seen["conv_adapter_gradients"][1][:2] == [pixels * 2 * 4, 9 * pixels * 2 * 4]
+
+
+def test_selective_checkpointing_keeps_convolutions() -> None:
+    importlib.import_module("loragraft.kernels.attention")  # one of the ops that are kept
+    decided = worth_keeping(None, torch.ops.loragraft.w4a8_conv.default, *(torch.empty(2, 64), torch.empty(8, 64)))
+    assert decided.name == "MUST_SAVE"

@@ -19,9 +19,7 @@ from loragraft.train.preflight import (
     Preflight,
     open_subject,
     preflight,
-    suggestions,
     train_run,
-    what_fits,
 )
 from loragraft.train.preflight_command import data_lines, run
 from loragraft.train.roofline import (
@@ -102,29 +100,6 @@ def test_the_knobs_of_a_recipe_turn_the_prediction(recipe: Recipe, tmp_path: Pat
     assert small.peak < plain.peak
     assert small.unknown == ()
     assert small.at_peak["optimizer"] == pytest.approx(2.05 / 8 * plain.at_peak["optimizer"], rel=0.02)
-
-
-def test_suggestions_add_up_and_load_as_a_recipe(recipe: Recipe) -> None:
-    tried = list(suggestions(recipe, 1024))
-    assert tried[0][0] == "train.checkpointing=block"
-    assert tried[1][0] == "train.checkpointing=block train.batch_size=2 train.accumulation=2"
-    assert tried[-1][0].endswith("adapter.rank=4 adapter.alpha=4.0")
-    for overrides, changed in tried:
-        typed = load_recipe("marketing", ["train.batch_size=4", *overrides.split()])
-        assert typed == changed
-    resolutions = [
-        int(text.rpartition("data.resolution=")[2]) for text, _ in tried if text.split()[-1].startswith("data.")
-    ]
-    assert resolutions == [768, 576, 384, 256]
-
-
-def test_what_fits_stops_at_the_first_that_does(recipe: Recipe, found: Preflight, tmp_path: Path) -> None:
-    assert what_fits(recipe, found, found.needed, tmp_path) == ("", found)
-    heard: list[str] = []
-    answer = what_fits(recipe, found, found.needed - 1, tmp_path, heard.append)
-    assert answer is not None
-    assert answer[0] == "train.checkpointing=block"
-    assert len(heard) == 1
 
 
 def test_the_roofline_by_hand() -> None:
