@@ -2,7 +2,8 @@
 
     y(branch [D; A; 0] [U, w B, 0])   against   y(branch D U) + (x A^T)(w B)^T     in float32 and in bfloat16, RMS ratios
 
-The factors are read off the branch, padding included: it is the model that is certified, not the adapter file.
+The right side is computed as an unmerged adapter is everywhere: the base layer, then two products of torch's, then a sum, each
+rounded to the dtype of x. (`graft_deviation` compares with our own training op, which adds before it rounds.) The factors are read off the branch, padding included: it is the model that is certified, not the adapter file.
 """
 
 from collections.abc import Mapping
@@ -80,7 +81,8 @@ def _deviation(path: str, layer: SVDQuantLinear, x: Tensor) -> GraftDeviation:
     merged = layer(x)
     try:
         layer.set_branch(wide[0][:rank], wide[1][:, :rank])
-        plain, apart = layer(x), layer(x, down, up)
+        plain = layer(x)
+        apart = plain + exactly_added(layer, x, down.to(x.dtype), up.to(x.dtype))
         added = exactly_added(layer, x.double(), down.double(), up.double())
         exact = layer(x.float()).double() + added
     finally:
