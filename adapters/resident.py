@@ -107,7 +107,11 @@ class ResidentAdapters:
         factors = {path: self._rounded(self._layers[path], pair, weight) for path, pair in adapter.pairs.items()}
         self._residents[name] = Resident(adapter, float(weight), factors)
         setattr(self._transformer, RESIDENT, self)
-        return self._compose(begun, (*self._active, name) if active else self._active)
+        try:
+            return self._compose(begun, (*self._active, name) if active else self._active)
+        except Exception:  # no memory for wider branches: what was active still is
+            self._forget(name)
+            raise
 
     def activate(self, *names: str) -> Change:
         """Compute with exactly these, in this order; none: with the base alone. Raises ValueError for an unknown or doubled name."""
@@ -131,11 +135,7 @@ class ResidentAdapters:
         """Forget one adapter. Layers that no other is for get their own branch back. Raises ValueError for an unknown name."""
         begun = self._now()
         self._find(name)
-        gone = self._residents.pop(name)
-        left = {path for resident in self._residents.values() for path in resident.factors}
-        self._narrow(path for path in gone.factors if path not in left)
-        if not self._residents:
-            delattr(self._transformer, RESIDENT)
+        self._forget(name)
         return self._compose(begun, tuple(other for other in self._active if other != name))
 
     def clear(self) -> None:
@@ -166,6 +166,14 @@ class ResidentAdapters:
         if getattr(self._transformer, RESIDENT, None) not in (None, self):
             raise ValueError("the transformer has resident adapters already; add to those, or clear() them")
 
+    def _forget(self, name: str) -> None:
+        """Layers that no other is for get their own branch back; without residents the transformer is anyone's."""
+        gone = self._residents.pop(name)
+        left = {path for resident in self._residents.values() for path in resident.factors}
+        self._narrow(path for path in gone.factors if path not in left)
+        if not self._residents:
+            delattr(self._transformer, RESIDENT)
+
     def _find(self, name: str) -> Resident:
         if name not in self._residents:
             known = ", ".join(self._residents) or "none"
@@ -179,19 +187,21 @@ class ResidentAdapters:
     @torch.no_grad()
     def _compose(self, begun: float, active: Iterable[str]) -> Change:
         """Write what is active behind the base's own ranks of every layer that any resident adapter is for."""
-        self._active = tuple(active)
+        active = tuple(active)
+        touched = {path: None for resident in self._residents.values() for path in resident.factors}
+        factors = [self._residents[name].factors for name in active]
+        found = {path: [each[path] for each in factors if path in each] for path in touched}
+        allocated = 0
+        for path, pairs in found.items():  # all of it first: what cannot be allocated changes nothing
+            allocated += _widen(self._layers[path], max(self._room, sum(len(down) for down, _ in pairs)))
+        self._active = active
         to: list[Tensor] = []
         written: list[Tensor] = []
         unused: list[Tensor] = []
-        allocated = 0
-        for path in {path: None for resident in self._residents.values() for path in resident.factors}:
+        for path, pairs in found.items():
             layer = self._layers[path]
-            found = [
-                self._residents[name].factors[path] for name in self._active if path in self._residents[name].factors
-            ]
-            allocated += _widen(layer, max(self._room, sum(len(down) for down, _ in found)))
             first = layer.base_rank
-            for down, up in found:
+            for down, up in pairs:
                 to += [layer.lora_down[first : first + len(down)], layer.lora_up[:, first : first + len(down)]]
                 written += [down, up]
                 first += len(down)
@@ -224,13 +234,12 @@ def _scaled(up: Tensor, weight: float, like: Tensor) -> Tensor:
 
 
 def _widen(layer: SVDQuantLinear, ranks: int) -> int:
-    """Make room for `ranks` behind the base's own; returns the bytes that it took, 0 where there is enough."""
+    """Make room for `ranks` behind the base's own, what is there kept; returns the bytes that it took, 0 where there is enough."""
     width = -(-(layer.base_rank + ranks) // RANK_STEP) * RANK_STEP
     if ranks == 0 or layer.rank >= layer.base_rank + ranks:
         return 0
     down = layer.lora_down.new_zeros((width, layer.in_features))
     up = layer.lora_up.new_zeros((layer.out_features, width))
-    down[: layer.base_rank] = layer.lora_down[: layer.base_rank]
-    up[:, : layer.base_rank] = layer.lora_up[:, : layer.base_rank]
+    down[: layer.rank], up[:, : layer.rank] = layer.lora_down, layer.lora_up
     layer.set_branch(down, up)
     return down.nbytes + up.nbytes

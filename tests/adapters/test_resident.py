@@ -8,11 +8,13 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
+from loragraft.adapters import resident
 from loragraft.adapters.checkpoint import Adapter
 from loragraft.adapters.graft import graft, grafted, ungraft
 from loragraft.adapters.resident import ResidentAdapters
 from loragraft.kernels.layout import relative_rms
 from loragraft.quantization.checkpoint import base_id, load_quantized, quantized_layers, save_quantized
+from loragraft.quantization.linear import SVDQuantLinear
 
 MakeAdapter = Callable[..., Adapter]
 TO_Q, TO_K = "transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_k"
@@ -144,6 +146,46 @@ def test_layers_that_no_resident_is_for_are_their_own_again(
     adapters.remove("q")
     assert (layers[TO_Q].rank, layers[TO_K].rank) == (4, 16)
     adapters.remove("k")
+    assert _same(flux, before)
+
+
+def test_no_memory_for_wider_branches_changes_nothing(
+    flux: FluxTransformer2DModel, make_adapter: MakeAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fifth branch cannot be widened: the model answers as before, and all goes on."""
+    layers = quantized_layers(flux)
+    inputs = {path: torch.randn(9, layer.in_features) for path, layer in layers.items()}
+    a, b = make_adapter("a", 0), make_adapter("b", 1, rank=20)
+    before, adapters = _bytes(flux), ResidentAdapters(flux)
+    widen, calls = resident._widen, 0
+
+    def scarce(layer: SVDQuantLinear, ranks: int) -> int:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            raise torch.OutOfMemoryError("no memory")
+        return widen(layer, ranks)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(resident, "_widen", scarce)
+        with pytest.raises(torch.OutOfMemoryError):
+            adapters.add(a)
+    assert _same(flux, before)
+    graft(flux, a)
+    ungraft(flux, "a")
+    adapters.add(a)
+    answers = {path: layer(inputs[path]) for path, layer in layers.items()}
+    calls = 0
+    with monkeypatch.context() as patch:
+        patch.setattr(resident, "_widen", scarce)
+        with pytest.raises(torch.OutOfMemoryError):
+            adapters.add(b)
+    assert (list(adapters.residents), adapters.active) == (["a"], {"a": 1.0})
+    for path, layer in layers.items():
+        assert relative_rms(layer(inputs[path]), answers[path]) < 1e-6
+    adapters.add(b)
+    assert adapters.active == {"a": 1.0, "b": 1.0}
+    adapters.clear()
     assert _same(flux, before)
 
 

@@ -154,8 +154,8 @@ def test_merged_weights_are_quantized_again(
     smoothing: str,
     rank: int,
 ) -> None:
-    spec, asked = find_spec("pocket"), {}
-    path = "transformer_blocks.0.attn.to_q"
+    spec, path = find_spec("pocket"), "transformer_blocks.0.attn.to_q"
+    asked: dict[str, object] = {}
     down, up = torch.randn(3, 256) / 16, torch.randn(256, 3)
     adapter = Adapter("a", {"base": "pocket", "base_id": "of the 16-bit base"}, {path: (down, up)})
 
