@@ -81,3 +81,16 @@ def test_what_cannot_be_certified(
     ungraft(flux, "a")
     with pytest.raises(ValueError, match="carries no graft"):
         certify(flux, {TO_Q: probe[TO_Q]})
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(flux: FluxTransformer2DModel, make_adapter: Callable[..., Adapter], probe: dict[str, Tensor]) -> None:
+    """The Triton kernels on branches of padded rank, switched in place, in both dtypes."""
+    flux.to("cuda")
+    adapters = ResidentAdapters(flux, room=8)
+    adapters.add(make_adapter("a", 0))
+    adapters.add(make_adapter("b", 1, rank=7), active=False)
+    for names in (("a",), ("b",), ("b", "a")):
+        assert adapters.activate(*names).seconds > 0
+        found = certify(flux, probe)
+        assert found.passed, str(found)
