@@ -184,6 +184,31 @@ def test_comfy_kitchen_answers_as_the_grafted_model(
     assert checked == len([layer for layer in quantized_layers(interchange).values() if layer.numerics == "w4a4"]) > 0
 
 
+def test_fused_layers_of_comfyuis_flux_carry_each_parts_graft(
+    flux: FluxTransformer2DModel, flux_inputs: Inputs, tmp_path: Path
+) -> None:
+    """q, k and v are one layer there, with one branch: their factors stand side by side. Against our own format."""
+    source, adapter = save_quantized(flux.to(torch.bfloat16), tmp_path / "base"), _adapter(flux, 0)
+    folder = write_adapter(adapter.pairs, tmp_path / "adapter", adapter.metadata).parent
+    file = tmp_path / "flux.safetensors"
+    common = ["--numerics", "w4a4", "--any-base", "--adapter", str(folder)]
+    assert cli.main(["convert", str(source), str(file), "--to", "comfyui-flux", *common]) == 0
+    tensors, _ = read_tensors(file)
+    rank = 3 * (4 + 3)
+    assert tensors["double_blocks.0.img_attn.qkv.proj_down"].shape == (128, rank)
+    assert tensors["double_blocks.0.img_mod.lin.weight"].dtype == torch.bfloat16
+    read = load_any(file)[0]
+    bare = tmp_path / "bare.safetensors"
+    assert cli.main(["convert", str(source), str(bare), "--to", "comfyui-flux", "--numerics", "w4a4"]) == 0
+    plain = load_any(bare)[0]
+    graft(plain, adapter, any_base=True)
+    for path, layer in quantized_layers(read).items():
+        other = plain.get_submodule(path)
+        assert torch.equal(layer.qweight, other.qweight)
+        assert relative_rms(layer.dequantized_weight(), other.dequantized_weight()) < 1e-6
+    assert relative_rms(_output(read, flux_inputs(1)), _output(plain, flux_inputs(1))) < 5e-3
+
+
 def test_several_adapters_cut_to_one_rank(
     interchange: FluxTransformer2DModel, baked: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
