@@ -327,7 +327,7 @@ def _parser() -> argparse.ArgumentParser:
         "loragraft convert svdq-int4_r32-flux.1-dev.safetensors flux-int4       add --numerics w4a8 for our own kernels\n\n"
         "Values stay as they are unless --numerics or --signed is given; then each layer's added error is shown. --to comfyui\n"
         "names layers as diffusers does, comfyui-flux as ComfyUI's FLUX does.\n\n"
-        "loragraft convert pocket-int4 tiles.safetensors --to comfyui --adapter runs/tiles@0.8\n\n"
+        "loragraft convert pocket-w4a4 tiles.safetensors --to comfyui --adapter runs/tiles@0.8\n\n"
         "--adapter makes an adapter part of the checkpoint: more ranks of the 16-bit branch. No INT4 code changes.",
     )
     convert.add_argument("source", help="a file or folder; its format is found out")
