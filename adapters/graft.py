@@ -24,6 +24,8 @@ from loragraft.quantization.conv import SVDQuantConv2d, is_quantizable
 from loragraft.quantization.names import named_module
 
 STATE = "loragraft_grafts"
+RESIDENT = "loragraft_resident"
+"""Where `resident.ResidentAdapters` notes itself: it owns the branches, as grafts do."""
 
 
 @dataclass
@@ -51,22 +53,29 @@ def graft(
     transformer with an injected (training) adapter.
     """
     name = adapter.name if name is None else name
-    if any(path.endswith(".base_layer") for path, _ in transformer.named_modules()):
-        raise ValueError("the transformer carries an injected adapter; remove_adapter before grafting")
+    if getattr(transformer, RESIDENT, None) is not None:
+        raise ValueError("the transformer has resident adapters; add this one to them, or clear() them before grafting")
     state = getattr(transformer, STATE, None) or _Grafts(recorded_base_id(transformer))
     if name in state.adapters:
         raise ValueError(f"an adapter named {name!r} is grafted already; set_weight changes it, ungraft removes it")
-    if not any_base:
-        adapter.check_base(state.base_id)
-    adapter.check_portable(state.base_id)
-    adapter.check_whole()
-    check_fits(adapter, _targets(transformer))
+    check_graftable(transformer, adapter, state.base_id, any_base=any_base)
     for path in adapter.pairs:
         if path not in state.originals:
             state.originals[path] = _current(named_module(transformer, path))
     state.adapters[name] = (adapter, float(weight))
     setattr(transformer, STATE, state)
     _compose(transformer, state, list(adapter.pairs))
+
+
+def check_graftable(transformer: nn.Module, adapter: Adapter, base_id: str, *, any_base: bool) -> None:
+    """Raises ValueError as `graft` does for what is wrong with the adapter or the transformer."""
+    if any(path.endswith(".base_layer") for path, _ in transformer.named_modules()):
+        raise ValueError("the transformer carries an injected adapter; remove_adapter before grafting")
+    if not any_base:
+        adapter.check_base(base_id)
+    adapter.check_portable(base_id)
+    adapter.check_whole()
+    check_fits(adapter, _targets(transformer))
 
 
 def ungraft(transformer: nn.Module, name: str) -> None:
@@ -117,7 +126,7 @@ def _inputs(layer: BranchedLinear) -> tuple[int, ...]:
     return layer.adapter_shape if isinstance(layer, SVDQuantConv2d) else (layer.in_features,)
 
 
-def _as_matrices(layer: BranchedLinear, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def as_matrices(layer: BranchedLinear, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """(A, B) as the layer's branch has its factors: [r, in_features] and [N, r]. A 1x1 kernel may be flat, or a flat one 1x1."""
     down, up = pair[0].reshape(len(pair[0]), *_inputs(layer)), pair[1].flatten(1)
     return (layer.adapter_columns(down), up) if isinstance(layer, SVDQuantConv2d) else (down, up)
@@ -139,7 +148,7 @@ def _compose(transformer: nn.Module, state: _Grafts, paths: list[str]) -> None:
         originals = tuple(tensor.to(device) for tensor in state.originals[path])
         if isinstance(layer, BranchedLinear):
             down, up = originals
-            matrices = [(_as_matrices(layer, pair), weight) for pair, weight in pairs]
+            matrices = [(as_matrices(layer, pair), weight) for pair, weight in pairs]
             layer.set_branch(*_widened(down, up, matrices) if pairs else (down, up))
         else:
             assert isinstance(layer, nn.Linear | nn.Conv2d)
@@ -200,7 +209,7 @@ def graft_deviation(
     deviations = []
     for path, x in inputs.items():
         layer = layers[path]
-        down, up = _as_matrices(layer, adapter.pairs[path])
+        down, up = as_matrices(layer, adapter.pairs[path])
         original = layer.lora_down, layer.lora_up
         wide_down, wide_up = _widened(*original, [((down, up), weight)])
         rank = original[0].shape[0]
@@ -209,7 +218,7 @@ def graft_deviation(
         layer.set_branch(wide_down, wide_up)
         merged = layer(x)
         layer.set_branch(*original)
-        added = _exactly_added(layer, x.double(), down.double(), up.double())
+        added = exactly_added(layer, x.double(), down.double(), up.double())
         exact = layer(x.float()).double() + added
         deviations.append(
             GraftDeviation(
@@ -223,7 +232,7 @@ def graft_deviation(
     return deviations
 
 
-def _exactly_added(layer: BranchedLinear, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+def exactly_added(layer: BranchedLinear, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
     """What the adapter adds, in x's dtype."""
     if not isinstance(layer, SVDQuantConv2d):
         return (x @ down.T) @ up.T

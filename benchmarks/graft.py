@@ -57,13 +57,11 @@ def measure(backbone: Backbone, adapter: Adapter) -> dict[str, Any]:
     """Deviations per layer and over the whole model; see the module's text."""
     model = backbone.transformer
     before = backbone.fingerprint()
-    prompts = list(adapter.metadata["recipe"]["sample"]["prompts"])
-    stats = collect(model, list(adapter.pairs), lambda: _draw(backbone, prompts), rows=ROWS)
-    inputs = {path: stats[path].samples_SK.float() for path in adapter.pairs}
+    inputs = layer_inputs(backbone, adapter)
     float32 = graft_deviation(model, adapter, inputs)
     bfloat16 = graft_deviation(model, adapter, {path: x.to(torch.bfloat16) for path, x in inputs.items()})
-    effect = _effect(backbone, adapter, prompts)
-    result = {
+    effect = velocity_change(backbone, adapter)
+    result: dict[str, Any] = {
         "layers": [
             {
                 "path": wide.path,
@@ -92,13 +90,25 @@ def measure(backbone: Backbone, adapter: Adapter) -> dict[str, Any]:
     return result
 
 
-def _draw(backbone: Backbone, prompts: list[str]) -> None:
-    generate_images(backbone, prompts, range(len(prompts)), steps=4)
+def layer_inputs(backbone: Backbone, adapter: Adapter) -> dict[str, Tensor]:
+    """Path -> x [S, K] float32: what each layer of the adapter sees while the adapter's own prompts are drawn."""
+    prompts = _prompts(adapter)
+
+    def draw() -> None:
+        generate_images(backbone, prompts, range(len(prompts)), steps=4)
+
+    stats = collect(backbone.transformer, list(adapter.pairs), draw, rows=ROWS)
+    return {path: stats[path].samples_SK.float() for path in adapter.pairs}
+
+
+def _prompts(adapter: Adapter) -> list[str]:
+    return list(adapter.metadata["recipe"]["sample"]["prompts"])
 
 
 @torch.no_grad()
-def _effect(backbone: Backbone, adapter: Adapter, prompts: list[str]) -> float:
+def velocity_change(backbone: Backbone, adapter: Adapter) -> float:
     """|v(grafted) - v(base)| / |v(base)| over the adapter's own prompts, at t = 0.5; the graft is taken off again."""
+    prompts = _prompts(adapter)
     text = backbone.encoders.encode_text(prompts)
     latents = torch.randn(len(prompts), 16, 16, 16, generator=torch.Generator().manual_seed(0))
     times = torch.full((len(prompts),), 0.5)

@@ -150,6 +150,10 @@ def _quantize(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
+    if args.adapter or args.any_base or args.rank is not None:
+        from loragraft.adapters.baking import run
+
+        return run(args)
     from loragraft.quantization.dialects.conversion import run_convert
 
     return run_convert(args)
@@ -361,13 +365,25 @@ def _parser() -> argparse.ArgumentParser:
         _convert,
         "an INT4 checkpoint of Nunchaku's, Nunchaku Lite, ComfyUI's or our own into another format",
         "loragraft convert svdq-int4_r32-flux.1-dev.safetensors flux-int4       add --numerics w4a8 for our own kernels\n\n"
-        "Values stay as they are unless --numerics or --signed is given; then each layer's added error is shown. --to comfyui\nnames layers as diffusers does, comfyui-flux as ComfyUI's FLUX does.",
+        "Values stay as they are unless --numerics or --signed is given; then each layer's added error is shown. --to comfyui\n"
+        "names layers as diffusers does, comfyui-flux as ComfyUI's FLUX does.\n\n"
+        "loragraft convert pocket-w4a4 tiles.safetensors --to comfyui --adapter runs/tiles@0.8\n\n"
+        "--adapter makes an adapter part of the checkpoint: more ranks of the 16-bit branch. No INT4 code changes.",
     )
     convert.add_argument("source", help="a file or folder; its format is found out")
     convert.add_argument("dest", help="a folder to write (ComfyUI: a file); must not exist")
     convert.add_argument("--to", choices=("native", "nunchaku-lite", "comfyui", "comfyui-flux"), default="native")
     convert.add_argument("--numerics", choices=("w4a8", "w4a4"), help="convert to these")
     convert.add_argument("--signed", action="store_true", help="replace unsigned activations, which Lite does not know")
+    convert.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="PATH[@WEIGHT]",
+        help="graft this run, adapter folder or file before writing; can be repeated",
+    )
+    convert.add_argument("--any-base", action="store_true", help="graft an adapter that was trained on another base")
+    convert.add_argument("--rank", type=int, help="cut the adapters together to this rank; what is lost is shown")
     convert.add_argument("--layout", choices=("row-major", "tile-packed"), default="row-major", help="for ComfyUI")
 
     adapter = verb(

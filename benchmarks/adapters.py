@@ -1,0 +1,305 @@
+"""Adapters that travel: is a graft exact, how long does a switch take, and what does an adapter lose on another precision?
+
+    python benchmarks/adapters.py --work work --out benchmarks/results/adapters.json --recipes marketing design
+    python benchmarks/adapters.py --work small --out small.json --images 4 --steps 2 --precisions W4A8 16-bit --smoothing weight \\
+        --methods "SVDQuant W4A8, rank R" --heads 1 -- data.count=60 train.batch_size=2        two minutes on one CPU core
+
+Stages; the first two go on where they were interrupted, and each leaves its result in --work:
+
+    train     an adapter per recipe and precision (train/lora.py, which resumes by itself)
+    render    --images pictures of held-out captions per cell of the table, and of the merged and quantized models
+    measure   KID of each, with paired differences
+    graft     deviation of grafts: the first run's adapter on `pocket`, on inputs that its layers see; and FLUX.1's shapes
+    switch    five resident rank-32 adapters on all of FLUX.1-dev's shapes; a GPU alone answers that
+
+| key | meaning |
+|---|---|
+| graft_rel_dev_fp32, _bf16 | worst layer, RMS: grafted against the same factors kept apart |
+| switch_ms | median milliseconds from one resident adapter to another; null without a GPU, and `switch` says so |
+| transfer | recipe -> trained on -> run on -> KID, and its change against the adapter trained where it runs |
+| merge_requantize | recipe -> method -> KID, and its change against the graft of the same adapter |
+
+--stages names the stages to run, so that one machine may draw and another measure. What follows `--` overrides the
+recipes in every run. Exit code 1 if a graft misses its bounds or an undo a byte, 2 if something is lacking.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel
+from graft import layer_inputs, velocity_change
+from torch import nn
+from transfer import METHODS, PRECISIONS, render_merged, render_transfer, run_folder, score, tables
+
+from loragraft.adapters.certificate import BFLOAT16_BOUND, FLOAT32_BOUND, NO_WORSE, Certificate, certify
+from loragraft.adapters.checkpoint import Adapter
+from loragraft.adapters.opening import open_run
+from loragraft.adapters.resident import Change, ResidentAdapters
+from loragraft.backbones.architectures import FLUX, folder_settings
+from loragraft.backbones.external import random_transformer
+from loragraft.backbones.load import find_spec, load_backbone
+from loragraft.backbones.skeleton import meta_transformer, plan_architecture, randomize
+from loragraft.data.cache import default_cache_root
+from loragraft.disk import write_atomic
+from loragraft.evaluation.image_sets import device_name, present, rendered_on
+from loragraft.quantization.checkpoint import checksum, quantized_layers, recorded_base_id
+from loragraft.quantization.names import match_paths
+from loragraft.recipes.load import load_recipe
+from loragraft.versions import installed_versions
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = ("train", "render", "measure", "graft", "switch")
+RESIDENTS, RANK, ROUNDS, ROWS = 5, 32, 25, 64
+SWITCH_BASE = "flux1-dev"
+NO_GPU = "not measured: a switch is timed on a GPU, and there is none here"
+
+
+def main() -> int:
+    """Runs the stages and writes the JSON once every part is there."""
+    args = _parser().parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    stages = {"train": train, "render": render, "measure": measure, "graft": graft, "switch": switch}
+    try:
+        for stage in [stage for stage in STAGES if stage in args.stages]:
+            stages[stage](args)
+        result = collect(args)
+    except (ValueError, FileNotFoundError, subprocess.CalledProcessError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if result is None:
+        return 0
+    write_atomic(args.out, (json.dumps(result, indent=1) + "\n").encode())
+    print(tables(result))
+    print(json.dumps({key: result[key] for key in ("graft_rel_dev_fp32", "graft_rel_dev_bf16", "switch_ms", "passed")}))
+    return 0 if result["passed"] else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder for runs, pictures and parts")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--recipes", nargs="+", default=["marketing"])
+    parser.add_argument("--precisions", nargs="+", choices=list(PRECISIONS), default=list(PRECISIONS))
+    parser.add_argument("--methods", nargs="*", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--smoothing", choices=("calibrated", "weight"), default="calibrated", help="of merged models")
+    parser.add_argument("--images", type=int, default=256, help="pictures per cell")
+    parser.add_argument("--steps", type=int, default=0, help="training steps; 0 = the recipe's own")
+    parser.add_argument("--seed", type=int, default=0, help="of training, and of random layers and factors")
+    parser.add_argument(
+        "--heads", type=int, default=24, help="width of the FLUX-shaped layers, times 128; FLUX.1 has 24"
+    )
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = torch's own choice")
+    parser.add_argument("--commit", default="", help="commit of the code that runs")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe overrides")
+    return parser
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def train(args: argparse.Namespace) -> None:
+    """`train/lora.py` does nothing for a finished run and resumes an unfinished one."""
+    for recipe in args.recipes:
+        for precision in args.precisions:
+            settings = [f"numerics={PRECISIONS[precision]}", "tracking.mode=disabled", f"train.threads={args.threads}"]
+            settings += [f"train.seed={args.seed}", *([f"train.steps={args.steps}"] if args.steps else [])]
+            load_recipe(recipe, [*settings, *args.overrides])  # a precision that cannot be trained is an error here
+            command = [sys.executable, str(ROOT / "train" / "lora.py"), "--recipe", recipe]
+            out = ["--out", str(run_folder(args, recipe, precision))]
+            subprocess.run([*command, *out, *settings, *args.overrides], check=True)
+
+
+def render(args: argparse.Namespace) -> None:
+    """Notes which pictures lie where."""
+    for recipe in args.recipes:
+        transfer, merged = render_transfer(args, recipe, device()), render_merged(args, recipe, device())
+        _write(args, f"render-{recipe}", {"transfer": transfer, "merged": merged, "images": args.images})
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Scores what is drawn."""
+    for recipe in args.recipes:
+        note = _read(args, f"render-{recipe}", "render")
+        files = partial(_files, args)
+        cells = {name: {on: files(folder) for on, folder in row.items()} for name, row in note["transfer"].items()}
+        merged = {name: files(folder) for name, folder in note["merged"].items()}
+        table, requantized = score(args, recipe, cells, merged)
+        drawn = rendered_on([path for row in cells.values() for paths in row.values() for path in paths])
+        part = {"transfer": table, "merge_requantize": requantized, "drawn_on": drawn}
+        _write(args, f"measure-{recipe}", part)
+
+
+def _files(args: argparse.Namespace, folder: str) -> list[Path]:
+    found = present(args.work / folder, args.images)
+    if len(found) < args.images:
+        raise ValueError(
+            f"{folder} has {len(found)} of {args.images} pictures: run the stage `render` again, it goes on"
+        )
+    return found
+
+
+def graft(args: argparse.Namespace) -> None:
+    """Deviations of grafts, on a CPU or a GPU."""
+    quantized = [precision for precision in args.precisions if precision in ("W4A8", "W4A4")]
+    if not quantized:
+        raise ValueError("the stage `graft` needs an adapter of W4A8 or W4A4: name one in --precisions")
+    adapter, recipe = open_run(run_folder(args, args.recipes[0], quantized[0]))
+    backbone = load_backbone(recipe.base, recipe.numerics, "cpu", default_cache_root())
+    before, probe = backbone.fingerprint(), layer_inputs(backbone, adapter)
+    adapters = ResidentAdapters(backbone.transformer)
+    adapters.add(adapter)
+    certificate = certify(backbone.transformer, probe)
+    adapters.clear()
+    pocket = {
+        "recipe": args.recipes[0], "recipe_hash": adapter.metadata["recipe_hash"], **figures(certificate),
+        "undo_restores_every_byte": backbone.fingerprint() == before,
+        "velocity_change": velocity_change(backbone, adapter),
+    }  # fmt: skip
+    flux = {profile: flux_shapes(args.heads, profile, args.seed) for profile in ("native", "interchange")}
+    _write(args, "graft", {"device": device_name(torch.device(device())), "pocket": pocket, "flux_shapes": flux})
+
+
+def flux_shapes(heads: int, profile: Any, seed: int) -> dict[str, Any]:
+    """One double and one single block of FLUX.1 with random codes; three random adapters, one of them switched off again."""
+    config = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": heads, "guidance_embeds": False}
+    main = folder_settings(
+        profile, calibrated=False, seed=seed, smoothing="hadamard" if profile == "native" else "weight"
+    )
+    skeleton = meta_transformer(FluxTransformer2DModel, config, partial(plan_architecture, FLUX, main))
+    model = randomize(skeleton, device(), torch.bfloat16, seed)
+    layers, before = quantized_layers(model), checksum(model)
+    random = torch.Generator().manual_seed(seed)
+    probe = {path: torch.randn(ROWS, layer.in_features, generator=random) for path, layer in layers.items()}
+    for x in probe.values():
+        x[:, ::97] *= 20  # channels that stand out, as a transformer's do
+    adapters = ResidentAdapters(model)
+    for name, rank, weight in (("a", RANK, 1.0), ("b", 16, 0.6), ("c", 4, -0.5)):
+        adapters.add(random_adapter(model, list(layers), name, rank, random), weight)
+    adapters.activate("a", "c")
+    certificate = certify(model, probe)
+    adapters.clear()
+    return {
+        "width": heads * 128, "factors": "random", **figures(certificate), "undo_restores_every_byte": checksum(model) == before
+    }  # fmt: skip
+
+
+def figures(certificate: Certificate) -> dict[str, Any]:
+    """Of all its layers, the worst."""
+    return {
+        "layers": len(certificate.float32), "rows": certificate.rows,
+        "fp32_worst": certificate.rel_dev_fp32, "bf16_worst": certificate.rel_dev_bf16,
+        "bf16_grafted_vs_float64_worst": max(row.merged_vs_exact for row in certificate.bfloat16),
+        "bf16_apart_vs_float64_worst": max(row.apart_vs_exact for row in certificate.bfloat16),
+        "smallest_effect": min(row.effect for row in certificate.float32),
+    }  # fmt: skip
+
+
+def random_adapter(model: nn.Module, paths: list[str], name: str, rank: int, random: torch.Generator) -> Adapter:
+    """Factors that add about a tenth of each layer's output, in bfloat16, drawn where `random` lives."""
+    layers, pairs = quantized_layers(model), {}
+    for path in paths:
+        K, N = layers[path].in_features, layers[path].out_features
+        down = torch.randn(rank, K, generator=random, device=random.device) / K**0.5
+        up = 0.1 * torch.randn(N, rank, generator=random, device=random.device) / rank**0.5
+        pairs[path] = down.to(torch.bfloat16), up.to(torch.bfloat16)
+    return Adapter(name, {"base": "random", "base_id": recorded_base_id(model)}, pairs)
+
+
+def switch(args: argparse.Namespace) -> None:
+    """Five resident adapters on FLUX.1-dev with random codes, switched in turn."""
+    if not torch.cuda.is_available():
+        _write(args, "switch", {"device": device_name(torch.device("cpu")), "switch_ms": None, "why": NO_GPU})
+        return
+    spec = find_spec(SWITCH_BASE)
+    assert spec.external is not None
+    model = random_transformer(spec, spec.external, "native", torch.device("cuda"), torch.bfloat16, args.seed)
+    part = {"device": torch.cuda.get_device_name(), "base": SWITCH_BASE}
+    paths = [path for found in match_paths(spec.lora_targets, list(quantized_layers(model))).values() for path in found]
+    _write(args, "switch", {**part, **switch_times(model, paths, RANK, args.seed)})
+
+
+def switch_times(model: nn.Module, paths: list[str], rank: int, seed: int) -> dict[str, Any]:
+    """Milliseconds, each until the device has finished: of switches, of all five at once, of a weight, of coming in."""
+    before, random = checksum(model), torch.Generator(next(model.parameters()).device).manual_seed(seed)
+    adapters = ResidentAdapters(model, room=rank)
+    added = [adapters.add(random_adapter(model, paths, f"a{i}", rank, random), active=i == 0) for i in range(RESIDENTS)]
+    times = [adapters.activate(f"a{i % RESIDENTS}") for i in range(1, ROUNDS + 1)]
+    held, narrow = adapters.resident_bytes, adapters.branch_bytes
+    weights = [adapters.set_weight("a0", 0.1 * i) for i in range(1, 6)]
+    names = [f"a{i}" for i in range(RESIDENTS)]
+    adapters.activate(*names)
+    together = [adapters.activate(*order) for order in (names[::-1], names)]
+    adapters.clear()
+    return {
+        "switch_ms": _median(times), "switch_ms_slowest": max(change.seconds for change in times) * 1e3,
+        "switch_allocated_bytes": max(change.allocated_bytes for change in times),
+        "switch_copied_mb": times[0].copied_bytes / 1e6, "all_five_ms": _median(together), "weight_ms": _median(weights),
+        "add_ms": _median(added), "layers": len(paths), "adapters": RESIDENTS, "rank": rank,
+        "resident_gib": held / 2**30, "branch_gib": narrow / 2**30, "undo_restores_every_byte": checksum(model) == before,
+    }  # fmt: skip
+
+
+def _median(changes: list[Change]) -> float:
+    return float(statistics.median(change.seconds for change in changes) * 1e3)
+
+
+def collect(args: argparse.Namespace) -> dict[str, Any] | None:
+    """The JSON of all parts in --work; None, saying what is lacking, if only some stages were asked for."""
+    try:
+        scores = {recipe: _read(args, f"measure-{recipe}", "measure") for recipe in args.recipes}
+        grafts, switches = _read(args, "graft", "graft"), _read(args, "switch", "switch")
+    except FileNotFoundError as error:
+        if set(args.stages) == set(STAGES):
+            raise
+        print(f"{args.out} is not written yet: {error}", file=sys.stderr)
+        return None
+    parts = [grafts["pocket"], *grafts["flux_shapes"].values()]
+    return {
+        "device": switches["device"], "graft_device": grafts["device"],
+        "drawn_on": sorted({name for part in scores.values() for name in part["drawn_on"]}),
+        "versions": installed_versions("loragraft", "torch", "diffusers", "peft"),
+        "commit": args.commit, "command": "python benchmarks/adapters.py " + " ".join(sys.argv[1:]),
+        "seed": args.seed, "images": args.images, "steps": args.steps or "the recipe's own", "overrides": args.overrides,
+        "graft_rel_dev_bf16": max(part["bf16_worst"] for part in parts),
+        "graft_rel_dev_fp32": max(part["fp32_worst"] for part in parts),
+        "switch_ms": switches["switch_ms"],
+        "transfer": {recipe: part["transfer"] for recipe, part in scores.items()},
+        "merge_requantize": {recipe: part["merge_requantize"] for recipe, part in scores.items()},
+        "graft": {name: grafts[name] for name in ("pocket", "flux_shapes")}, "switch": switches,
+        "passed": all(map(exact, parts)) and switches.get("undo_restores_every_byte", True),
+    }  # fmt: skip
+
+
+def exact(part: dict[str, Any]) -> bool:
+    """Within the bounds, no worse than apart against float64, and every byte back."""
+    close = part["fp32_worst"] <= FLOAT32_BOUND and part["bf16_worst"] <= BFLOAT16_BOUND
+    no_worse = part["bf16_grafted_vs_float64_worst"] <= NO_WORSE * part["bf16_apart_vs_float64_worst"]
+    return bool(close and no_worse and part["undo_restores_every_byte"])
+
+
+def _write(args: argparse.Namespace, name: str, part: dict[str, Any]) -> None:
+    file = args.work / "parts" / f"{name}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(file, (json.dumps(part, indent=1) + "\n").encode())
+
+
+def _read(args: argparse.Namespace, name: str, stage: str) -> dict[str, Any]:
+    file = args.work / "parts" / f"{name}.json"
+    if not file.exists():
+        raise FileNotFoundError(f"{file} is missing: run the stage `{stage}` first")
+    found: dict[str, Any] = json.loads(file.read_text())
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
