@@ -36,9 +36,10 @@ def read_untrusted(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError(f"{file}: adapters are read from .safetensors files only (others can run code)")
     if file.is_file():
         with file.open("rb") as opened:
-            start = opened.read(4)
+            start = opened.read(9)
         for magic, what in MAGIC.items():
-            if start.startswith(magic):
+            # The length of a safetensors header may begin with the same bytes; its JSON follows.
+            if start.startswith(magic) and start[8:] != b"{":
                 raise CheckpointError(f"{file} is {what}, not safetensors whatever its suffix says; it is not opened")
     tensors, header = read_tensors(file, header_limit=HEADER_LIMIT)
     if not tensors:

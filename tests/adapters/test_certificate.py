@@ -84,7 +84,6 @@ def test_what_cannot_be_certified(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_a_gpu(flux: FluxTransformer2DModel, make_adapter: Callable[..., Adapter], probe: dict[str, Tensor]) -> None:
     """The Triton kernels on branches of padded rank, switched in place, in both dtypes."""
     flux.to("cuda")

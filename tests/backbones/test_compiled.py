@@ -101,7 +101,6 @@ def test_blocks_of_one_kind_share_compiled_code(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_compiled_model_computes_what_it_did_before():
     device = torch.device("cuda")
     model = tiny_flux(device, torch.bfloat16)

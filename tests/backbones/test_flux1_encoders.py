@@ -155,7 +155,6 @@ def test_the_true_autoencoder_has_its_published_size() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_every_encoder_leaves_it(flux_folder: Path) -> None:
     before = torch.cuda.memory_allocated()
     encoders = Flux1Encoders(flux_folder, torch.device("cuda"), torch.bfloat16, 64)
@@ -174,7 +173,6 @@ def test_on_a_gpu_every_encoder_leaves_it(flux_folder: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_drawing_leaves_the_transformer_alone_there(flux_folder: Path, flux_cache: Path) -> None:
     backbone = load_backbone("flux1-dev", "native", "cuda", flux_cache, WeightsConfig(path=str(flux_folder)), True)
     assert backbone.transformer.device.type == "cpu"

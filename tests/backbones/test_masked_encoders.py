@@ -191,7 +191,6 @@ def test_a_streamed_gemma_gives_the_same_and_holds_nothing_in_between(sana_folde
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("kind", ["sana", "pixart"])
 def test_on_a_gpu_every_encoder_leaves_it(kind: str, sana_folder: Path, pixart_folder: Path) -> None:
     folder, made = (sana_folder, SanaEncoders) if kind == "sana" else (pixart_folder, PixArtEncoders)

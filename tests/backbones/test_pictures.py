@@ -53,7 +53,6 @@ def test_a_tile_takes_a_quarter_of_the_gpu(gib: float, edge: int) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_tiles_take_less_memory() -> None:
     vae = random_vae(DC_AE, 0, torch.bfloat16, AutoencoderDC)
     assert isinstance(vae, AutoencoderDC)

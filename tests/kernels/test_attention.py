@@ -148,7 +148,6 @@ def test_what_does_not_fit_is_refused(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("shape", [*SHAPES[:2], (1, 1100, 1100, 4, 128)])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_on_a_gpu(backend, shape):

@@ -193,7 +193,6 @@ def test_what_cannot_be_done_is_refused(tiny_flux: Any) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_offloading_gives_the_same_gradients_in_less_memory(tiny_flux: Any, loss_of: Any) -> None:
     model, parameters = tiny_flux(torch.bfloat16, device="cuda")
     seen = []

@@ -24,11 +24,6 @@ STEPS = 3
 Batch = dict[str, torch.Tensor]
 
 
-def on_gpu(test: Callable[..., None]) -> Callable[..., None]:
-    skip = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-    return pytest.mark.gpu(skip(test))
-
-
 class Run:
     """`pocket` with an adapter that matters, and plain gradient descent: its steps keep the size of their rounding errors."""
 
@@ -168,7 +163,7 @@ def captured(run: Run, *, fills: bool = False) -> GraphStep:
     return step
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("offload", [False, True])
 def test_a_captured_step_is_the_eager_one(offload: bool, tmp_path: Path) -> None:
     eager, other = Run(tmp_path), Run(tmp_path, offload=offload)
@@ -183,7 +178,7 @@ def test_a_captured_step_is_the_eager_one(offload: bool, tmp_path: Path) -> None
     assert all(getattr(m, "joined_down", None) is None for m in other.model.modules())
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_a_paused_step_goes_on_and_holds_nothing(tmp_path: Path) -> None:
     straight, paused = Run(tmp_path), Run(tmp_path)
     start = [p.detach().clone() for p in straight.parameters]
@@ -203,7 +198,7 @@ def test_a_paused_step_goes_on_and_holds_nothing(tmp_path: Path) -> None:
     same(paused.parameters, straight.parameters, start)
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_close_frees_the_graphs(tmp_path: Path) -> None:
     run = Run(tmp_path)
     before = torch.cuda.memory_allocated()
@@ -216,7 +211,7 @@ def test_close_frees_the_graphs(tmp_path: Path) -> None:
     assert torch.cuda.memory_allocated() <= before + 2**20
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_pausing_a_small_model_keeps_its_graphs(tmp_path: Path) -> None:
     run = Run(tmp_path)
     step = captured(run)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from loragraft.adapters.checkpoint import load_adapter
 from loragraft.adapters.formats.guard import checked_name
@@ -26,6 +27,16 @@ class Marked:
 
     def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
         return Path.touch, (self.mark,)
+
+
+@pytest.mark.parametrize("length", [0x0280, 0x0480])
+def test_a_header_whose_length_looks_like_a_pickle_is_read(tmp_path: Path, length: int) -> None:
+    tensors = {DOWN: torch.ones(2, 8), UP: torch.ones(8, 2)}
+    bare = len(save(tensors, {"note": ""})) - sum(tensor.nbytes for tensor in tensors.values()) - 8
+    file = tmp_path / "lora.safetensors"
+    file.write_bytes(save(tensors, {"note": "x" * (length - bare)}))
+    assert file.read_bytes()[:2] == length.to_bytes(2, "little")
+    assert list(load_adapter(file).pairs) == ["proj_out"]
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".bin", ".ckpt", ".safetensors"])
