@@ -41,8 +41,9 @@ check: setup-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Two processes of one torch thread each: most tests are Python, and two processes of two threads get in each other's way.
 test: check
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-gpu: setup-dev
 	$(BIN)/python -m pytest -m gpu
