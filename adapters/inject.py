@@ -22,17 +22,8 @@ from loragraft.recipes.schema import AdapterConfig
 DEFAULT_NAME = "default"
 
 
-class SVDQuantLoraLinear(nn.Module, LoraLayer):
-    """PEFT's LoRA layer over a `SVDQuantLinear` or a `QuantizedLinear`: plain LoRA, any number of active adapters, no merging.
-
-    joined_down, joined_up: branch and adapter in one, in the compute dtype; kept up to date by `joined.JoinedFactors`, and read
-    where gradients are computed only. joined_together: joined_down of all layers that read one x, this one's from row
-    joined_first on.
-    """
-
-    joined_down: Tensor | None
-    joined_up: Tensor | None
-    joined_together: Tensor | None
+class _PlainLora(nn.Module, LoraLayer):
+    """What PEFT's LoRA layers over ours share: plain LoRA, any number of active adapters, no merging."""
 
     def __init__(
         self,
@@ -46,28 +37,55 @@ class SVDQuantLoraLinear(nn.Module, LoraLayer):
         super().__init__()
         LoraLayer.__init__(self, base_layer)
         self.fan_in_fan_out = False
-        self.register_buffer("joined_down", None, persistent=False)
-        self.register_buffer("joined_up", None, persistent=False)
-        self.register_buffer("joined_together", None, persistent=False)
-        self.joined_first = 0
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
-
-    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
-        assert isinstance(module, BranchedLinear)  # PEFT reaches us through the registered type
-        return module.in_features, module.out_features
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig, **kwargs: Any) -> None:
         """Add an adapter. Raises ValueError for what the fused op does not compute."""
         _check_plain(config)
         LoraLayer.update_layer(self, adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)  # type: ignore[arg-type]
 
+    def _active(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+        """Names of the adapters that count now. Raises ValueError for any argument besides x."""
+        if args or kwargs:
+            raise ValueError(f"{type(self).__name__} takes x only, got {len(args)} more and {sorted(kwargs)}")
+        return [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Always raises: four-bit codes take no adapter without being quantized again."""
+        raise NotImplementedError("a SVDQuant layer is not merged into; save the adapter and graft it (adapters.graft)")
+
+    def unmerge(self) -> None:
+        """Always raises, as `merge` does."""
+        raise NotImplementedError("a SVDQuant layer is never merged; use adapters.graft.ungraft")
+
+
+class SVDQuantLoraLinear(_PlainLora):
+    """PEFT's LoRA layer over a `SVDQuantLinear` or a `QuantizedLinear`: plain LoRA, any number of active adapters, no merging.
+
+    joined_down, joined_up: branch and adapter in one, in the compute dtype; kept up to date by `joined.JoinedFactors`, and read
+    where gradients are computed only. joined_together: joined_down of all layers that read one x, this one's from row
+    joined_first on.
+    """
+
+    joined_down: Tensor | None
+    joined_up: Tensor | None
+    joined_together: Tensor | None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_buffer("joined_down", None, persistent=False)
+        self.register_buffer("joined_up", None, persistent=False)
+        self.register_buffer("joined_together", None, persistent=False)
+        self.joined_first = 0
+
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        assert isinstance(module, BranchedLinear)  # PEFT reaches us through the registered type
+        return module.in_features, module.out_features
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's forward with the active adapters' ranks concatenated, in the order they are active."""
-        if args or kwargs:
-            raise ValueError(f"SVDQuantLoraLinear takes x only, got {len(args)} more and {sorted(kwargs)}")
-        base = self.get_base_layer()
-        active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]
+        base, active = self.get_base_layer(), self._active(args, kwargs)
         if not active:
             return base(x)
         factors = [layer_factors(self, name) for name in active]
@@ -89,41 +107,17 @@ class SVDQuantLoraLinear(nn.Module, LoraLayer):
         down, up = layer_factors(self, adapter)
         return self.scaling[adapter] * (up @ down)
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Always raises: four-bit codes take no adapter without being quantized again."""
-        raise NotImplementedError("a SVDQuant layer is not merged into; save the adapter and graft it (adapters.graft)")
 
-    def unmerge(self) -> None:
-        """Always raises, as `merge` does."""
-        raise NotImplementedError("a SVDQuant layer is never merged; use adapters.graft.ungraft")
-
-
-class SVDQuantLoraConv2d(nn.Module, LoraLayer):
+class SVDQuantLoraConv2d(_PlainLora):
     """The same over a `SVDQuantConv2d`: A [r, C, k, k] and B [N, r, 1, 1] as PEFT has them for `nn.Conv2d`."""
-
-    def __init__(
-        self,
-        base_layer: SVDQuantConv2d,
-        adapter_name: str,
-        config: LoraConfig,
-        r: int,
-        lora_alpha: float,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__()
-        LoraLayer.__init__(self, base_layer)
-        self.fan_in_fan_out = False
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         assert isinstance(module, SVDQuantConv2d)  # PEFT reaches us through the registered type
         return module.in_channels, module.out_channels
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig, **kwargs: Any) -> None:
-        """Add an adapter. Raises ValueError for what the fused op does not compute."""
-        _check_plain(config)
-        LoraLayer.update_layer(self, adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)  # type: ignore[arg-type]
+        """Add an adapter, its factors as kernels. Raises ValueError as the linear layer's."""
+        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
         base = self.get_base_layer()
         assert isinstance(base, SVDQuantConv2d)
         # PEFT made matrices for a linear layer of as many channels; its own `_ConvNd` makes them of the base layer's class.
@@ -137,11 +131,8 @@ class SVDQuantLoraConv2d(nn.Module, LoraLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's forward with the active adapters' ranks concatenated, in the order they are active."""
-        if args or kwargs:
-            raise ValueError(f"SVDQuantLoraConv2d takes x only, got {len(args)} more and {sorted(kwargs)}")
-        base = self.get_base_layer()
+        base, active = self.get_base_layer(), self._active(args, kwargs)
         assert isinstance(base, SVDQuantConv2d)
-        active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]
         if not active:
             return base(x)
         factors = [(layer_factors(self, name), self.scaling[name]) for name in active]
@@ -155,14 +146,6 @@ class SVDQuantLoraConv2d(nn.Module, LoraLayer):
         """(alpha / r) B A [N, C, k, k]."""
         down, up = layer_factors(self, adapter)
         return self.scaling[adapter] * (up.flatten(1) @ down.flatten(1)).view(-1, *down.shape[1:])
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Always raises: four-bit codes take no adapter without being quantized again."""
-        raise NotImplementedError("a SVDQuant layer is not merged into; save the adapter and graft it (adapters.graft)")
-
-    def unmerge(self) -> None:
-        """Always raises, as `merge` does."""
-        raise NotImplementedError("a SVDQuant layer is never merged; use adapters.graft.ungraft")
 
 
 def _check_plain(config: LoraConfig) -> None:

@@ -17,6 +17,7 @@ from loragraft.backbones.architectures import PIXART
 from loragraft.backbones.masked_dit import PIXART_LIKE, PIXART_SCHEDULER
 from loragraft.backbones.pipeline_stats import PROMPTS
 from loragraft.backbones.spec import BaseSpec, Encoders, External
+from loragraft.backbones.stable_diffusion import SDXL_VAE
 
 TOKENS, EMBEDDING = 300, 4096
 """T5-XXL's of a caption, padding included, and its width."""
@@ -41,21 +42,6 @@ CONFIG: Mapping[str, Any] = {
     "interpolation_scale": 2,
     "use_additional_conditions": False,
     "caption_channels": EMBEDDING,
-}
-VAE: Mapping[str, Any] = {
-    "_class_name": "AutoencoderKL",
-    "in_channels": 3,
-    "out_channels": 3,
-    "latent_channels": 4,
-    "block_out_channels": [128, 256, 512, 512],
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "layers_per_block": 2,
-    "norm_num_groups": 32,
-    "act_fn": "silu",
-    "sample_size": 1024,
-    "scaling_factor": 0.13025,
-    "force_upcast": True,
 }
 
 
@@ -82,7 +68,7 @@ def _open(folder: Path, device: torch.device, dtype: torch.dtype) -> Encoders:
 def _random(seed: int, device: torch.device, dtype: torch.dtype) -> Encoders:
     from loragraft.backbones.masked_encoders import RandomMaskedEncoders
 
-    autoencoder, scheduler = (AutoencoderKL, VAE), (DPMSolverMultistepScheduler, PIXART_SCHEDULER)
+    autoencoder, scheduler = (AutoencoderKL, SDXL_VAE), (DPMSolverMultistepScheduler, PIXART_SCHEDULER)
     return RandomMaskedEncoders("pixart", autoencoder, scheduler, (TOKENS, EMBEDDING), seed, device, dtype)
 
 

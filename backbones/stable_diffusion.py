@@ -93,6 +93,9 @@ def sd_vae(scaling_factor: float, sample_size: int) -> dict[str, Any]:
     }
 
 
+SDXL_VAE: Mapping[str, Any] = {**sd_vae(0.13025, 1024), "force_upcast": True}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Kind:
     """What one of them has of its own."""
@@ -130,7 +133,7 @@ KINDS: Mapping[str, Kind] = {
     "sdxl": Kind(
         family=SDXL_LIKE,
         unet=SDXL_UNET,
-        vae={**sd_vae(0.13025, 1024), "force_upcast": True},
+        vae=SDXL_VAE,
         scheduler=(EulerDiscreteScheduler, SCHEDULER),
         pooled=1280,
         text_bytes=CLIP_L_BYTES + OPENCLIP_G_BYTES,
@@ -139,7 +142,7 @@ KINDS: Mapping[str, Kind] = {
     "sdxl-turbo": Kind(
         family=SDXL_LIKE,
         unet=SDXL_TURBO_UNET,
-        vae={**sd_vae(0.13025, 1024), "force_upcast": True},
+        vae=SDXL_VAE,
         scheduler=(EulerAncestralDiscreteScheduler, TURBO),
         pooled=1280,
         text_bytes=CLIP_L_BYTES + OPENCLIP_G_BYTES,

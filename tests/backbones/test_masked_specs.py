@@ -12,9 +12,9 @@ from torch import nn
 
 from loragraft.backbones.architectures import PIXART, PIXART_ONCE, open_model
 from loragraft.backbones.load import find_spec, load_backbone
-from loragraft.backbones.pixart_sigma import VAE
 from loragraft.backbones.skeleton import meta_transformer, plan_architecture
 from loragraft.backbones.spec import BaseSpec
+from loragraft.backbones.stable_diffusion import SDXL_VAE
 from loragraft.quantization.checkpoint import quantized_layers
 from loragraft.quantization.conv import SVDQuantConv2d
 from loragraft.quantization.ledger import build_ledger
@@ -82,7 +82,7 @@ def test_the_true_autoencoder_of_pixart_is_sdxls() -> None:
     assert sum(p.numel() for p in encoders.pipeline_parts["vae"].parameters()) == 83_653_863
     assert encoders.encode_images(torch.zeros(1, 3, 32, 32)).shape == (1, 4, 4, 4)
     assert encoders.encode_text(["a"])["prompt_embeds"].shape == (1, 300, 4096)
-    assert VAE["scaling_factor"] == 0.13025
+    assert SDXL_VAE["scaling_factor"] == 0.13025
 
 
 @pytest.mark.parametrize(
