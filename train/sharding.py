@@ -82,8 +82,9 @@ def average_gradients(adapter: Sequence[nn.Parameter]) -> None:
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
-    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(mean.view_as(gradient))
+    parts = flat.split([gradient.numel() for gradient in gradients])
+    means = [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]
+    torch._foreach_copy_(gradients, means)  # one launch; FLUX.1 has 836 factors
 
 
 def held_bytes(transformer: nn.Module) -> int:
