@@ -25,7 +25,7 @@ from pathlib import Path
 from cached_images import FORMATS
 from multi_gpu_part import FILES, cached_images, leave, run_one, run_several
 
-LIMITS = {"one": 160.0, "two": 140.0, "divided": 100.0}
+LIMITS = {"one": 220.0, "two": 150.0, "divided": 110.0}
 """Seconds after which a part is ended."""
 
 
@@ -161,8 +161,8 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=4, help="images of a process and step")
     parser.add_argument("--attention", default="sdpa", help="train.attention")
     parser.add_argument("--checkpointing", default="none", help="train.checkpointing")
-    parser.add_argument("--seconds", type=float, default=40, help="timed seconds of `one`")
-    parser.add_argument("--seconds-two", type=float, default=14, help="timed seconds of `two`")
+    parser.add_argument("--seconds", type=float, default=30, help="timed seconds of `one`")
+    parser.add_argument("--seconds-two", type=float, default=10, help="timed seconds of `two`")
     parser.add_argument("--steps", type=int, default=0, help="timed steps of `two` instead")
     parser.add_argument("--patience", type=float, default=1, help="factor on the time that a part may take")
     parser.add_argument("--after", type=Path, help="`one`: timed steps begin when this file is there")

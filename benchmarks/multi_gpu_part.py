@@ -33,7 +33,7 @@ from loragraft.train.loop import distributed, train
 from loragraft.train.memory import set_checkpointing
 from loragraft.train.previews import Previews
 from loragraft.train.run_folder import RunFolder
-from loragraft.train.sharding import check_sharding, held_bytes, shards_base
+from loragraft.train.sharding import average_gradients, check_sharding, held_bytes, shards_base
 from loragraft.train.tracking import Tracking
 from loragraft.train.warm import start_workers
 
@@ -102,7 +102,7 @@ class Part:
             torch.backends.cuda.enable_cudnn_sdp(False)
             if not shards_base():
                 start_workers()
-        started = time.perf_counter()
+        self.begun = started = time.perf_counter()
         self.backbone = self._backbone()
         self.parameters = self._adapter()
         self.held = held_bytes(self.backbone.transformer)
@@ -123,14 +123,14 @@ class Part:
 
     def _recipe(self) -> Recipe:
         args = self.args
-        steps = {"one": 100_000, "two": self.warm + args.steps, "divided": DIVIDED_STEPS}[args.what]
+        steps = {"one": 100_000, "two": self.warm + args.steps + 1, "divided": DIVIDED_STEPS}[args.what]
         return load_recipe(
             "marketing",
             [
                 f"base={args.base}", *(["weights.random=true"] if find_spec(args.base).external else []),
                 "data.buckets=true", f"data.resolution={args.edge}", f"train.batch_size={self.batch}", f"train.steps={steps}",
                 f"train.attention={args.attention}", f"train.checkpointing={args.checkpointing}", "train.validate_every=0",
-                "train.checkpoint_every=0", "train.log_every=1", "train.threads=1", "optim.learning_rate=1e-4",
+                "train.checkpoint_every=0", "train.log_every=1", "train.threads=1", "optim.learning_rate=1e-5",
                 "optim.warmup_steps=0", "optim.schedule=constant", "tracking.mode=disabled",
             ],
         )  # fmt: skip
@@ -155,6 +155,7 @@ class Part:
 
     def train(self, watch: Stopwatch) -> None:
         """Until the recipe's last step, or until `watch` stops it."""
+        self.begun = time.perf_counter()
         folder = Unsaved.open(
             self.args.work / "runs" / f"{self.args.what}-{os.getpid()}", self.recipe, self.backbone.base_id
         )
@@ -169,6 +170,20 @@ class Part:
         for parameter in self.parameters:
             digest.update(parameter.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
+
+    def exchange_ms(self, times: int = 5) -> float:
+        """Of averaging all gradients over the processes, at the end of a step; the least of several."""
+        for parameter in self.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        seconds = []
+        for _ in range(times):
+            self.accelerator.wait_for_everyone()
+            start = time.perf_counter()
+            average_gradients(self.parameters)
+            if not self.args.cpu:
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+        return 1000 * min(seconds)
 
     def peak_gib(self) -> float:
         """Allocated since the base is there; 0 on a CPU."""
@@ -198,9 +213,6 @@ class Part:
             "first_step_seconds": watch.times[0] - self.begun,
         }
 
-    begun = 0.0
-    """When `train` began."""
-
 
 def cached_images(args: argparse.Namespace) -> CachedImages:
     """The data set that the options ask for."""
@@ -221,15 +233,13 @@ def run_one(args: argparse.Namespace) -> None:
         activities=[kind], schedule=torch.profiler.schedule(wait=0, warmup=PROFILER_WARMS, active=PROFILED, repeat=1)
     )
     timed: dict[str, float] = {}
-    profiled = 0
+    profiled, enough = 0, PROFILER_WARMS + PROFILED
 
     def then(watch: Stopwatch, step: int) -> None:
         nonlocal profiled
-        if (
-            step == part.warm - 1
-        ):  # one step is queued beyond it: it ends while this waits, and the clock starts with the next
-            _wait_for(args.after)
-        if step <= part.warm:
+        if step == part.warm - 1:
+            _wait_for(args.after)  # the next step is queued and ends meanwhile; the clock starts with its figures
+        if step <= part.warm or profiled == enough:  # the step that was queued when the run was stopped
             return
         if not timed:
             if watch.times[-1] - watch.times[part.warm - 1] < args.seconds:
@@ -240,11 +250,10 @@ def run_one(args: argparse.Namespace) -> None:
         else:
             profiler.step()
             profiled += 1
-            if profiled == PROFILER_WARMS + PROFILED:
+            if profiled == enough:
                 profiler.stop()
                 signal.raise_signal(signal.SIGTERM)
 
-    part.begun = time.perf_counter()
     part.train(Stopwatch(then))
     seen = timeline(spans_of(profiler, cuda=not args.cpu))
     busy = seen.busy_ms / seen.steps
@@ -273,7 +282,6 @@ def run_several(args: argparse.Namespace) -> None:
     """`two` or `divided`: the steps of one of the processes; what it found goes to --work."""
     part = Part(args)
     watch = Stopwatch(lambda *_: None)
-    part.begun = time.perf_counter()
     part.train(watch)
     name = FILES[args.what][0]
     found = {
@@ -285,10 +293,11 @@ def run_several(args: argparse.Namespace) -> None:
         "held_gib": held_bytes(part.backbone.transformer) / GIB,
         "divided": shards_base(),
     }
-    if watch.times and args.what == "two":
-        found |= part.speed(watch, len(watch.times))
+    if watch.times and args.what == "two":  # the last step's figures wait for what ends a run
+        found |= part.speed(watch, len(watch.times) - 1)
     if watch.times and args.what == "divided":
-        found["step_ms"] = 1000 * (watch.times[-1] - watch.times[0]) / (DIVIDED_STEPS - 1)
+        found["step_ms"] = 1000 * watch.seconds(1, DIVIDED_STEPS - 1)[0]
+    found["exchange_ms"] = part.exchange_ms()
     rank = part.accelerator.process_index
     write_atomic(args.work / f"{name}.rank{rank}.json", json.dumps(found).encode())
     part.accelerator.end_training()
