@@ -134,3 +134,15 @@ def test_a_part_that_hangs_is_ended(multi_gpu: ModuleType, tmp_path: Path, monke
     running = multi_gpu.Running(args, "two", None)
     assert running.wait() == "not done after 0 s"
     assert running.process.poll() == -signal.SIGKILL
+
+
+def test_the_report_takes_these_parts(benchmark_module: Callable[..., ModuleType], tmp_path: Path) -> None:
+    report = benchmark_module("flux_training", ("first_step", "frozen_linears"))
+    about = {"device": "H200", "versions": {"torch": "2.11"}, "commit": "abc"}
+    (tmp_path / "ddp_2.json").write_text(json.dumps({**about, "ddp2_scaling": 1.95}))
+    found = report.collect(tmp_path, None)
+    assert (found["ddp2_scaling"], found["gpu_idle_share"], found["fsdp_held_share"]) == (1.95, None, None)
+    (tmp_path / "idle.json").write_text(json.dumps({**about, "idle_share": 0.012}))
+    (tmp_path / "fsdp.json").write_text(json.dumps({**about, "held_gib": [3.25, 3.5], "held_gib_whole": 7.0}))
+    found = report.collect(tmp_path, None)
+    assert (found["ddp2_scaling"], found["gpu_idle_share"], found["fsdp_held_share"]) == (1.95, 0.012, 0.5)
