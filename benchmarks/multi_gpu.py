@@ -16,12 +16,12 @@ A part that fails leaves NAME.failed.txt with the end of its log, and the others
 import argparse
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 from cached_images import FORMATS
 from multi_gpu_part import FILES, cached_images, leave, run_one, run_several
 
@@ -48,6 +48,9 @@ def run_all(args: argparse.Namespace) -> int:
     """The parts, each in processes of its own. Returns how many failed."""
     start = time.perf_counter()
     args.work.mkdir(parents=True, exist_ok=True)
+    for name in (name for what in args.only for name in FILES[what]):  # nothing of an earlier run counts
+        for file in (*args.parts.glob(f"{name}.*"), *args.work.glob(f"{name}.rank*")):
+            file.unlink()
     cached_images(args).write()
     print(f"{time.perf_counter() - start:6.1f} s  {args.images} images cached", flush=True)
     free = args.work / "alone"
@@ -76,7 +79,6 @@ class Running:
                 env=self._environment(),
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,
             )
 
     def _command(self, free: Path | None) -> list[str]:
@@ -114,8 +116,11 @@ class Running:
         try:
             code = self.process.wait(LIMITS[self.what] * self.args.patience - (time.perf_counter() - self.started))
         except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
+            below = psutil.Process(self.process.pid).children(recursive=True)  # torchrun's workers have own sessions
+            for process in (self.process, *below):
+                process.kill()
             self.process.wait()
+            psutil.wait_procs(below, timeout=10)  # their memory is the next part's
             return f"not done after {LIMITS[self.what] * self.args.patience:.0f} s"
         return f"exit code {code}" if code else ""
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -128,12 +129,23 @@ def test_a_failed_part_says_so_and_is_counted(
     assert 'ddp_1: {"images_per_second": 10.0}' in said
 
 
-def test_a_part_that_hangs_is_ended(multi_gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(multi_gpu.Running, "_command", lambda *_: [sys.executable, "-c", "import time; time.sleep(60)"])
-    args = Namespace(work=tmp_path, cpu=True, patience=0.2 / multi_gpu.LIMITS["two"])
+def test_a_part_that_hangs_is_ended_with_what_it_started(
+    multi_gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker in a session of its own, as torchrun's are."""
+    worker = "import time; time.sleep(60)"
+    script = (
+        "import subprocess, sys; from pathlib import Path;"
+        f"child = subprocess.Popen([sys.executable, '-c', {worker!r}], start_new_session=True);"
+        f"Path({str(tmp_path / 'pid')!r}).write_text(str(child.pid)); {worker}"
+    )
+    monkeypatch.setattr(multi_gpu.Running, "_command", lambda *_: [sys.executable, "-c", script])
+    args = Namespace(work=tmp_path, cpu=True, patience=3 / multi_gpu.LIMITS["two"])
     running = multi_gpu.Running(args, "two", None)
-    assert running.wait() == "not done after 0 s"
+    assert running.wait() == "not done after 3 s"
     assert running.process.poll() == -signal.SIGKILL
+    child = int((tmp_path / "pid").read_text())
+    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
 
 
 def test_the_report_takes_these_parts(benchmark_module: Callable[..., ModuleType], tmp_path: Path) -> None:
