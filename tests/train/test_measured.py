@@ -28,6 +28,16 @@ def test_a_loss_that_is_not_finite_is_an_error() -> None:
         Measured(3, torch.tensor(float("nan")), torch.tensor(1.0), 1e-3).read()
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_a_step_keeps_its_figures_whatever_is_queued_after_it() -> None:
+    loss, norm = torch.full((), 0.25, device="cuda"), torch.full((), 1.5, device="cuda")
+    measured = Measured(3, loss, norm, 1e-3)
+    assert measured.waits
+    for _ in range(100):
+        loss.add_(1.0)
+    assert measured.read() == {"loss": 0.25, "learning_rate": 1e-3, "grad_norm": 1.5}
+
+
 def test_reading_late_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, whose figures wait: over steps that validate, save, or do neither."""
     monkeypatch.chdir(tmp_path)
