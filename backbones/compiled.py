@@ -71,8 +71,9 @@ def _pure(target: Any) -> bool:
 def compile_blocks(transformer: nn.Module, shapes: int = 1) -> int:
     """Compiles the transformer's repeated blocks in place (diffusers' regional compilation); returns how many.
 
-    Blocks of one class share compiled code as long as their quantized layers are set up alike and see one of the `shapes`. With
-    more than `MOST_KINDS` kinds nothing is compiled, a warning says so, and the result is 0: compiling would take minutes.
+    Blocks of one class share compiled code as long as their quantized layers are set up alike. The first of the `shapes` that
+    they see gets code of its own; of three or more, all others share code for any number of rows, as each would take half a
+    minute. With more than `MOST_KINDS` kinds nothing is compiled, a warning says so, and the result is 0.
     """
     names = getattr(transformer, "_repeated_blocks", None) or getattr(transformer, "_no_split_modules", None) or ()
     named = [(path, module) for path, module in transformer.named_modules() if type(module).__name__ in names]
@@ -91,7 +92,7 @@ def compile_blocks(transformer: nn.Module, shapes: int = 1) -> int:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(kinds) * shapes)
     for block in blocks:
         group_layers(block)
-        block.compile(fullgraph=True, dynamic=False)
+        block.compile(fullgraph=True, dynamic=None if shapes > 2 else False)
     return len(blocks)
 
 

@@ -322,7 +322,9 @@ def run(name: str, parts: Path, profile: bool, commit: str) -> dict[str, Any]:
 
 
 def collect(parts: Path, fidelity: Path | None) -> dict[str, Any]:
-    """The report's keys from the parts that are there; a figure whose parts are missing is null. fidelity: `fidelity.py`'s."""
+    """The report's keys from the parts that are there, `multi_gpu.py`'s among them; a figure whose parts are missing is null.
+
+    fidelity: `fidelity.py`'s."""
     found = {file.stem: json.loads(file.read_text()) for file in sorted(parts.glob("*.json"))}
 
     def ratio(above: str, below: str, key: str = "step_ms") -> float | None:
@@ -330,6 +332,10 @@ def collect(parts: Path, fidelity: Path | None) -> dict[str, Any]:
 
     def figure(name: str, key: str) -> float | None:
         return found[name][key] if name in found else None
+
+    def held_share() -> float | None:
+        """The most that a process keeps of a base divided between two."""
+        return max(found["fsdp"]["held_gib"]) / found["fsdp"]["held_gib_whole"] if "fsdp" in found else None
 
     return {
         "device": sorted({part["device"] for part in found.values()}),
@@ -351,7 +357,9 @@ def collect(parts: Path, fidelity: Path | None) -> dict[str, Any]:
         "reserved_gib_whole_run_1024": figure("whole_run_1024", "reserved_gib"),
         "preflight_worst_pct": None,
         "grad_cosine_min": None if fidelity is None else json.loads(fidelity.read_text())["grad_cosine_min"],
-        "ddp2_scaling": None,
+        "ddp2_scaling": figure("ddp_2", "ddp2_scaling"),
+        "gpu_idle_share": figure("idle", "idle_share"),
+        "fsdp_held_share": held_share(),
         "keep_all": {
             "step_1024_vs_eager": ratio("bf16_eager_1024", "ours_1024_keep_all"),
             "step_1024_vs_compiled": ratio("bf16_compiled_1024", "ours_1024_keep_all"),

@@ -106,7 +106,8 @@ class TrainConfig:
     """Whether the model's repeated blocks are compiled (norms, modulation and the like are fused): `auto` does it on a GPU
     for models of more than 0.5 GB, where the half minute pays."""
     cuda_graph: Switch = "auto"
-    """Whether a step is captured once and replayed, so that Python's time does not count: `auto` does it on one GPU."""
+    """Whether a step is captured once and replayed, so that Python's time does not count: `auto` does it on GPUs,
+    unless they divide the base."""
     join_factors: bool = True
     """Whether a captured step keeps the adapter joined with the base's branch in 16 bits: 3 % faster, 2 bytes a parameter."""
     attention: Literal["sdpa", "cudnn_forward", "flash_attn_4"] = "sdpa"
