@@ -4,10 +4,13 @@
     compensating   trained from factors A0, B0 that make up for one INT4 base's own error (LoftQ, arXiv:2310.08659): B A holds the
                    correction too, which is wrong on every other base
 
-A compensating adapter less its start is portable: B A - B0 A0 = [B, -B0] [A; A0], rank 2r.
+A compensating adapter less its start is portable: B A - B0 A0 = [B, -B0] [A; A0], rank 2r. `adapters.loftq` makes such starts
+(`adapter.init=loftq`); a run keeps its own as adapter/start.safetensors.
 """
 
+import hashlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +20,8 @@ PORTABLE, COMPENSATING = "portable", "compensating"
 CONTRACTS = (PORTABLE, COMPENSATING)
 START_NAME = "start.safetensors"
 """The factors that training started from, beside a compensating adapter."""
+START_HASH = "start_sha256"
+"""sha256 of that file, in the metadata of the adapter that was trained from it."""
 Pairs = Mapping[str, tuple[Tensor, Tensor]]
 
 
@@ -29,6 +34,22 @@ def contract_of(metadata: Mapping[str, Any]) -> str:
     if contract not in CONTRACTS:
         raise ValueError(f"contract {contract!r} of the adapter is not one of {', '.join(CONTRACTS)}")
     return str(contract)
+
+
+def start_hash(file: Path) -> str:
+    """What `START_HASH` states."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def check_start(metadata: Mapping[str, Any], file: Path) -> None:
+    """Raises ValueError where an adapter's metadata state another start than `file`."""
+    stated = metadata.get(START_HASH)
+    if stated and stated != start_hash(file):
+        raise ValueError(
+            f"{file} is not the start that the adapter was trained from (sha256 {stated[:16]}): give the start.safetensors "
+            "that training wrote beside it"
+        )
 
 
 def less_start(pairs: Pairs, start: Pairs) -> dict[str, tuple[Tensor, Tensor]]:
