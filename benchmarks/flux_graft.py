@@ -45,7 +45,11 @@ def flux_shapes(heads: int, profile: Any, seed: int, device: str, folder: Path, 
     random, before = torch.Generator().manual_seed(seed), checksum(model)
     hidden = random_adapter(model, list(quantized_layers(model)), "hidden", HIDDEN_RANK, random, HIDDEN_STRENGTH)
     batches = [_inputs(model, random) for _ in range(BATCHES)]
-    seen = collect(model, list(hidden.pairs), partial(_outputs, model, batches), rows=ROWS)
+
+    def draw() -> None:
+        _outputs(model, batches)
+
+    seen = collect(model, list(hidden.pairs), draw, rows=ROWS)
     losses = train(model, hidden, batches, steps)
     file = save_adapter(model, folder, {"name": "trained", "base": "flux-shapes", "base_id": recorded_base_id(model)})
     remove_adapter(model)
@@ -70,6 +74,7 @@ def blocks(heads: int, profile: Any, seed: int, device: str) -> FluxTransformer2
 
 def train(model: FluxTransformer2DModel, hidden: Adapter, batches: list[dict[str, Tensor]], steps: int) -> list[float]:
     """Leaves an adapter of `RANK` injected; the mean squared error of every step, as a share of what `hidden` changes."""
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward fails on torch 2.11 with driver 580
     plain = _outputs(model, batches)
     graft(model, hidden)
     targets = _outputs(model, batches)
