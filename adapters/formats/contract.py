@@ -9,7 +9,7 @@ A compensating adapter less its start is portable: B A - B0 A0 = [B, -B0] [A; A0
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,16 @@ def check_start(metadata: Mapping[str, Any], file: Path) -> None:
         raise ValueError(
             f"{file} is not the start that the adapter was trained from (sha256 {stated[:16]}): give the start.safetensors "
             "that training wrote beside it"
+        )
+
+
+def check_together(adapters: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
+    """Raises ValueError where two of the adapters (name, metadata) that a base is to carry at once are compensating."""
+    both = [name for name, metadata in adapters if contract_of(metadata) == COMPENSATING]
+    if len(both) > 1:
+        raise ValueError(
+            f"adapters {both[0]!r} and {both[1]!r} are both compensating: together they would make up for the base's error twice; "
+            "make one of them portable: loragraft adapter export FILE --portable --style diffusers --out FOLDER"
         )
 
 
