@@ -26,7 +26,7 @@ from loragraft.quantization.checkpoint import checksum, quantized_layers, record
 from loragraft.recipes.schema import AdapterConfig, OptimConfig
 from loragraft.train.optim import build_optimizer
 
-RANK, HIDDEN_RANK, HIDDEN_STRENGTH = 16, 8, 0.3
+RANK, HIDDEN_RANK, HIDDEN_STRENGTH = 16, 16, 0.3
 STEPS, BATCHES = 60, 8
 LEARNING_RATE = 3e-3
 """At a width of 128; it falls with the root of the width."""
