@@ -50,7 +50,7 @@ def flux_shapes(heads: int, profile: Any, seed: int, device: str, folder: Path, 
         _outputs(model, batches)
 
     seen = collect(model, list(hidden.pairs), draw, rows=ROWS)
-    losses = train(model, hidden, batches, steps)
+    left = train(model, hidden, batches, steps)
     file = save_adapter(model, folder, {"name": "trained", "base": "flux-shapes", "base_id": recorded_base_id(model)})
     remove_adapter(model)
     adapters = ResidentAdapters(model)
@@ -59,7 +59,7 @@ def flux_shapes(heads: int, profile: Any, seed: int, device: str, folder: Path, 
     certificate = certify(model, {path: stats.samples_SK.float() for path, stats in seen.items()})
     adapters.clear()
     return {
-        "device": device, "width": heads * 128, "factors": f"trained, {steps} steps", "rank": RANK, "loss": [losses[0], losses[-1]],
+        "device": device, "width": heads * 128, "factors": f"trained, {steps} steps", "rank": RANK, "loss_left": left,
         **figures(certificate), "undo_restores_every_byte": checksum(model) == before,
     }  # fmt: skip
 
@@ -72,27 +72,28 @@ def blocks(heads: int, profile: Any, seed: int, device: str) -> FluxTransformer2
     return randomize(meta_transformer(FluxTransformer2DModel, config, plan), device, dtype, seed)
 
 
-def train(model: FluxTransformer2DModel, hidden: Adapter, batches: list[dict[str, Tensor]], steps: int) -> list[float]:
-    """Leaves an adapter of `RANK` injected; the mean squared error of every step, as a share of what `hidden` changes."""
+def train(model: FluxTransformer2DModel, hidden: Adapter, batches: list[dict[str, Tensor]], steps: int) -> float:
+    """Leaves an adapter of `RANK` injected; returns the squared error that is left, as a share of what `hidden` changes."""
     torch.backends.cuda.enable_cudnn_sdp(False)  # its backward fails on torch 2.11 with driver 580
     plain = _outputs(model, batches)
     graft(model, hidden)
     targets = _outputs(model, batches)
     ungraft(model, hidden.name)
-    scale = sum(F.mse_loss(a, b) for a, b in zip(plain, targets, strict=True)) / len(batches)
     parameters = inject_adapter(model, AdapterConfig(rank=RANK), TARGETS)
     heads = model.config.num_attention_heads
     config = OptimConfig(learning_rate=LEARNING_RATE / heads**0.5, warmup_steps=0)
     optimizer, schedule = build_optimizer(parameters, config, steps)
-    losses = []
     for step in range(steps):
-        loss = F.mse_loss(model(**batches[step % len(batches)]).sample.float(), targets[step % len(batches)]) / scale
-        loss.backward()
+        batch, target = batches[step % len(batches)], targets[step % len(batches)]
+        F.mse_loss(model(**batch).sample.float(), target).backward()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        losses.append(loss.detach())
-    return [float(loss) for loss in losses]
+    return _difference(_outputs(model, batches), targets) / _difference(plain, targets)
+
+
+def _difference(outputs: list[Tensor], targets: list[Tensor]) -> float:
+    return sum(float(F.mse_loss(output, target)) for output, target in zip(outputs, targets, strict=True))
 
 
 def _inputs(model: FluxTransformer2DModel, random: torch.Generator) -> dict[str, Tensor]:
