@@ -70,7 +70,8 @@ class RunFolder:
         if any((path / name).exists() for name in STARTED):
             run._resume(recipe)
         else:  # new, or given up before the first step: another recipe may have it
-            run.start_file.unlink(missing_ok=True)
+            if exclusive:
+                run.start_file.unlink(missing_ok=True)
             write_atomic(path / "recipe.yaml", yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False).encode())
         return run
 
