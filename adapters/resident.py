@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from loragraft.adapters.checkpoint import Adapter
+from loragraft.adapters.formats.contract import check_together
 from loragraft.adapters.graft import RESIDENT, as_matrices, check_graftable, grafted
 from loragraft.quantization.checkpoint import quantized_layers, recorded_base_id
 from loragraft.quantization.linear import SVDQuantLinear
@@ -114,7 +115,8 @@ class ResidentAdapters:
             raise
 
     def activate(self, *names: str) -> Change:
-        """Compute with exactly these, in this order; none: with the base alone. Raises ValueError for an unknown or doubled name."""
+        """Compute with exactly these, in this order; none: with the base alone. Raises ValueError for an unknown or doubled name, and for
+        two compensating adapters."""
         begun = self._now()
         for name in names:
             self._find(name)
@@ -188,6 +190,7 @@ class ResidentAdapters:
     def _compose(self, begun: float, active: Iterable[str]) -> Change:
         """Write what is active behind the base's own ranks of every layer that any resident adapter is for."""
         active = tuple(active)
+        check_together((name, self._residents[name].adapter.metadata) for name in active)
         touched = {path: None for resident in self._residents.values() for path in resident.factors}
         factors = [self._residents[name].factors for name in active]
         found = {path: [each[path] for each in factors if path in each] for path in touched}
