@@ -12,6 +12,7 @@ from PIL import Image
 from loragraft.adapters.graft import grafted
 from loragraft.demo.engine import Engine, Order, Picture, StoppedError
 from loragraft.evaluation.generate import Settings, render
+from loragraft.quantization.checkpoint import quantized_layers
 
 SETTINGS = Settings(prompt="a red star", seed=3, steps=2, guidance=3.0)
 
@@ -24,6 +25,13 @@ def order(**changes: Any) -> Order:
 
 def draw(engine: Engine, **changes: Any) -> list[Picture]:
     return list(engine.draw(order(**changes), lambda adapted, done, steps: None))
+
+
+def assert_bare(engine: Engine) -> None:
+    """The model computes with the base's own branches."""
+    model = engine.backbone("pocket", "native").transformer
+    assert grafted(model) == {}
+    assert all(layer.rank == layer.base_rank for layer in quantized_layers(model).values())
 
 
 def distance(a: Image.Image, b: Image.Image) -> float:
@@ -39,7 +47,10 @@ def test_before_and_after_are_what_the_command_line_draws(engine: Engine) -> Non
     assert seen == [(False, 1, 2), (False, 2, 2), (True, 1, 2), (True, 2, 2)]
     assert [before.adapted, after.adapted] == [False, True]
     backbone = engine.backbone("pocket", "native")
-    assert grafted(backbone.transformer) == {}
+    assert_bare(engine)
+    assert engine.loaded is not None
+    assert engine.loaded.adapters.resident == {"ours": 0.8}
+    engine.loaded.adapters.clear()  # for another to put adapters in
     (expected,) = render(backbone, [(engine.catalogue.load("ours"), 0.8)], [SETTINGS])
     assert distance(after.image, expected) < 1  # an activation code may round the other way
     assert distance(before.image, render(backbone, [], [SETTINGS])[0]) < 1
@@ -130,5 +141,5 @@ def test_stopping_leaves_the_base_as_it_was(engine: Engine) -> None:
     with pytest.raises(StoppedError, match="1 of 2"):
         next(pictures)
     assert not base.adapted
-    assert grafted(engine.backbone("pocket", "native").transformer) == {}
+    assert_bare(engine)
     assert distance(draw(engine)[0].image, base.image) < 1  # and the next order is served
