@@ -31,6 +31,7 @@ COMPILE_FROM = 1000
 """Passes of a large model from which drawing repays half a minute of compiling: some 30 ms of each are saved on FLUX.1's shapes."""
 LARGE = 5e8
 """Bytes of a model on which the GPU, and not Python, is what a compiled pass waits for."""
+NEEDS_GPU = "--compile needs a CUDA GPU; on a CPU the layers run as they are: leave it out"
 SHAPES = 4
 """Of what is drawn: a last, smaller batch is one of its own, and so are branches with and without adapters."""
 SAME_INPUT = {
@@ -84,7 +85,7 @@ def compile_to_draw(backbone: Backbone, images: int, steps: int, guided: Guided,
     """
     model, cuda = backbone.transformer, backbone.device.type == "cuda"
     if wanted and not cuda:
-        raise ValueError("--compile needs a CUDA GPU; on a CPU the layers run as they are: leave it out")
+        raise ValueError(NEEDS_GPU)
     if wanted is None:
         size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
         wanted = cuda and size > LARGE and _passes(backbone, images, steps, guided) >= COMPILE_FROM

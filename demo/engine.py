@@ -2,6 +2,7 @@
 
     text      caption and negative prompt through the text encoder
     start     the start picture through the autoencoder's encoder
+    adapters  the base's branches exchanged for those with adapters
     steps     the transformer: every Euler step, both passes where guidance is above 1
     decoding  the autoencoder's decoder, and to an 8-bit image
 
@@ -62,12 +63,18 @@ class Seconds:
 
     text: float
     start: float | None
+    adapters: float
     steps: float
     decoding: float
 
     @property
+    def own(self) -> float:
+        """What this picture alone took."""
+        return self.adapters + self.steps + self.decoding
+
+    @property
     def total(self) -> float:
-        return self.text + (self.start or 0.0) + self.steps + self.decoding
+        return self.text + (self.start or 0.0) + self.own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,13 +159,21 @@ class Engine:
                 start_seconds = clock.lap()
             for using in ([], adapters) if adapters else ([],):
                 steps = _Steps(clock, on_step, bool(using))
+                clock.lap()  # what the reader did with the last picture
                 with self._using(using, order.any_base):
-                    clock.lap()
+                    exchange = clock.lap()
                     image = self._sample(backbone, text, empty, order, start, steps)
+                    decoding = clock.lap()
                 yield Picture(
                     image=image,
                     adapted=bool(using),
-                    seconds=Seconds(text=text_seconds, start=start_seconds, steps=steps.seconds, decoding=clock.lap()),
+                    seconds=Seconds(
+                        text=text_seconds,
+                        start=start_seconds,
+                        adapters=exchange,
+                        steps=steps.seconds,
+                        decoding=decoding,
+                    ),
                     steps=steps.count,
                     passes=2 if _guided(backbone, order.settings)["guidance"] > 1 else 1,
                 )

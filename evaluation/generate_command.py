@@ -79,6 +79,10 @@ def run(args: argparse.Namespace, device: str) -> int:
     from loragraft.evaluation.generate import Settings, before_after_grid, render, save_image
     from loragraft.evaluation.prompt_file import draw_lines
 
+    if args.compile and device != "cuda":
+        from loragraft.backbones.compiled import NEEDS_GPU
+
+        raise ValueError(NEEDS_GPU)  # before anything is loaded
     adapters = open_adapters(args.adapter, denoiser_only=args.denoiser_only)
     for adapter, _ in adapters:
         if adapter.approximation:

@@ -135,10 +135,11 @@ def seconds_per_image(backbone: Backbone, entry: ImageSet) -> float:
     count = min(entry.count, BATCH[backbone.device.type])
     grafts = [(entry.adapter, entry.weight)] if entry.adapter else []
     settings = [entry.settings(index) for index in range(count)]
-    for _ in range(2):
-        began = time.perf_counter()
-        render(backbone, grafts, settings, batch_size=count)
-        seconds = time.perf_counter() - began
+    with using(backbone.transformer, grafts):
+        for _ in range(2):
+            began = time.perf_counter()
+            render(backbone, [], settings, batch_size=count)
+            seconds = time.perf_counter() - began
     return seconds / count
 
 
