@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from loragraft.adapters.graft import grafted
+from loragraft.demo.catalogue import Catalogue
 from loragraft.demo.engine import Engine, Order, Picture, StoppedError
 from loragraft.evaluation.generate import Settings, render
 from loragraft.quantization.checkpoint import quantized_layers
@@ -144,3 +145,15 @@ def test_stopping_leaves_the_base_as_it_was(engine: Engine) -> None:
     assert not base.adapted
     assert_bare(engine)
     assert distance(draw(engine)[0].image, base.image) < 1  # and the next order is served
+
+
+@pytest.mark.gpu
+def test_orders_share_their_graphs(runs: Any, tmp_path: Path) -> None:
+    """Another adapter, another weight, another prompt: what was captured for the first order draws the others."""
+    on_gpu = Engine(Catalogue([runs.folder]), "cuda", tmp_path)
+    draw(on_gpu, adapters=(("ours", 1.0),))
+    replay = on_gpu.backbone("pocket", "native").replay
+    assert replay.graphs == 2  # without and with adapters
+    for adapters in ((("ours", 0.5),), (("second", 1.0),), (("ours", 0.7), ("second", 0.3)), ()):
+        draw(on_gpu, adapters=adapters, prompt="a blue house", seed=5, steps=3)
+    assert replay.graphs == 2
