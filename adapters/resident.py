@@ -89,11 +89,11 @@ class ResidentAdapters:
 
     @property
     def branch_bytes(self) -> int:
-        """By which the wide branches are larger than the base's own."""
+        """Of the wide branches, in use or waiting: they stand beside the base's own."""
         total = 0
         for path, layer in self._layers.items():
             down, up = self._waiting.get(path, (layer.lora_down, layer.lora_up))
-            total += (len(down) - layer.base_rank) * (down.shape[1] + len(up)) * down.element_size()
+            total += down.nbytes + up.nbytes if len(down) > layer.base_rank else 0
         return total
 
     def add(
@@ -164,7 +164,7 @@ class ResidentAdapters:
             on = "yes" if name in self._active else ""
             cells = (name, f"{kept.weight:g}", kept.adapter.rank, on, len(kept.factors), f"{kept.nbytes / 1e6:.1f}")
             lines.append(f"| {' | '.join(map(str, cells))} |")
-        return "\n".join([*lines, f"| branches, beyond the base's | | | | | {self.branch_bytes / 1e6:.1f} |"])
+        return "\n".join([*lines, f"| branches, beside the base's | | | | | {self.branch_bytes / 1e6:.1f} |"])
 
     def _check_alone(self) -> None:
         found = grafted(self._transformer)

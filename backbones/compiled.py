@@ -28,7 +28,7 @@ from loragraft.quantization.linear import SVDQuantLinear, join_group
 MOST_KINDS = 8
 """Kinds of block that are compiled; a model with more of them runs uncompiled."""
 COMPILE_FROM = 1000
-"""Passes of a large model from which drawing repays half a minute of compiling: some 30 ms of each are saved on FLUX.1's shapes."""
+"""Passes of a large model from which drawing is taken to repay compiling; `benchmarks/generate.py` measures it."""
 LARGE = 5e8
 """Bytes of a model on which the GPU, and not Python, is what a compiled pass waits for."""
 NEEDS_GPU = "--compile needs a CUDA GPU; on a CPU the layers run as they are: leave it out"

@@ -62,8 +62,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
-        help="on a GPU, compile the repeated blocks first: half a minute to minutes once, then about a quarter less time per "
-        "image (default: where a model above 0.5 GB has 1000 passes to make: steps x batches, twice with classifier-free "
+        help="on a GPU, compile the repeated blocks first: half a minute or more once, then less time per image "
+        "(default: where a model above 0.5 GB has 1000 passes to make: steps x batches, twice with classifier-free "
         "guidance). Either way passes are replayed from CUDA graphs. Compiled pictures differ in rounding",
     )
     parser.add_argument(
