@@ -96,7 +96,7 @@ class Replay:
 
     def capture(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         """(what repeats `run`, where the result of it then lies)."""
-        if self._pool is None:
+        if self._pool is None or self.graphs == 0:  # a pool whose last graph is gone takes no other
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # Another thread (a data loader's, the demo's page) may allocate meanwhile.

@@ -152,6 +152,17 @@ def test_graphs_give_their_memory_back(backbone: Backbone) -> None:
 
 
 @pytest.mark.gpu
+def test_graphs_that_make_way_for_each_other(backbone: Backbone) -> None:
+    """Room for one: each new kind of call sends the only graph away, and its pool of memory with it."""
+    replay = Counting(most=1)
+    for _ in range(2):
+        assert same(pictures(backbone, replay), pictures(backbone, Eager()))
+    assert replay.graphs == 1
+    assert replay.captures > 4
+    replay.clear()
+
+
+@pytest.mark.gpu
 def test_render_leaves_the_base(backbone: Backbone) -> None:
     settings = [Settings(prompt="a red star", seed=1, steps=STEPS)]
     fingerprint, adapter = backbone.fingerprint(), make_adapter(backbone, "a", 0)
