@@ -89,7 +89,13 @@ def train(
         there = lacking_only and previews.file(folder.path, folder.step).exists()
         if due and not there and (sharded or accelerator.is_main_process):  # a divided base runs on all or on none
             step.pause()
-            images = previews.render(backbone, folder.path, folder.step, write=accelerator.is_main_process)
+            images = previews.render(
+                backbone,
+                folder.path,
+                folder.step,
+                write=accelerator.is_main_process,
+                capture=captures(config, accelerator),
+            )
             if accelerator.is_main_process:
                 tracking.log_images(images, step=folder.step)
 
