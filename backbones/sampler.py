@@ -76,8 +76,9 @@ def generate_from_text(
     strength: float = 1.0,
     on_step: OnStep | None = None,
     replay: Replay | None = None,
+    together: int | None = None,
 ) -> list[Image]:
-    """len(seeds) images from encoded prompts, `TOKENS_TOGETHER` at a time.
+    """len(seeds) images from encoded prompts, `together` at a time; None: as many as have `TOKENS_TOGETHER`.
 
     `text`: the family's `text_keys`, [B, ...] each; `empty`: the same for one negative prompt (batch 1). guidance
     (classifier-free) <= 1 skips the negative pass; `embedded_guidance` is the input of a guidance-distilled
@@ -97,7 +98,7 @@ def generate_from_text(
     if start is not None:
         pipeline = other_pipeline(family, pipeline, "image_to_image")
     size = {name: resolution for name in ("height", "width") if name in inspect.signature(pipeline.__call__).parameters}
-    together = drawn_together(tokens)
+    together = together or drawn_together(tokens)
     chunks = [slice(first, first + together) for first in range(0, count, together)]
     images: list[Image] = []
     model = getattr(pipeline, family.component)

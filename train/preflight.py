@@ -28,7 +28,6 @@ from loragraft.adapters.joined import JoinedFactors
 from loragraft.backbones import attention
 from loragraft.backbones.architectures import stand_in_settings
 from loragraft.backbones.load import find_spec, load_backbone
-from loragraft.backbones.sampler import drawn_together
 from loragraft.backbones.skeleton import meta_transformer, plan_architecture
 from loragraft.backbones.spec import BaseSpec
 from loragraft.quantization.linear import SVDQuantLinear
@@ -37,7 +36,7 @@ from loragraft.train import memory
 from loragraft.train.dry_run import DryRun, dry_infer, dry_train
 from loragraft.train.op_cost import OpCost
 from loragraft.train.optim import choose_optimizer
-from loragraft.train.previews import DEFAULT_PROMPTS
+from loragraft.train.previews import DEFAULT_PROMPTS, previewed_together
 from loragraft.train.step import fills_card
 from loragraft.train.text_stage import text_stage
 
@@ -244,8 +243,8 @@ def sample_runs(recipe: Recipe, subject: Subject, edge: int) -> tuple[DryRun, Dr
     """(one pass over the sampled batch, one image through the decoder, images of the batch)."""
     h, w = subject.batch(1, edge)[0].shape[-2:]
     wanted = (len(recipe.sample.prompts) or DEFAULT_PROMPTS) * recipe.sample.per_prompt
-    count = min(wanted, drawn_together(subject.spec.family.tokens(h, w)))
     model = subject.transformer()
+    count = min(wanted, previewed_together(model, subject.spec.family.tokens(h, w)))
     nn.Module.to(model, dtype=DTYPE)
 
     def call() -> Tensor:

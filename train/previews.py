@@ -5,18 +5,24 @@ from pathlib import Path
 
 from diffusers.utils import make_image_grid
 from PIL.Image import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from loragraft.backbones.compiled import uncompiled
-from loragraft.backbones.sampler import build_pipeline, generate_from_text, unread
+from loragraft.backbones.sampler import build_pipeline, drawn_together, generate_from_text, unread
 from loragraft.backbones.spec import Backbone
 from loragraft.data.dataset import LatentCache
 from loragraft.data.images import png_bytes
 from loragraft.disk import write_atomic
 from loragraft.recipes.schema import SampleConfig
+from loragraft.train.step import fills_card
 
 DEFAULT_PROMPTS = 8
 COLUMNS = 4
+
+
+def previewed_together(model: nn.Module, tokens: int) -> int:
+    """Pictures of so many image tokens that are drawn in one batch between steps: one, where the model leaves little of a card."""
+    return 1 if fills_card(model) else drawn_together(tokens)
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,7 @@ class Previews:
             steps=self.config.steps,
             **backbone.spec.guided(self.config.guidance, self.config.true_guidance, self.config.negative_prompt),
             replay=backbone.replay if capture else None,
+            together=previewed_together(backbone.transformer, (backbone.resolution // backbone.spec.grain) ** 2),
         )
         backbone.replay.clear()
         if not write:

@@ -19,6 +19,7 @@ from loragraft.train.preflight import (
     Preflight,
     open_subject,
     preflight,
+    sample_runs,
     train_run,
 )
 from loragraft.train.preflight_command import data_lines, run
@@ -82,6 +83,17 @@ def test_between_captured_steps_a_card_that_is_full_is_tidied(
         m.in_features + m.out_features for m in subject.transformer().modules() if getattr(m, "numerics", "") == "w4a8"
     )
     assert rests == -2 * recipe.adapter.rank * w4a8
+
+
+def test_on_a_card_that_is_full_previews_are_drawn_one_at_a_time(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = open_subject(recipe, tmp_path)
+    together = sample_runs(recipe, subject, 128)
+    monkeypatch.setattr("loragraft.train.previews.fills_card", lambda model: True)
+    alone = sample_runs(recipe, subject, 128)
+    assert (together[2], alone[2]) == (8, 1)
+    assert alone[0].peak < together[0].peak
 
 
 def test_the_knobs_of_a_recipe_turn_the_prediction(recipe: Recipe, tmp_path: Path) -> None:
