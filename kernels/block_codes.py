@@ -118,7 +118,9 @@ def block_codes_kernel(
     m_x = (o_x < columns) & (left + o_x >= 0) & (left + o_x < W)
     p_patch = p_max + (image * H + top + o_y)[:, None] * W + (left + o_x)[None, :]
     b_max = tl.load(p_patch, mask=m_y[:, None] & m_x[None, :], other=0.0)
-    b_max = tl.max(tl.max(b_max, axis=1) + tl.sum(b_max * 0.0, axis=1), axis=0) + tl.sum(tl.sum(b_max * 0.0, axis=1), axis=0)
+    b_max = tl.max(tl.max(b_max, axis=1) + tl.sum(b_max * 0.0, axis=1), axis=0) + tl.sum(
+        tl.sum(b_max * 0.0, axis=1), axis=0
+    )
     b_max = tl.where(b_max == 0, 127.0, b_max)
     if (y == 0) & (chunk == 0):
         o_p = tl.arange(0, BH * BW)

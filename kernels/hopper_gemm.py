@@ -15,8 +15,10 @@ tap's pixels in BX neighbouring rows, hence a tile is BM / BX boxes of BX rows. 
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -346,7 +348,23 @@ def card_name(device: torch.device) -> str:
     return re.sub(r"[^a-z0-9]+", "_", torch.cuda.get_device_properties(device).name.lower())
 
 
+TUNED = Path(__file__).parent / "tuned"
+_KEY = ("M", "N", "K", "packed")
+
+
 @cache
 def _tuned(card: str) -> tuple[dict[str, int], ...]:
-    file = Path(__file__).parent / "tuned" / f"{card}.json"
+    file = TUNED / f"{card}.json"
     return tuple(json.loads(file.read_text())["hopper_gemm"]) if file.is_file() else ()
+
+
+def keep_tuned(device: torch.device, rows: Sequence[Mapping[str, Any]], folder: Path = TUNED) -> Path:
+    """Adds tile sizes of shapes (M, N, K, packed, BM, WN, GROUP_M) to what is known of this card; they hold at once."""
+    file = folder / f"{card_name(device)}.json"
+    known = json.loads(file.read_text()) if file.is_file() else {"hopper_gemm": []}
+    new = {tuple(row[key] for key in _KEY) for row in rows}
+    kept = [row for row in known["hopper_gemm"] if tuple(row[key] for key in _KEY) not in new]
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"torch": torch.__version__, "hopper_gemm": [*kept, *rows]}, indent=1) + "\n")
+    _tuned.cache_clear()
+    return file

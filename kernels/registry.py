@@ -60,7 +60,9 @@ def cast(inputs: Inputs, dtype: torch.dtype, device: torch.device | str) -> Inpu
     return moved
 
 
-def _on_grid(case: LinearCase, smooth: Tensor | bool | int | None, bits: int, random: torch.Generator, same: bool = False) -> Tensor:
+def _on_grid(
+    case: LinearCase, smooth: Tensor | bool | int | None, bits: int, random: torch.Generator, same: bool = False
+) -> Tensor:
     """x [M, K] whose x' has codes in every row (8 bits) or group (4 bits) up to the largest, none near a tie.
 
     same: one grid for all rows, so that any set of them has the same scale."""
@@ -73,7 +75,10 @@ def _on_grid(case: LinearCase, smooth: Tensor | bool | int | None, bits: int, ra
     codes = codes.minimum(levels_K).maximum(-levels_K * (levels_K == levels))
     steps = codes + (torch.rand(case.M, K, generator=random) - 0.5) * 0.6 * (codes.abs() < levels_K)
     steps[:, ::width] = levels_K[::width].to(steps.dtype)
-    grid = 2.0 ** torch.randint(-3, 3, (1 if same else case.M, (K + width - 1) // width), generator=random) / levels_K[::width]
+    grid = (
+        2.0 ** torch.randint(-3, 3, (1 if same else case.M, (K + width - 1) // width), generator=random)
+        / levels_K[::width]
+    )
     x = steps * grid.to(torch.bfloat16).float().repeat_interleave(width, dim=1)[:, :K]
     x = apply_hadamard(x) if case.hadamard else x
     x = x * smooth if isinstance(smooth, Tensor) else x

@@ -109,7 +109,7 @@ def _w4a8_conv(
     window: list[int], hadamard: bool, save_x: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(y, h, codes, scale): the last three are what the backward pass keeps; codes per pixel, empty if nothing reads them."""
-    blocks, C = blocks_of(Window(*window)), x_MC.shape[1]
+    blocks = blocks_of(Window(*window))
     kept = quantize_activation(x_MC if _keeps_codes(adapter_down, save_x) else x_MC[:0], smooth, hadamard, bits=8)
     up_NR = lora_up.to(x_MC.dtype) if adapter_up is None else branch.join(lora_up, adapter_up, 1, x_MC.dtype)
     if not uses_triton(x_MC):
@@ -119,7 +119,11 @@ def _w4a8_conv(
         codes = quantize_blocks(x_MC, smooth, hadamard, blocks)
         h_PR = _branch(x_MC, lora_down, adapter_down, blocks.window)
     else:
-        memory, main, side = empty_codes(x_MC, blocks), torch.cuda.current_stream(x_MC.device), side_streams(x_MC.device)[0]
+        memory, main, side = (
+            empty_codes(x_MC, blocks),
+            torch.cuda.current_stream(x_MC.device),
+            side_streams(x_MC.device)[0],
+        )
         side.wait_event(main.record_event())
         with torch.cuda.stream(side):
             codes = quantize_blocks(x_MC, smooth, hadamard, blocks, memory)

@@ -80,7 +80,9 @@ def test_windows_are_what_a_convolution_multiplies(window, device):
     assert torch.equal(scale.cpu(), torch.ones(window.out_pixels, 1))
     matrix = windows_of(codes, blocks).cpu()
     x = x_MC.view(window.batch, window.height, window.width, 64).permute(0, 3, 1, 2)
-    expected = F.unfold(x, k, padding=window.padding, stride=window.stride).unflatten(1, (64, k * k)).permute(0, 3, 2, 1)
+    expected = (
+        F.unfold(x, k, padding=window.padding, stride=window.stride).unflatten(1, (64, k * k)).permute(0, 3, 2, 1)
+    )
     assert torch.equal(matrix[:, : k * k * 64].float(), expected.reshape(-1, k * k * 64))
     assert not matrix[:, k * k * 64 :].any()
 

@@ -158,9 +158,7 @@ def test_opcheck(rank, device):
     weights = [inputs[name] for name in ("qweight", "row_scale", "group_words", "smooth")]
     rest = [inputs[name] for name in ("lora_down", "lora_up", "bias", "adapter_down", "adapter_up")]
     x_MC = as_pixels(inputs["x"]).detach().requires_grad_()
-    torch.library.opcheck(
-        torch.ops.loragraft.w4a8_conv.default, (x_MC, *weights, *rest, window, False, "quantized")
-    )
+    torch.library.opcheck(torch.ops.loragraft.w4a8_conv.default, (x_MC, *weights, *rest, window, False, "quantized"))
     dy = torch.randn(6, 24, device=device)
     torch.library.opcheck(
         torch.ops.loragraft.w4a8_conv_dgrad.default,
