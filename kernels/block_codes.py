@@ -16,7 +16,7 @@ the maximum of every pixel and by one for the codes; the second finds it in L2.
 """
 
 from math import gcd
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -153,11 +153,10 @@ class BlockCodes(NamedTuple):
 
 def empty_codes(x_MC: Tensor, blocks: Blocks) -> tuple[BlockCodes, Tensor]:
     """Memory for `quantize_blocks`: the result, and float32 [M] for the maxima of the pixels."""
-    codes_RC = x_MC.new_empty((blocks.code_rows, tap_columns(x_MC.shape[1])), dtype=torch.int8)
-    wide = {"dtype": torch.float32}
-    return BlockCodes(codes_RC, x_MC.new_empty((blocks.window.out_pixels, 1), **wide)), x_MC.new_empty(
-        x_MC.shape[0], **wide
-    )
+    (M, C), P = x_MC.shape, blocks.window.out_pixels
+    codes_RC = x_MC.new_empty((blocks.code_rows, tap_columns(C)), dtype=torch.int8)
+    scale_P1 = x_MC.new_empty((P, 1), dtype=torch.float32)
+    return BlockCodes(codes_RC, scale_P1), x_MC.new_empty(M, dtype=torch.float32)
 
 
 def quantize_blocks(
@@ -169,14 +168,15 @@ def quantize_blocks(
         return BlockCodes(codes, scale)
     (M, C), window = x_MC.shape, blocks.window
     out, max_M = memory or empty_codes(x_MC, blocks)
-    flags = {
+    flags: dict[str, Any] = {
         "HAS_SMOOTH": smooth_C is not None,
         "HADAMARD": hadamard,
         "PRECISION": "ieee" if x_MC.dtype == torch.float32 else "tf32x3",
         # Triton 3.6 fetches into a buffer that an asynchronous wgmma still reads, if registers read it too.
         "num_stages": 1 if on_hopper(x_MC, x_MC.dtype) else 3,
     }
-    BM, BC = (16, 64) if hadamard else (8, 256)
+    BC = 64 if hadamard else min(1024, triton.next_power_of_2(C))
+    BM = 16 if hadamard else max(4, 2048 // BC)
     with on_device(x_MC):
         pixel_absmax_kernel[(triton.cdiv(M, BM),)](x_MC, smooth_C, max_M, M, C, BM=BM, BC=BC, num_warps=4, **flags)
         BC = 64 if hadamard else 128

@@ -169,7 +169,7 @@ def _convolutions() -> list[Build]:
     for hadamard in (False, True):
         flags = {"HAS_SMOOTH": True, "HADAMARD": hadamard, "PRECISION": "tf32x3"}
         tile = {"BH": 8, "BW": 64, "PY": 16, "PX": 128, "BX": 16, "BC": 64 if hadamard else 128}
-        pixels = {"BM": 16, "BC": 64} if hadamard else {"BM": 8, "BC": 256}
+        pixels = {"BM": 16, "BC": 64} if hadamard else {"BM": 4, "BC": 512}
         builds += [
             Build(block_codes.pixel_absmax_kernel, {**flags, **pixels}, {"p_max": "*fp32"}, quick=not hadamard),
             Build(block_codes.block_codes_kernel, {**flags, **tile}, types, quick=not hadamard),
