@@ -55,7 +55,7 @@ class Blocks(NamedTuple):
         return self.window.out_width // self.columns
 
     @property
-    def count(self) -> int:
+    def total(self) -> int:
         """Of the batch."""
         return self.window.batch * self.down * self.across
 
@@ -77,7 +77,7 @@ class Blocks(NamedTuple):
     @property
     def code_rows(self) -> int:
         """Rows of the matrix of codes."""
-        return self.count * self.patch_rows * self.patch_columns
+        return self.total * self.patch_rows * self.patch_columns
 
 
 def blocks_of(window: Window) -> Blocks:
@@ -180,7 +180,7 @@ def quantize_blocks(
     with on_device(x_MC):
         pixel_absmax_kernel[(triton.cdiv(M, BM),)](x_MC, smooth_C, max_M, M, C, BM=BM, BC=BC, num_warps=4, **flags)
         BC = 64 if hadamard else 128
-        block_codes_kernel[(blocks.count * blocks.patch_rows, triton.cdiv(out.codes_RC.shape[1], BC))](
+        block_codes_kernel[(blocks.total * blocks.patch_rows, triton.cdiv(out.codes_RC.shape[1], BC))](
             x_MC, smooth_C, max_M, out.codes_RC, out.scale_P1, C, out.codes_RC.shape[1], window.height, window.width,
             window.out_height, window.out_width, blocks.down, blocks.across, blocks.patch_rows, blocks.steps,
             window.stride, window.padding, BH=blocks.rows, BW=blocks.columns,

@@ -192,4 +192,6 @@ CONV_CASES = (
     ConvCase(1, 100, 3, 4, 16, kernel=1, padding=0, R=5),
     ConvCase(1, 64, 6, 7, 16, kernel=2, padding=0, stride=2, R=3, r=20),
     ConvCase(1, 192, 1, 1, 8, R=0, r=0),
+    ConvCase(1, 64, 9, 32, 72),
+    ConvCase(2, 64, 4, 32, 24, stride=2, bias=False),
 )

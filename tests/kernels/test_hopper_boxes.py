@@ -7,8 +7,8 @@ import torch
 from torch.nn.functional import pad
 
 from loragraft.kernels import hopper_gemm
-from loragraft.kernels.block_codes import blocks_of, windows_of
-from loragraft.kernels.layout import padded
+from loragraft.kernels.block_codes import blocks_of, quantize_blocks, windows_of
+from loragraft.kernels.layout import pack_words, padded
 from loragraft.kernels.taps import Window
 
 pytestmark = pytest.mark.not_interpreted
@@ -35,32 +35,27 @@ class Buffers:
 
 @pytest.fixture
 def python(monkeypatch):
-    """The kernel's source as plain Python; what TMA does, and how many bytes it announced and moved."""
-    moved = {"expected": 0, "moved": 0}
+    """The producer's source as plain Python, and how many bytes it has loaded so far."""
+    loaded = [0]
 
     def load(desc, coordinates, _barrier, buffer):
         (row, column), (rows, columns) = coordinates, buffer.shape
         inside = desc[max(row, 0) : row + rows, column : column + columns]
         buffer.copy_(pad(inside, (0, columns - inside.shape[1], 0, rows - inside.shape[0])))
-        moved["moved"] += buffer.numel()
-
-    def expect(_barrier, size):
-        moved["expected"] += size
+        loaded[0] += buffer.numel()
 
     language = SimpleNamespace(
         where=lambda condition, a, b: a if condition else b, static_range=range, cdiv=lambda a, b: -(-a // b),
         program_id=lambda _: 0, num_programs=lambda _: 1, minimum=min, constexpr=object(),
     )  # fmt: skip
-    barriers = SimpleNamespace(wait=lambda *_: None, expect=expect)
     monkeypatch.setattr(hopper_gemm, "gl", language)
-    monkeypatch.setattr(hopper_gemm, "mbarrier", barriers)
     monkeypatch.setattr(hopper_gemm, "tma_load", load)
     monkeypatch.setattr(
         hopper_gemm, "_part", lambda buffer, part, BM, BX: buffer.view(BM // BX, BX, 64)[part] if BX < BM else buffer
     )
     for name in ("_tile", "_load_boxes", "_load_stage"):
         monkeypatch.setattr(hopper_gemm, name, getattr(hopper_gemm, name).fn)
-    return moved
+    return loaded
 
 
 @pytest.mark.parametrize(("window", "columns", "BM"), CASES)
@@ -71,29 +66,48 @@ def test_boxes_are_the_windows(window, columns, BM, python, monkeypatch):
     matrix = windows_of(codes, blocks)
     (P, KP), steps, seen = matrix.shape, padded(window.taps * columns) // 128, []
     xs, ws = Buffers(2 * STAGES, BM, 64), Buffers(2 * STAGES, WN, 64)
-    tiles = -(-P // BM)
-
-    class Barriers:
-        """Before the producer waits for a stage to be free, the consumer has seen the one before it."""
-
-        def index(self, _stage: int) -> None:
-            return None
+    tiles, announced = -(-P // BM), [0]
 
     def expect(_barrier, size):
-        python["expected"] += size
-        if python["moved"]:
-            seen.append(xs.tiles[2 * ((len(seen)) % STAGES) :][:2].clone())
+        """A stage begins: what the one before holds is complete."""
+        if announced[0]:
+            seen.append(xs.tiles[2 * (len(seen) % STAGES) :][:2].clone())
+        assert announced == python
+        announced[0] += size
 
-    monkeypatch.setattr(hopper_gemm.mbarrier, "expect", expect)
+    monkeypatch.setattr(hopper_gemm, "mbarrier", SimpleNamespace(wait=lambda *_: None, expect=expect))
+    barriers = SimpleNamespace(index=lambda _stage: None)
     weight = torch.zeros(128, KP // 2, dtype=torch.int8)
     hopper_gemm._produce.fn(
-        codes, weight, None, None, Barriers(), Barriers(), xs, ws, P, 128, steps, GROUP_M,
+        codes, weight, None, None, barriers, barriers, xs, ws, P, 128, steps, GROUP_M,
         *hopper_gemm._geometry(blocks, columns), BX=blocks.columns, PACKED=True, UP_BY_RANK=False, RANK_STEPS=0,
         BM=BM, WN=WN, STAGES=STAGES,
     )  # fmt: skip
     seen.append(xs.tiles[2 * (len(seen) % STAGES) :][:2].clone())
-    assert python["expected"] == python["moved"]
+    assert announced == python
     assert len(seen) == tiles * steps
     found = torch.stack(seen).view(tiles, steps, 2, BM, 64).permute(0, 3, 1, 2, 4).reshape(tiles * BM, KP)
     assert torch.equal(found[:P], matrix)
     assert not found[P:].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rank", [0, 48])
+@pytest.mark.parametrize("BM", [128, 256])
+@pytest.mark.parametrize("window", [window for window, *_ in CASES])
+def test_the_product_of_boxes_is_that_of_windows(window, BM, rank):
+    """Bit for bit: the same INT32 sums, the same epilogue."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the kernel is sm_90's")
+    torch.manual_seed(0)
+    blocks, C, N, half = blocks_of(window), 72, 200, {"device": "cuda", "dtype": torch.bfloat16}
+    KP = padded(window.taps * 128)
+    words = pack_words(*(torch.full((KP // 64, N), value, dtype=torch.uint8, device="cuda") for value in (9, 8)), 64)
+    weight = torch.randint(0, 256, (N, KP // 2), dtype=torch.uint8, device="cuda")
+    s_N, bias = torch.rand(N, device="cuda") / 1000, torch.randn(N, **half)
+    h, up = torch.randn(window.out_pixels, rank, **half), torch.randn(N, rank, **half)
+    codes, scale = quantize_blocks(torch.randn(window.pixels, C, **half), None, False, blocks)
+    rest = (scale, weight, words, s_N, h, up, bias, {"BM": BM, "WN": 64, "GROUP_M": 2})
+    boxes = hopper_gemm.hopper_gemm(codes, *rest, blocks=blocks)
+    assert boxes.isfinite().all()
+    assert torch.equal(boxes, hopper_gemm.hopper_gemm(windows_of(codes, blocks), *rest))
