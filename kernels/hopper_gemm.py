@@ -247,7 +247,8 @@ COUNTS = ("steps", "group_m", "across", "block_height", "block_rows", "steps_x",
 @gluon.jit(do_not_specialize=COUNTS)  # they only count: one kernel for all layers
 def hopper_gemm_kernel(
     x_desc, w_desc, h_desc, up_desc, y_desc, p_a, p_words, p_s, p_bias, M, N, steps, group_m,
-    across, block_height, block_rows, steps_x, stride, kernel, columns, BX: gl.constexpr, PACKED: gl.constexpr, UP_BY_RANK: gl.constexpr, RANK_STEPS: gl.constexpr, BM: gl.constexpr, WN: gl.constexpr,
+    across, block_height, block_rows, steps_x, stride, kernel, columns, BX: gl.constexpr,
+    PACKED: gl.constexpr, UP_BY_RANK: gl.constexpr, RANK_STEPS: gl.constexpr, BM: gl.constexpr, WN: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
     TRANSPOSED: gl.constexpr = gl.NVMMASharedLayout(128, 16, transposed=True)
