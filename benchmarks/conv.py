@@ -6,8 +6,9 @@
 Nothing is timed if an error against float64 of the same quantized operands, or of a gradient against float64 of its
 reference, exceeds its bound. Then medians of replayed CUDA graphs, one of each in turn: bf16 (cuDNN, channels last,
 benchmark = True, no branch, bias included), ours with everything (activation quantization, branch of rank 32 + 16, bias)
-and without a branch; then the parts of ours alone, of which quantization and branch run beside each other. The first and the
-last convolution (4 channels) stay in 16 bits. Sums count every shape as often as the UNet has it.
+and without a branch; then the parts of ours alone: quantization (absmax is its first kernel) and branch, which run beside
+each other, and the product. The first and the last convolution (4 channels) stay in 16 bits. Sums count every shape as often
+as the UNet has it.
 
 --tune times the product's tile sizes first, adds the best to kernels/tuned and to the result, and times the layers with them.
 --windows has products read a matrix of windows, as on other GPUs.
@@ -30,7 +31,7 @@ from timing import compare
 from torch import Tensor
 
 from loragraft.kernels import w4a8_conv as conv_op
-from loragraft.kernels.block_codes import blocks_of, quantize_blocks, windows_of
+from loragraft.kernels.block_codes import blocks_of, pixel_absmax, quantize_blocks, windows_of
 from loragraft.kernels.hopper_gemm import hopper_gemm, keep_tuned
 from loragraft.kernels.layout import pack_words, padded, rank_product, rank_rows, relative_rms
 from loragraft.kernels.taps import Window, sum_taps, tap_columns
@@ -153,13 +154,14 @@ def forward_row(conv: Conv, batch: int) -> dict[str, float]:
     window: dict[str, Any] = {"kernel": 3, "stride": conv.stride, "padding": 1}
     x_MC, blocks = as_pixels(x), blocks_of(conv.window(batch))
     down = as_columns(as_kernel(own["lora_down"], 3)).unflatten(1, (9, -1)).transpose(0, 1).flatten(0, 1).contiguous()
-    codes = quantize_blocks(x_MC, own["smooth"], False, blocks)
+    codes, max_M = quantize_blocks(x_MC, own["smooth"], False, blocks), x_MC.new_empty(len(x_MC), dtype=torch.float32)
     h_PR = sum_taps(rank_product(x_MC, down.T), RANK + ADAPTER, blocks.window)
     weight = (own["qweight"], own["row_scale"], own["group_words"], h_PR, own["lora_up"], own["bias"])
     steps: dict[str, Callable[[], object]] = {
         "bf16": lambda: F.conv2d(x, dense, own["bias"], conv.stride, 1),
         "w4a8": lambda: w4a8_conv(x, **own, **window),
         "w4a8_no_branch": lambda: w4a8_conv(x, **bare, **window),
+        "part_absmax": lambda: pixel_absmax(x_MC, own["smooth"], False, max_M),
         "part_quantize": lambda: quantize_blocks(x_MC, own["smooth"], False, blocks),
         "part_branch": lambda: sum_taps(rank_product(x_MC, down.T), RANK + ADAPTER, blocks.window),
         "part_product": lambda: conv_product(codes, blocks, *weight),
@@ -244,7 +246,8 @@ def main() -> int:
         "versions": {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda,
                      "cudnn": torch.backends.cudnn.version(), "python": platform.python_version()},
         "commit": arguments.commit,
-        "command": f"python benchmarks/conv.py {' '.join(sys.argv[1:])}",
+        "command": f"python benchmarks/conv.py --batches {' '.join(map(str, arguments.batches))} --out {arguments.out.name}"
+        + " --tune" * arguments.tune + " --windows" * arguments.windows,
         "max_rel_err": wrong,
         "tuned": best,
         "batches": {batch: summary(of_batch) for batch, of_batch in rows.items()},

@@ -166,28 +166,40 @@ def quantize_blocks(
     if not uses_triton(x_MC):
         codes, scale = blocks_reference(smooth_and_rotate(x_MC.float(), smooth_C, hadamard), blocks)
         return BlockCodes(codes, scale)
-    (M, C), window = x_MC.shape, blocks.window
-    out, max_M = memory or empty_codes(x_MC, blocks)
-    flags: dict[str, Any] = {
-        "HAS_SMOOTH": smooth_C is not None,
-        "HADAMARD": hadamard,
-        "PRECISION": "ieee" if x_MC.dtype == torch.float32 else "tf32x3",
-        # Triton 3.6 fetches into a buffer that an asynchronous wgmma still reads, if registers read it too.
-        "num_stages": 1 if on_hopper(x_MC, x_MC.dtype) else 3,
-    }
-    BC = 64 if hadamard else min(1024, triton.next_power_of_2(C))
-    BM = 16 if hadamard else max(4, 2048 // BC)
+    window, (out, max_M) = blocks.window, memory or empty_codes(x_MC, blocks)
+    (codes_RC, scale_P1), BC = out, 64 if hadamard else 128
+    pixel_absmax(x_MC, smooth_C, hadamard, max_M)
     with on_device(x_MC):
-        pixel_absmax_kernel[(triton.cdiv(M, BM),)](x_MC, smooth_C, max_M, M, C, BM=BM, BC=BC, num_warps=4, **flags)
-        BC = 64 if hadamard else 128
-        block_codes_kernel[(blocks.total * blocks.patch_rows, triton.cdiv(out.codes_RC.shape[1], BC))](
-            x_MC, smooth_C, max_M, out.codes_RC, out.scale_P1, C, out.codes_RC.shape[1], window.height, window.width,
+        block_codes_kernel[(blocks.total * blocks.patch_rows, triton.cdiv(codes_RC.shape[1], BC))](
+            x_MC, smooth_C, max_M, codes_RC, scale_P1, x_MC.shape[1], codes_RC.shape[1], window.height, window.width,
             window.out_height, window.out_width, blocks.down, blocks.across, blocks.patch_rows, blocks.steps,
             window.stride, window.padding, BH=blocks.rows, BW=blocks.columns,
             PY=triton.next_power_of_2(blocks.patch_rows), PX=triton.next_power_of_2(blocks.patch_columns),
-            BX=16, BC=BC, num_warps=4, **flags,
+            BX=16, BC=BC, **_launch(x_MC, smooth_C, hadamard),
         )  # fmt: skip
     return out
+
+
+def pixel_absmax(x_MC: Tensor, smooth_C: Tensor | None, hadamard: bool, max_M: Tensor) -> None:
+    """max |x'| over the channels of each pixel, into max [M] float32. Runs Triton only."""
+    M, C = x_MC.shape
+    BC = 64 if hadamard else min(1024, triton.next_power_of_2(C))
+    BM = 16 if hadamard else max(4, 2048 // BC)
+    with on_device(x_MC):
+        pixel_absmax_kernel[(triton.cdiv(M, BM),)](
+            x_MC, smooth_C, max_M, M, C, BM=BM, BC=BC, **_launch(x_MC, smooth_C, hadamard)
+        )
+
+
+def _launch(x_MC: Tensor, smooth_C: Tensor | None, hadamard: bool) -> dict[str, Any]:
+    return {
+        "HAS_SMOOTH": smooth_C is not None,
+        "HADAMARD": hadamard,
+        "PRECISION": "ieee" if x_MC.dtype == torch.float32 else "tf32x3",
+        "num_warps": 4,
+        # Triton 3.6 fetches into a buffer that an asynchronous wgmma still reads, if registers read it too.
+        "num_stages": 1 if on_hopper(x_MC, x_MC.dtype) else 3,
+    }
 
 
 def blocks_reference(rotated_MC: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
