@@ -4,7 +4,7 @@
 
 Every shape of FLUX.1-dev at 1024 px is run with every configuration, packed weights (forward) and INT8 ones (the gradient of
 x); of one shape all in turn. A shape that is in no file takes `hopper_gemm.hopper_config`'s heuristic: nothing is tuned while
-a model runs.
+a model runs. Rows of other shapes stay (`conv.py` adds those of convolutions).
 """
 
 import argparse
@@ -17,7 +17,7 @@ from int4_engine import BF16, DEVICE, native_weights
 from int4_engine import FLUX as LAYERS
 from timing import compare
 
-from loragraft.kernels.hopper_gemm import card_name, hopper_gemm
+from loragraft.kernels.hopper_gemm import hopper_gemm, keep_tuned
 from loragraft.kernels.unpack import transposed_int8
 
 RANKS = 48
@@ -67,9 +67,7 @@ def main() -> None:
             rows.append({"M": M, "N": outputs, "K": inputs, "packed": packed, **tuned(M, outputs, inputs, packed)})
             print(rows[-1], flush=True)
         torch.cuda.empty_cache()
-    file = arguments.out / f"{card_name(torch.device(DEVICE))}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"torch": torch.__version__, "hopper_gemm": rows}, indent=1) + "\n")
+    print(keep_tuned(torch.device(DEVICE, 0), rows, arguments.out))
 
 
 if __name__ == "__main__":

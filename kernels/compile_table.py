@@ -17,7 +17,7 @@ from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 from loragraft.kernels import (
     act_quant,
     adamw8bit,
-    conv_gemm,
+    block_codes,
     gemm,
     hopper_gemm,
     hopper_quant,
@@ -121,7 +121,6 @@ def _transients() -> list[Build]:
     native = {"p_q": "*u8", "p_words": "*i32", "p_scale": "*fp32", "p_hadamard": "*fp16", "s_ur": "i32"}
     return [
         Build(unpack.transposed_int8_kernel, {"BN": 64}, {"p_q": "*u8", "p_words": "*i32", "p_out": "*i8"}, quick=True),
-        Build(unpack.plain_int8_kernel, {"BN": 64}, {"p_q": "*u8", "p_words": "*i32", "p_out": "*i8"}),
         Build(unpack.effective_weight_kernel, {"W4A8": True, **flags}, native, quick=True),
         Build(
             unpack.effective_weight_kernel,
@@ -160,19 +159,21 @@ def _optimizer() -> list[Build]:
 
 def _convolutions() -> list[Build]:
     sizes = dict.fromkeys(("H", "W", "HO", "WO", "R"), "i32")
-    codes = {**sizes, "p_x": "*i8", "p_a": "*fp32", "p_w": "*i8", "p_s": "*fp32", "s_ur": "i32"}
     window = {"KERNEL": 3, "STRIDE": 1, "PADDING": 1}
     builds = [
         Build(taps.sum_taps_kernel, {**window, "BP": 32, "BR": 64}, {**sizes, "s_em": "i32"}, quick=True),
         Build(taps.spread_taps_kernel, {**window, "BM": 64, "BR": 16}, {**sizes, "s_gp": "i32"}, quick=True),
     ]
-    for name, config in conv_gemm.CONFIGS.items():
-        tiles = {key: config[key] for key in ("BM", "BN", "BK")}
-        for stride in (1, 2) if name == "portable" else (1,):
-            constants = {**window, "STRIDE": stride, "RANKS": 3, "BR": 16, "GROUP_M": 8, **tiles}
-            launch: dict[str, Any] = {key: config[key] for key in ("num_warps", "num_stages")}
-            quick, portable = name == "portable" and stride == 1, name != "deep"
-            builds.append(Build(conv_gemm.conv_gemm_kernel, constants, codes, quick=quick, portable=portable, **launch))
+    counts = ("H", "W", "HO", "WO", "DOWN", "ACROSS", "PATCH_ROWS", "STEPS", "STRIDE", "PADDING")
+    types = {**dict.fromkeys(counts, "i32"), "p_max": "*fp32", "p_codes": "*i8", "p_scale": "*fp32"}
+    for hadamard in (False, True):
+        flags = {"HAS_SMOOTH": True, "HADAMARD": hadamard, "PRECISION": "tf32x3"}
+        tile = {"BH": 8, "BW": 64, "PY": 16, "PX": 128, "BX": 16, "BC": 64 if hadamard else 128}
+        pixels = {"BM": 16, "BC": 64} if hadamard else {"BM": 4, "BC": 512}
+        builds += [
+            Build(block_codes.pixel_absmax_kernel, {**flags, **pixels}, {"p_max": "*fp32"}, quick=not hadamard),
+            Build(block_codes.block_codes_kernel, {**flags, **tile}, types, quick=not hadamard),
+        ]
     return builds
 
 
@@ -195,13 +196,13 @@ def _hopper() -> list[Build]:
         "y_desc": y,
         "p_a": "*fp32",
         "p_s": "*fp32",
-        "steps": "i32",
-        "group_m": "i32",
+        **dict.fromkeys(hopper_gemm.COUNTS, "i32"),
     }
-    tiles = {"RANK_STEPS": 2, "BM": 256, "WN": 64}
+    tiles = {"RANK_STEPS": 2, "BM": 256, "WN": 64, "BX": 0}
     packed = {"PACKED": True, "UP_BY_RANK": False, "STAGES": 4, **tiles}
     plain = {"PACKED": False, "UP_BY_RANK": True, "STAGES": 3, **tiles}
     transposed = {"up_desc": _descriptor("bf16", [32, 64], 128), "p_words": "None", "p_bias": "None"}
+    windows = {**product, "p_words": "*i32", "x_desc": _descriptor("i8", [64, 64], 64)}
     tile = _descriptor("bf16", [64, 64], 128)
     quant = {
         "x_desc": tile,
@@ -216,6 +217,7 @@ def _hopper() -> list[Build]:
     return [
         Build(hopper_gemm.hopper_gemm_kernel, packed, {**product, "p_words": "*i32"}, quick=True, **only),
         Build(hopper_gemm.hopper_gemm_kernel, plain, {**product, **transposed}, **only),
+        Build(hopper_gemm.hopper_gemm_kernel, {**packed, "BX": 64}, windows, quick=True, **only),
         Build(hopper_quant.hopper_quant_kernel, {**shape, "HAS_SMOOTH": True, "HADAMARD": False}, quant, quick=True, **only),
         Build(hopper_quant.hopper_quant_kernel, {**shape, "HAS_SMOOTH": True, "HADAMARD": True}, quant, **only),
         Build(hopper_quant.hopper_quant_kernel, {**shape, "HAS_SMOOTH": False, "HADAMARD": True}, quant, **only),

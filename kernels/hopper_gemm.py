@@ -8,12 +8,17 @@ so widened codes are never written anywhere. One warp keeps STAGES tiles of 128 
 weight rows each, share every tile of x. They run out of step, so one widens or finishes a tile while the other multiplies.
 The low-rank branch is one more step through the same stages, after the sums were scaled in place; ranks beyond R read as 0.
 Programs are persistent. INT32 sums are exact, so results do not depend on the schedule.
+
+A convolution reads the same tiles of x out of the codes of an image (`block_codes`): BX outputs that are neighbours find each
+tap's pixels in BX neighbouring rows, hence a tile is BM / BX boxes of BX rows. No matrix of windows is written.
 """
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -29,6 +34,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from loragraft.kernels.block_codes import Blocks
 from loragraft.kernels.hopper import on_hopper, reinterpret, thread_barrier, tma_load, tma_store
 from loragraft.kernels.layout import on_device
 from loragraft.kernels.tiles import WIDEN_HIGH, WIDEN_LOW
@@ -56,8 +62,38 @@ def _load_stage(desc, row, column, barrier, buffers, slot):
 
 
 @gluon.jit
+def _load_boxes(
+    desc, barrier, buffers, slot, first, u, v, c, across, block_height, block_rows, steps_x, stride, kernel, columns,
+    BM: gl.constexpr, BX: gl.constexpr,
+):  # fmt: skip
+    """64 columns of a tile of windows, from channel c of tap (u, v) on. first: where in its block the tile begins, (block
+    row of the batch, row of outputs in it, block of that row)."""
+    tap_row = (u * stride + v % stride) * steps_x + v // stride
+    c = gl.where(u < kernel, c, columns)  # behind the last tap: outside of the codes, where a box reads zeros
+    band, row, block = first
+    for part in gl.static_range(BM // BX):
+        source = (band * across + block) * block_rows + row * (stride * stride * steps_x) + tap_row
+        tma_load(desc, [source, c], barrier, _part(buffers.index(slot), part, BM, BX))
+        block += 1
+        row += gl.where(block == across, 1, 0)
+        block = gl.where(block == across, 0, block)
+        band += gl.where(row == block_height, 1, 0)
+        row = gl.where(row == block_height, 0, row)
+
+
+@gluon.jit
+def _part(buffer, part: gl.constexpr, BM: gl.constexpr, BX: gl.constexpr):
+    """Rows part BX .. of a [BM, 64] tile."""
+    if BX == BM:
+        return buffer
+    else:
+        return reinterpret(buffer, gl.int8, [BM // BX, BX, 64], buffer.layout).index(part)
+
+
+@gluon.jit
 def _produce(
     x_desc, w_desc, h_desc, up_desc, full, empty, xs, ws, M, N, steps, group_m,
+    across, block_height, block_rows, steps_x, stride, kernel, columns, BX: gl.constexpr,
     PACKED: gl.constexpr, UP_BY_RANK: gl.constexpr, RANK_STEPS: gl.constexpr, BM: gl.constexpr, WN: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -65,11 +101,27 @@ def _produce(
     BOXES: gl.constexpr = 2 if PACKED else 4
     for tile in range(gl.program_id(0), gl.cdiv(M, BM) * gl.cdiv(N, 2 * WN), gl.num_programs(0)):
         t_m, t_n = _tile(tile, M, N, group_m, BM, 2 * WN)
+        u, v, c = 0, 0, 0
+        first = (0, 0, 0)
+        if BX > 0:
+            piece = t_m * (BM // BX)
+            line = piece // across
+            first = (line // block_height, line % block_height, piece % across)
         for k in range(steps):
             mbarrier.wait(empty.index(stage), phase)
             barrier = full.index(stage)
             mbarrier.expect(barrier, BM * 128 + BOXES * WN * 64)
-            _load_stage(x_desc, t_m * BM, k * 128, barrier, xs, 2 * stage)
+            if BX > 0:
+                for half in gl.static_range(2):
+                    _load_boxes(x_desc, barrier, xs, 2 * stage + half, first, u, v, c, across, block_height, block_rows,
+                                steps_x, stride, kernel, columns, BM, BX)  # fmt: skip
+                    c += 64
+                    v += gl.where(c == columns, 1, 0)
+                    c = gl.where(c == columns, 0, c)
+                    u += gl.where(v == kernel, 1, 0)
+                    v = gl.where(v == kernel, 0, v)
+            else:
+                _load_stage(x_desc, t_m * BM, k * 128, barrier, xs, 2 * stage)
             for group in gl.static_range(2):
                 row = (2 * t_n + group) * WN
                 if PACKED:
@@ -189,9 +241,13 @@ def _consume(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["steps", "group_m"])  # they only count: one kernel for all layers
+COUNTS = ("steps", "group_m", "across", "block_height", "block_rows", "steps_x", "stride", "kernel", "columns")
+
+
+@gluon.jit(do_not_specialize=COUNTS)  # they only count: one kernel for all layers
 def hopper_gemm_kernel(
     x_desc, w_desc, h_desc, up_desc, y_desc, p_a, p_words, p_s, p_bias, M, N, steps, group_m,
+    across, block_height, block_rows, steps_x, stride, kernel, columns, BX: gl.constexpr,
     PACKED: gl.constexpr, UP_BY_RANK: gl.constexpr, RANK_STEPS: gl.constexpr, BM: gl.constexpr, WN: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -213,8 +269,8 @@ def hopper_gemm_kernel(
                         steps, group_m, PACKED, UP_BY_RANK, RANK_STEPS, BM, WN, STAGES)),
             (_consume, (1, p_a, p_words, p_s, p_bias, up_desc, y_desc, full, empty, xs, ws, ys.index(1), scales.index(1), M, N,
                         steps, group_m, PACKED, UP_BY_RANK, RANK_STEPS, BM, WN, STAGES)),
-            (_produce, (x_desc, w_desc, h_desc, up_desc, full, empty, xs, ws, M, N, steps, group_m, PACKED, UP_BY_RANK, RANK_STEPS,
-                        BM, WN, STAGES)),
+            (_produce, (x_desc, w_desc, h_desc, up_desc, full, empty, xs, ws, M, N, steps, group_m, across, block_height,
+                        block_rows, steps_x, stride, kernel, columns, BX, PACKED, UP_BY_RANK, RANK_STEPS, BM, WN, STAGES)),
         ],
         [4, 1],
         [232, 40],
@@ -229,20 +285,22 @@ def hopper_gemm_runs(x_MK: Tensor, y_dtype: torch.dtype, up_NR: Tensor) -> bool:
 
 def hopper_gemm(
     x_MK: Tensor, a_M1: Tensor, weight: Tensor, words: Tensor | None, s_N: Tensor, h_MR: Tensor, up_NR: Tensor,
-    bias: Tensor | None, config: dict[str, int] | None = None, out: Tensor | None = None,
+    bias: Tensor | None, config: dict[str, int] | None = None, out: Tensor | None = None, blocks: Blocks | None = None,
 ) -> Tensor:  # fmt: skip
     """y [M, N] in h's dtype; x int8 [M, Kp], weight uint8 [N, Kp/2] with its words, or int8 [N, Kp] without.
 
     h [M, R] and up [N, R], or the transpose that up is a view of, with rows of a multiple of 16 bytes. out: where y goes.
+    blocks: x are codes [rows, Ct] of blocks of an image, and y is their convolution (`hopper_boxes_run`).
     """
-    (M, KP), (N, R) = x_MK.shape, up_NR.shape
-    packed = words is not None
+    (M, N), R, packed = (h_MR.shape[0], up_NR.shape[0]), up_NR.shape[1], words is not None
+    KP = weight.shape[1] * (2 if packed else 1)
     config = config or hopper_config(x_MK.device, M, N, KP, packed)
     BM, WN = config["BM"], config["WN"]
     stages = (SHARED_BYTES - 4 * WN * BM - 8 * BM) // (BM * 128 + 2 * WN * (64 if packed else 128))
     y_MN = h_MR.new_empty((M, N)) if out is None else out
     box = gl.NVMMASharedLayout(64, 8)
-    x_desc = TensorDescriptor.from_tensor(x_MK, [BM, 64], box)
+    BX = 0 if blocks is None else blocks.columns
+    x_desc = TensorDescriptor.from_tensor(x_MK, [BX or BM, 64], box)
     w_desc = TensorDescriptor.from_tensor(weight.view(torch.int8), [WN, 64], box)
     h_desc = TensorDescriptor.from_tensor(h_MR.view(torch.int8), [BM, 64], box) if R else x_desc
     by_rank = up_NR.stride(1) != 1  # the transpose of a [R, N] matrix
@@ -258,9 +316,22 @@ def hopper_gemm(
     with on_device(x_MK):
         hopper_gemm_kernel[(min(tiles, programs),)](
             x_desc, w_desc, h_desc, up_desc, y_desc, a_M1, words, s_N, bias, M, N, KP // 128, config["GROUP_M"],
-            PACKED=packed, UP_BY_RANK=by_rank, RANK_STEPS=triton.cdiv(R, STEP_RANKS), BM=BM, WN=WN, STAGES=stages, num_warps=4,
+            *_geometry(blocks, x_MK.shape[1]), BX=BX, PACKED=packed, UP_BY_RANK=by_rank, RANK_STEPS=triton.cdiv(R, STEP_RANKS), BM=BM, WN=WN, STAGES=stages, num_warps=4,
         )  # fmt: skip
     return y_MN
+
+
+def hopper_boxes_run(x: Tensor, up_NR: Tensor, blocks: Blocks) -> bool:
+    """Whether this kernel convolves x: `hopper_gemm_runs`, and boxes that are no smaller than 16 rows."""
+    return hopper_gemm_runs(x, x.dtype, up_NR) and blocks.columns >= 16
+
+
+def _geometry(blocks: Blocks | None, columns: int) -> tuple[int, ...]:
+    """(blocks across, rows of outputs in a block, rows of codes in a block, steps, stride, kernel, Ct)."""
+    if blocks is None:
+        return (0,) * 7
+    code_rows = blocks.patch_rows * blocks.patch_columns
+    return blocks.across, blocks.rows, code_rows, blocks.steps, blocks.window.stride, blocks.window.kernel, columns
 
 
 def hopper_config(device: torch.device, M: int, N: int, KP: int, packed: bool) -> dict[str, int]:
@@ -278,7 +349,23 @@ def card_name(device: torch.device) -> str:
     return re.sub(r"[^a-z0-9]+", "_", torch.cuda.get_device_properties(device).name.lower())
 
 
+TUNED = Path(__file__).parent / "tuned"
+_KEY = ("M", "N", "K", "packed")
+
+
 @cache
 def _tuned(card: str) -> tuple[dict[str, int], ...]:
-    file = Path(__file__).parent / "tuned" / f"{card}.json"
+    file = TUNED / f"{card}.json"
     return tuple(json.loads(file.read_text())["hopper_gemm"]) if file.is_file() else ()
+
+
+def keep_tuned(device: torch.device, rows: Sequence[Mapping[str, Any]], folder: Path = TUNED) -> Path:
+    """Adds tile sizes of shapes (M, N, K, packed, BM, WN, GROUP_M) to what is known of this card; they hold at once."""
+    file = folder / f"{card_name(device)}.json"
+    known = json.loads(file.read_text()) if file.is_file() else {"hopper_gemm": []}
+    new = {tuple(row[key] for key in _KEY) for row in rows}
+    kept = [row for row in known["hopper_gemm"] if tuple(row[key] for key in _KEY) not in new]
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"torch": torch.__version__, "hopper_gemm": [*kept, *rows]}, indent=1) + "\n")
+    _tuned.cache_clear()
+    return file

@@ -60,8 +60,12 @@ def cast(inputs: Inputs, dtype: torch.dtype, device: torch.device | str) -> Inpu
     return moved
 
 
-def _on_grid(case: LinearCase, smooth: Tensor | bool | int | None, bits: int, random: torch.Generator) -> Tensor:
-    """x [M, K] whose x' has codes in every row (8 bits) or group (4 bits) up to the largest, none near a tie."""
+def _on_grid(
+    case: LinearCase, smooth: Tensor | bool | int | None, bits: int, random: torch.Generator, same: bool = False
+) -> Tensor:
+    """x [M, K] whose x' has codes in every row (8 bits) or group (4 bits) up to the largest, none near a tie.
+
+    same: one grid for all rows, so that any set of them has the same scale."""
     K, levels = case.K, 7 if bits == 4 else 127
     width = GROUP if bits == 4 else K
     unsigned_from = case.unsigned_from if case.unsigned else K
@@ -71,7 +75,10 @@ def _on_grid(case: LinearCase, smooth: Tensor | bool | int | None, bits: int, ra
     codes = codes.minimum(levels_K).maximum(-levels_K * (levels_K == levels))
     steps = codes + (torch.rand(case.M, K, generator=random) - 0.5) * 0.6 * (codes.abs() < levels_K)
     steps[:, ::width] = levels_K[::width].to(steps.dtype)
-    grid = 2.0 ** torch.randint(-3, 3, (case.M, (K + width - 1) // width), generator=random) / levels_K[::width]
+    grid = (
+        2.0 ** torch.randint(-3, 3, (1 if same else case.M, (K + width - 1) // width), generator=random)
+        / levels_K[::width]
+    )
     x = steps * grid.to(torch.bfloat16).float().repeat_interleave(width, dim=1)[:, :K]
     x = apply_hadamard(x) if case.hadamard else x
     x = x * smooth if isinstance(smooth, Tensor) else x
@@ -157,7 +164,7 @@ class ConvCase:
         return {**window, "hadamard": self.hadamard}
 
     def inputs(self, seed: int = 0) -> Inputs:
-        """The tensors, float32 on the CPU, x on the quantization grid of its pixels; reproducible from the seed."""
+        """The tensors, float32 on the CPU, x on one quantization grid; reproducible from the seed."""
         random = torch.Generator().manual_seed(seed)
         window, N, R, r = Window(self.B, self.H, self.W, self.kernel, self.stride, self.padding), self.N, self.R, self.r
         K, KP = window.taps * self.C, padded(window.taps * tap_columns(self.C))
@@ -165,7 +172,7 @@ class ConvCase:
         del weights["hadamard"]
         pixels = LinearCase(window.pixels, N, self.C, hadamard=self.hadamard)
         smooth = _smooth(pixels, random)
-        x = _on_grid(pixels, smooth, 8, random)
+        x = _on_grid(pixels, smooth, 8, random, same=True)
         return weights | {
             "x": as_image(x, self.B, self.H, self.W),
             "smooth": smooth,
@@ -185,4 +192,6 @@ CONV_CASES = (
     ConvCase(1, 100, 3, 4, 16, kernel=1, padding=0, R=5),
     ConvCase(1, 64, 6, 7, 16, kernel=2, padding=0, stride=2, R=3, r=20),
     ConvCase(1, 192, 1, 1, 8, R=0, r=0),
+    ConvCase(1, 64, 9, 32, 72),
+    ConvCase(2, 64, 4, 32, 24, stride=2, bias=False),
 )

@@ -51,6 +51,11 @@ class Window(NamedTuple):
         return (self.width + 2 * self.padding - self.kernel) // self.stride + 1
 
     @property
+    def out_size(self) -> tuple[int, int]:
+        """Rows and columns of the output."""
+        return self.out_height, self.out_width
+
+    @property
     def out_pixels(self) -> int:
         """P."""
         return self.batch * self.out_height * self.out_width

@@ -1,6 +1,5 @@
 """Four-bit weights as the backward pass reads them: transient matrices, written by one kernel and gone after one product.
 
-* `plain_int8`: I [N, Kp] of a W4A8 weight, for a convolution, which reads every weight once per tile of pixels.
 * `transposed_int8`: I^T [Kp, Np] of a W4A8 weight. 8-bit tensor cores sum along the last axis of both operands only, so
   dy I needs the weight with its output features last.
 * `effective_weight`: W_eff = (deq(q) H) / smooth + U D [N, K] in 16 or 32 bits, what a layer multiplies with when nothing
@@ -47,16 +46,6 @@ def transposed_int8_kernel(p_q, p_words, p_out, N, NP, KP, BN: tl.constexpr):
 
 
 @triton.jit
-def plain_int8_kernel(p_q, p_words, p_out, N, KP, BN: tl.constexpr):
-    o_n = tl.program_id(0) * BN + tl.arange(0, BN)
-    b_byte, b_word = _load_tile(p_q, p_words, o_n, tl.program_id(1), N, KP)
-    for half in tl.static_range(2):
-        o_k = tl.program_id(1) * 128 + half * 64 + tl.arange(0, 64)
-        p_tile = p_out + o_n.to(tl.int64)[:, None] * KP + o_k[None, :]
-        tl.store(p_tile, _half_int8(b_byte, b_word, half).to(tl.int8), mask=(o_n < N)[:, None])
-
-
-@triton.jit
 def effective_weight_kernel(
     p_q, p_words, p_scale, p_smooth, p_hadamard, p_up, p_down, p_out, N, K, KP, R, s_un, s_ur, s_dr, s_out,
     W4A8: tl.constexpr, HADAMARD: tl.constexpr, HAS_SMOOTH: tl.constexpr, ONE_RANK_BLOCK: tl.constexpr,
@@ -99,15 +88,6 @@ def effective_weight_kernel(
                 b_w = tl.dot(b_up, b_down, b_w, input_precision="ieee")
             p_tile = p_out + o_n.to(tl.int64)[:, None] * s_out + o_k[None, :]
             tl.store(p_tile, b_w.to(p_out.dtype.element_ty), mask=m_out)
-
-
-def plain_int8(qweight: Tensor, words: Tensor) -> Tensor:
-    """I int8 [N, Kp]."""
-    N, KP = qweight.shape[0], 2 * qweight.shape[1]
-    out = qweight.new_empty((N, KP), dtype=torch.int8)
-    with on_device(qweight):
-        plain_int8_kernel[(triton.cdiv(N, 64), KP // 128)](qweight, words, out, N, KP, BN=64)
-    return out
 
 
 def transposed_int8(qweight: Tensor, words: Tensor) -> Tensor:

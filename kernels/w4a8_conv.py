@@ -1,23 +1,24 @@
-"""Native W4A8 convolution, k x k: UINT4 weight codes, INT8 activations with a scale per pixel, a 16-bit low-rank branch.
+"""Native W4A8 convolution, k x k: UINT4 weight codes, INT8 activations with a scale per block, a 16-bit low-rank branch.
 
     W_ntc = s_n I_ntc,  I in INT8 as in `w4a8_linear`, K = T Ct columns (tap, channel)    T = k^2, Ct = C rounded up to 64
-    xq, a = quantize_activation(x, smooth, hadamard, bits=8)                              per pixel, over its C channels
-    y_p   = s_n sum_t a_q(p,t) (xq_q . I_t^T)  +  h_p [U, B]^T  +  bias                   a tap's sum is exact in INT32
+    xq, a = quantize_blocks(x, smooth, hadamard)                                          `block_codes`: a_p is p's block's
+    y_p   = a_p s_n sum_t (xq_q(p,t) . I_t^T)  +  h_p [U, B]^T  +  bias                   the sum over K is exact in INT32
     h_p   = sum_t x_q(p,t) [D_t; A_t]^T                                                   raw x
     dx    = conv^T(dy, W_eff),   W_eff = (W H) / smooth + [U, B] [D; A]                   rounding of x: straight through
-    dA_t  = sum_p (dy B)_p^T x_q(p,t),   dB = dy^T h                                      x raw, or rebuilt from xq and a
+    dA_t  = sum_p (dy B)_p^T x_q(p,t),   dB = dy^T h                                      x raw, or INT8 with a scale per pixel
 
 q(p, t) is the input pixel that tap t of output pixel p reads (`taps`). The branch is a k x k convolution to R channels and a
 1 x 1 one to N, which is what a LoRA of a convolution is (PEFT, kohya: A [r, C, k, k], B [N, r, 1, 1]): ranks concatenate.
 
-Why a scale per pixel and not one per image, which would leave one INT32 sum over all of K: a convolution's inputs have their
-largest values in few pixels. In the 68 trained 3 x 3 convolutions of TAESD on photographs (64 channels, activations up to 39
-times their RMS) rounding x costs 0.38 % of the output per pixel (median; worst 0.93 %) and 1.01 % (1.94 %) per image, and
-finding an image's maximum takes another pass over x. The price is one conversion and one multiply-add of the tile per tap,
-against C / 64 tensor core steps: on an H100 30 % of their time at C = 320 and 8 % at C = 1280, where nothing hides it.
+Why one scale for all that an output reads: its sum over K is then one INT32 sum, which is the linear layer's product. With a
+scale per input pixel every tap's sum is promoted to float32 by itself, which left an H100 a third of its speed. Why per block
+and not per window: see `block_codes`. Rounding x costs, in the 3 x 3 convolutions of TAESD on photographs of 256 pixels
+(relative RMS of the output; median of 136 and worst): per pixel 0.37 % and 1.0 %, per window 0.51 % and 1.3 %, per block of
+8 x 64 outputs 0.88 % and 2.1 %, per image 1.14 % and 2.7 %.
 
-Smoothing is per channel, the same for all taps, since they read the same codes. Nothing of im2col is written; the weight is
-widened to INT8 for the length of the call on devices other than Hopper. `smooth_and_rotate` acts on x before the windows.
+On Hopper the product reads its tiles out of the codes of the image, elsewhere out of a matrix of windows, written for the
+length of the call. Branch and quantization need only x: on CUDA they run beside each other. Smoothing is per channel, the same
+for all taps, since they read the same codes; `smooth_and_rotate` acts on x before the windows.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -30,18 +31,23 @@ from torch.backends import cudnn
 from torch.nn.grad import conv2d_input
 
 from loragraft.kernels import branch
-from loragraft.kernels.act_quant import (
-    dequantize_activation,
-    quantize_activation,
-    quantize_reference,
-    smooth_and_rotate,
+from loragraft.kernels.act_quant import quantize_activation, smooth_and_rotate
+from loragraft.kernels.block_codes import (
+    BlockCodes,
+    Blocks,
+    blocks_of,
+    blocks_reference,
+    empty_codes,
+    quantize_blocks,
+    windows_of,
 )
-from loragraft.kernels.conv_gemm import CONFIGS, conv_config, conv_gemm
+from loragraft.kernels.hopper_gemm import hopper_boxes_run, hopper_gemm
 from loragraft.kernels.layout import apply_hadamard, padded, rank_product, rank_rows, uses_triton
 from loragraft.kernels.row_product import row_product
 from loragraft.kernels.taps import Window, pad_taps, spread_taps, sum_taps, tap_columns, trim_taps
-from loragraft.kernels.unpack import effective_weight, plain_int8
-from loragraft.kernels.w4a8_linear import dequantize_w4a8
+from loragraft.kernels.unpack import effective_weight
+from loragraft.kernels.w4a8_group import side_streams
+from loragraft.kernels.w4a8_linear import dequantize_w4a8, w4a8_product
 
 
 def dequantize_conv(
@@ -83,13 +89,14 @@ def w4a8_conv_reference(
 ) -> Tensor:  # fmt: skip
     """The formula in plain torch and in x's dtype (float64 is the oracle); autograd through it is the gradient."""
     B, C, H, W = x.shape
-    x_MC = x.permute(0, 2, 3, 1).reshape(-1, C)
-    rotated_MC = smooth_and_rotate(x_MC, smooth, hadamard)
-    codes_MC, scale_M1 = quantize_reference(rotated_MC, bits=8)
-    rounded_MC = dequantize_activation(codes_MC, scale_M1, x.dtype)[:, :C]
-    rotated_MC = rotated_MC + (rounded_MC - rotated_MC).detach()
-    dense = dequantize_conv(qweight, row_scale, group_words, C, kernel * kernel, x.dtype)
-    y = F.conv2d(as_image(rotated_MC, B, H, W), as_kernel(dense, kernel), None, stride, padding)
+    rotated_MC = smooth_and_rotate(x.permute(0, 2, 3, 1).reshape(-1, C), smooth, hadamard)
+    blocks = blocks_of(Window(B, H, W, kernel, stride, padding))
+    codes_RC, scale_P1 = blocks_reference(rotated_MC, blocks)
+    weight = dequantize_w4a8(qweight, row_scale, group_words, x.dtype)
+    rounded = as_image(scale_P1 * (windows_of(codes_RC, blocks).to(x.dtype) @ weight.T), B, *blocks.window.out_size)
+    dense = as_kernel(trim_taps(weight, C, kernel * kernel), kernel)
+    y = F.conv2d(as_image(rotated_MC, B, H, W), dense, None, stride, padding)
+    y = y + (rounded - y).detach()
     down = branch.join(lora_down, adapter_down, 0, x.dtype)
     if len(down):
         h = F.conv2d(x, as_kernel(down, kernel), None, stride, padding)
@@ -101,21 +108,52 @@ def w4a8_conv_reference(
 def _w4a8_conv(
     x_MC: Tensor, qweight: Tensor, row_scale: Tensor, group_words: Tensor, smooth: Tensor | None,
     lora_down: Tensor, lora_up: Tensor, bias: Tensor | None, adapter_down: Tensor | None, adapter_up: Tensor | None,
-    window: list[int], hadamard: bool, save_x: str, config: str | None,
+    window: list[int], hadamard: bool, save_x: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(y, h, codes, scale): the last three are what the backward pass keeps."""
-    view, C = Window(*window), x_MC.shape[1]
+    """(y, h, codes, scale): the last three are what the backward pass keeps; codes per pixel, empty if nothing reads them."""
+    blocks = blocks_of(Window(*window))
+    kept = quantize_activation(x_MC if _keeps_codes(adapter_down, save_x) else x_MC[:0], smooth, hadamard, bits=8)
     up_NR = lora_up.to(x_MC.dtype) if adapter_up is None else branch.join(lora_up, adapter_up, 1, x_MC.dtype)
-    codes_MC, scale_M1 = quantize_activation(x_MC, smooth, hadamard, bits=8)
     if not uses_triton(x_MC):
-        down_RK = branch.join(lora_down, adapter_down, 0, x_MC.dtype)
-        y_PN, h_PR = _on_cpu(x_MC, codes_MC, scale_M1, qweight, row_scale, group_words, down_RK, up_NR, bias, view)
-        return y_PN, h_PR, codes_MC, scale_M1
-    h_PR = sum_taps(rank_product(x_MC, _by_tap(x_MC, lora_down, adapter_down, view.taps)), up_NR.shape[1], view)
-    weight_NK = plain_int8(qweight, group_words)
-    config = config or choose_config(codes_MC.device, view, up_NR.shape[0], tap_columns(C))
-    y_PN = conv_gemm(codes_MC, scale_M1, weight_NK, row_scale, h_PR, up_NR, bias, view, tap_columns(C), config)
-    return y_PN, h_PR, codes_MC, scale_M1
+        codes = quantize_blocks(x_MC, smooth, hadamard, blocks)
+        h_PR = _branch_on_cpu(x_MC, branch.join(lora_down, adapter_down, 0, x_MC.dtype), blocks.window)
+    elif not x_MC.is_cuda:
+        codes = quantize_blocks(x_MC, smooth, hadamard, blocks)
+        h_PR = _branch(x_MC, lora_down, adapter_down, blocks.window)
+    else:
+        memory, main, side = (
+            empty_codes(x_MC, blocks),
+            torch.cuda.current_stream(x_MC.device),
+            side_streams(x_MC.device)[0],
+        )
+        side.wait_event(main.record_event())
+        with torch.cuda.stream(side):
+            codes = quantize_blocks(x_MC, smooth, hadamard, blocks, memory)
+        h_PR = _branch(x_MC, lora_down, adapter_down, blocks.window)
+        main.wait_event(side.record_event())
+    return conv_product(codes, blocks, qweight, row_scale, group_words, h_PR, up_NR, bias), h_PR, *kept
+
+
+def _keeps_codes(adapter_down: Tensor | None, save_x: str) -> bool:
+    return adapter_down is not None and save_x == "quantized"
+
+
+def conv_product(
+    codes: BlockCodes, blocks: Blocks, qweight: Tensor, row_scale: Tensor, group_words: Tensor, h_PR: Tensor, up_NR: Tensor,
+    bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """y [P, N] in h's dtype from what is quantized and projected already."""
+    codes_RC, scale_P1 = codes
+    if hopper_boxes_run(h_PR, up_NR, blocks):
+        return hopper_gemm(codes_RC, scale_P1, qweight, group_words, row_scale, h_PR, up_NR, bias, blocks=blocks)
+    windows_PK = windows_of(codes_RC, blocks)
+    return w4a8_product(windows_PK, scale_P1, qweight, row_scale, group_words, h_PR, up_NR, bias)
+
+
+def _branch(x_MC: Tensor, lora_down: Tensor, adapter_down: Tensor | None, window: Window) -> Tensor:
+    """h [P, R]: a product for all taps, and its sum over them."""
+    rank = len(lora_down) + (0 if adapter_down is None else len(adapter_down))
+    return sum_taps(rank_product(x_MC, _by_tap(x_MC, lora_down, adapter_down, window.taps)), rank, window)
 
 
 def _by_tap(x_MC: Tensor, lora_down: Tensor, adapter_down: Tensor | None, taps: int) -> Tensor:
@@ -125,43 +163,26 @@ def _by_tap(x_MC: Tensor, lora_down: Tensor, adapter_down: Tensor | None, taps: 
     return torch.cat(parts, dim=1).flatten(0, 1).T
 
 
-def choose_config(device: torch.device, window: Window, outputs: int, columns: int) -> str:
-    """Tile sizes by name: as tuned for this card, or by the output's size."""
-    small = window.out_pixels <= 64 or outputs <= 64
-    return conv_config(device, window, outputs, columns) or ("small" if small else "portable")
-
-
-def _on_cpu(
-    x_MC: Tensor, codes_MC: Tensor, scale_M1: Tensor, qweight: Tensor, row_scale: Tensor, group_words: Tensor,
-    down_RK: Tensor, up_NR: Tensor, bias: Tensor | None, view: Window,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y and h by torch's float32 convolutions of the dequantized operands."""
-    C, at = x_MC.shape[1], (view.batch, view.height, view.width)
-    h_PR = rank_rows(x_MC[:1].expand(view.out_pixels, -1), len(down_RK))
-    rounded = as_image(dequantize_activation(codes_MC, scale_M1, torch.float32)[:, :C].contiguous(), *at)
-    dense = dequantize_conv(qweight, row_scale, group_words, C, view.taps)
-    y = F.conv2d(
-        rounded, as_kernel(dense, view.kernel), None if bias is None else bias.float(), view.stride, view.padding
-    )
-    y_PN = as_pixels(y)
+def _branch_on_cpu(x_MC: Tensor, down_RK: Tensor, window: Window) -> Tensor:
+    """h [P, R] by torch's float32 convolution."""
+    h_PR = rank_rows(x_MC[:1].expand(window.out_pixels, -1), len(down_RK))
     if len(down_RK):
-        h = F.conv2d(
-            as_image(x_MC, *at).float(), as_kernel(down_RK, view.kernel).float(), None, view.stride, view.padding
-        )
-        h_PR.copy_(as_pixels(h))
-        y_PN = y_PN.addmm_(h_PR.float(), up_NR.float().T)
-    return y_PN.to(x_MC.dtype), h_PR
+        x, down = as_image(x_MC, *window[:3]).float(), as_kernel(down_RK, window.kernel).float()
+        h_PR.copy_(as_pixels(F.conv2d(x, down, None, window.stride, window.padding)))
+    return h_PR
 
 
 @_w4a8_conv.register_fake
 def _(
     x_MC, qweight, row_scale, group_words, smooth, lora_down, lora_up, bias, adapter_down, adapter_up,
-    window, hadamard, save_x, config,
+    window, hadamard, save_x,
 ):  # fmt: skip
     view, (M, C) = Window(*window), x_MC.shape
     rank = lora_down.shape[0] + (0 if adapter_down is None else adapter_down.shape[0])
     h_PR = x_MC.new_empty((view.out_pixels, (rank + 7) // 8 * 8))[:, :rank]
-    codes_MC, scale_M1 = x_MC.new_empty((M, padded(C)), dtype=torch.int8), x_MC.new_empty((M, 1), dtype=torch.float32)
+    kept = M if _keeps_codes(adapter_down, save_x) else 0
+    codes_MC = x_MC.new_empty((kept, padded(C)), dtype=torch.int8)
+    scale_M1 = x_MC.new_empty((kept, 1), dtype=torch.float32)
     return x_MC.new_empty((view.out_pixels, qweight.shape[0])), h_PR, codes_MC, scale_M1
 
 
@@ -226,7 +247,7 @@ def _(dy_PN, h_Pr, x_MC, scale_M1, smooth, adapter_up, window, hadamard, channel
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x_MC, *weights, _bias, adapter_down, adapter_up, ctx.window, ctx.hadamard, save_x, _config = inputs
+    x_MC, *weights, _bias, adapter_down, adapter_up, ctx.window, ctx.hadamard, save_x = inputs
     _, h_PR, codes_MC, scale_M1 = output
     ctx.trains, ctx.channels = any(ctx.needs_input_grad[8:10]), x_MC.shape[1]
     kept = (h_PR, *branch.kept_x(x_MC, codes_MC, scale_M1, save_x)) if ctx.trains else (None,) * 4
@@ -250,7 +271,7 @@ def _backward(ctx: Any, dy_PN: Tensor, *_: Tensor | None) -> tuple[Tensor | None
             ctx.hadamard, ctx.channels,
         )  # fmt: skip
         grad_down, grad_up = grad_down.to(adapter_down.dtype), grad_up.to(adapter_up.dtype)
-    return dx_MC, *(None,) * 7, grad_down, grad_up, *(None,) * 4
+    return dx_MC, *(None,) * 7, grad_down, grad_up, *(None,) * 3
 
 
 _w4a8_conv.register_autograd(_backward, setup_context=_setup_context)
@@ -260,27 +281,25 @@ def w4a8_conv(
     x: Tensor, qweight: Tensor, row_scale: Tensor, group_words: Tensor, smooth: Tensor | None,
     lora_down: Tensor, lora_up: Tensor, bias: Tensor | None, *, kernel: int, stride: int = 1, padding: int = 0,
     hadamard: bool = False, adapter_down: Tensor | None = None, adapter_up: Tensor | None = None,
-    save_x: branch.SaveX = "quantized", config: str | None = None,
+    save_x: branch.SaveX = "quantized",
 ) -> Tensor:  # fmt: skip
     """x [B, C, H, W] -> y [B, N, H', W'] in x's dtype, channels last; gradients for x, adapter_down and adapter_up only.
 
     qweight uint8 [N, Kp/2] (pack_tiles) with Kp = T Ct rounded up to 128, row_scale float32 [N], group_words int32
     [Kp/128, N] (pack_words), smooth [C], lora_down [R, T C] with columns (tap, channel), lora_up [N, R], bias [N],
     adapter_down [r, T C], adapter_up [N, r] (already times alpha / r). T = kernel^2. x in channels-last layout is not copied.
-    save_x: as in `w4a8_linear`. config: tile sizes by name (`conv_gemm.CONFIGS`), for benchmarks.
+    save_x: as in `w4a8_linear`.
     Raises ValueError for a shape, window or mode that does not fit.
     """
     adapter_down, adapter_up = branch.trainable_rank(adapter_down), branch.trainable_rank(adapter_up)
     window = _check(x, qweight, row_scale, group_words, smooth, lora_down, lora_up, bias, kernel, stride, padding)
     _check_adapter(x.shape[1] * window.taps, qweight.shape[0], adapter_down, adapter_up)
     branch.check_modes("w4a8_conv", save_x, "dequantized")
-    if config is not None and config not in CONFIGS:
-        raise ValueError(f"w4a8_conv: config {config!r}; expected one of {', '.join(CONFIGS)}")
     if hadamard and x.shape[1] % 64:
         raise ValueError(f"w4a8_conv: hadamard=True needs C % 64 == 0, C = {x.shape[1]}; quantize without the rotation")
     y_PN, *_ = _w4a8_conv(
         as_pixels(x), qweight, row_scale, group_words, smooth, lora_down, lora_up, bias, adapter_down, adapter_up,
-        list(window), hadamard, save_x, config,
+        list(window), hadamard, save_x,
     )  # fmt: skip
     return as_image(y_PN, window.batch, window.out_height, window.out_width)
 

@@ -39,7 +39,7 @@ def _w4a8_group(
     ys = [x_MK.new_empty((x_MK.shape[0], weight.shape[0])) for weight in qweights]
     ready = main.record_event()
     for (weight, s_N, words, h, up, bias), y_MN, stream in zip(
-        layers, ys, (main, *_streams(x_MK.device)), strict=False
+        layers, ys, (main, *side_streams(x_MK.device)), strict=False
     ):
         stream.wait_event(ready)
         with torch.cuda.stream(stream):
@@ -58,7 +58,8 @@ MOST = 4
 
 
 @cache
-def _streams(device: torch.device) -> tuple[torch.cuda.Stream, ...]:
+def side_streams(device: torch.device) -> tuple[torch.cuda.Stream, ...]:
+    """Streams for what can run beside the current one, inside of an op."""
     return tuple(torch.cuda.Stream(device) for _ in range(MOST - 1))
 
 

@@ -44,7 +44,7 @@ class Layer:
     measured: bool
     """Whether the rows are activations that were measured, not synthetic ones."""
     taps: int = 1
-    """Blocks of columns that share scales of their own per row, smoothing and rotation: the k^2 taps of a convolution."""
+    """Blocks of columns that share smoothing and rotation: the k^2 taps of a convolution."""
     fitted_SK: Tensor | None = None
     """Measured rows besides those that judge, for what is fitted to its rows and would flatter itself on them."""
 
@@ -176,14 +176,15 @@ def round_weight(residual_NK: Tensor, settings: QuantSettings) -> RoundedWeight:
 
 
 def quantized_inputs(layer: Layer, smooth_K: Tensor, hadamard: bool) -> Tensor:
-    """[S, K]: what the integer GEMM sees of the rows, dequantized (the rows themselves for w4a16)."""
+    """[S, K]: what the integer GEMM sees of the rows, dequantized (the rows themselves for w4a16).
+
+    A row has one scale: a token's, or a window's of a convolution, which are drawn without what else is in their blocks.
+    """
     if layer.settings.numerics == "w4a16":
         return layer.rows_SK
     bits = 8 if layer.settings.numerics == "w4a8" else 4
-    S, K = layer.rows_SK.shape
-    C = K // layer.taps  # a scale is a pixel's: that of one tap
-    codes, scale = quantize_activation(layer.rows_SK.reshape(-1, C), smooth_K[:C], hadamard, bits)
-    return dequantize_activation(codes, scale, torch.float32)[:, :C].reshape(S, K)
+    codes, scale = quantize_activation(layer.rows_SK, smooth_K, hadamard, bits)
+    return dequantize_activation(codes, scale, torch.float32)[:, : layer.rows_SK.shape[1]]
 
 
 def layer_output(layer: Layer, split: Split) -> Tensor:

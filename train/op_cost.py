@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from loragraft.kernels.block_codes import blocks_of
 from loragraft.kernels.taps import Window, tap_columns
 
 Unit = Literal[
@@ -166,20 +167,25 @@ def _row_product(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[Part]
 
 
 def _conv(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[Part]:
-    """x is read and quantized; the branch is one product with all taps of [D; A], summed over taps; the codes are unpacked for
-    the convolution, and the branch is in its epilogue."""
+    """x is read twice and quantized, once more if pixels' codes are kept; the branch is one product with all taps of [D; A],
+    summed over taps, and in the epilogue of the convolution."""
     x, qweight = args[:2]
     window, (M, C), (P, N) = Window(*args[10]), x.shape, results[0].shape
     R, T = _rank(args[5], args[8]), window.taps
-    product = M * T * R * x.dtype.itemsize
+    product, codes = M * T * R * x.dtype.itemsize, _block_codes(window, C)
+    kept = _bytes([x, *results[2:]]) if results[2].numel() else 0
     return [
-        Part("memory", 0, _bytes([x, *results[2:]])),
+        Part("memory", 0, 2 * _bytes(x) + codes + kept),
         Part("gemm", 2 * M * C * T * R, _bytes(x) + product),
         Part("memory", 0, product + _bytes(results[1])),
-        Part("memory", 0, 3 * _bytes(qweight)),
-        Part("int8", 2 * P * N * T * C, 2 * _bytes(qweight) + _bytes(results)),
+        Part("int8", 2 * P * N * T * C, codes + _bytes([qweight, *results[:2]])),
         Part("gemm", 2 * P * N * R, 0),
     ]
+
+
+def _block_codes(window: Window, channels: int) -> int:
+    """Bytes of `block_codes` of an image."""
+    return blocks_of(window).code_rows * tap_columns(channels)
 
 
 def _conv_dgrad(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[Part]:
@@ -282,11 +288,13 @@ def _w4a4_dgrad_space(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[
 
 
 def _conv_space(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[int]:
-    """Joined factors, [D; A] by taps, the branch's product before its sum over taps, the codes one to a byte."""
-    x, qweight = args[:2]
-    (M, C), R, T, size = x.shape, _rank(args[5], args[8]), Window(*args[10]).taps, x.dtype.itemsize
+    """Joined factors, [D; A] by taps, the branch's product before its sum over taps, codes, their scales and maxima, and the
+    matrix of windows, which Hopper does without where 16 divides the output's columns."""
+    x, window = args[0], Window(*args[10])
+    (M, C), P, R, T, size = x.shape, window.out_pixels, _rank(args[5], args[8]), window.taps, x.dtype.itemsize
     factors = _factors(x.dtype, args[5], args[8]) + _factors(x.dtype, args[6], args[9])
-    return [*factors, T * R * C * size, M * T * R * size, 2 * qweight.numel()]
+    windows = 2 * args[1].shape[1] * P
+    return [*factors, T * R * C * size, M * T * R * size, _block_codes(window, C), 4 * P, 4 * M, windows]
 
 
 def _conv_dgrad_space(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[int]:

@@ -11,8 +11,6 @@ from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from loragraft.kernels.act_quant import quantize_activation
-
 
 @pytest.fixture(scope="module")
 def conv(benchmark_module: Callable[..., ModuleType]) -> ModuleType:
@@ -45,23 +43,19 @@ def test_the_list_is_sdxls(conv: ModuleType) -> None:
 
 
 def test_errors_are_small_and_notice_a_wrong_result(conv: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    def on_cpu(x: Tensor, smooth: Tensor, hadamard: bool, _down: Tensor) -> tuple[Tensor, Tensor, None]:
-        return *quantize_activation(x, smooth, hadamard, 8), None
-
     monkeypatch.setattr(conv, "DEVICE", "cpu")
     monkeypatch.setattr(conv, "CHECKED", ((1, 5, 6, 64, 16, 1), (1, 6, 5, 64, 24, 2)))
-    monkeypatch.setattr(conv, "quantize_down", on_cpu)  # Triton only
     torch.manual_seed(0)
-    found = conv.errors(None)
+    found = conv.errors()
     assert found.keys() == {"y", "dx", "dA", "dB"}
     assert all(0 < error < conv.BOUND for error in found.values())
     layer = conv.w4a8_conv
     monkeypatch.setattr(conv, "w4a8_conv", lambda x, **given: layer(x, **given) * 1.02)
-    assert conv.errors(None)["y"] > conv.BOUND
+    assert conv.errors()["y"] > conv.BOUND
 
 
 def test_sums_count_every_shape_as_often_as_the_unet_has_it(conv: ModuleType) -> None:
-    row: dict[str, Any] = {"bf16": 20.0, "w4a8": 16.0, "w4a8_no_branch": 10.0, "best": 8.0}
+    row: dict[str, Any] = {"bf16": 20.0, "w4a8": 16.0, "w4a8_no_branch": 10.0}
     rows = {shape.name: dict(row) for shape in conv.SDXL}
     rows[conv.SDXL[0].name]["w4a8"] = 40.0
     summary = conv.summary(rows)
@@ -69,4 +63,3 @@ def test_sums_count_every_shape_as_often_as_the_unet_has_it(conv: ModuleType) ->
     assert summary["convs_ms_bf16"] == pytest.approx(count * 0.02)
     assert summary["convs_ms_w4a8"] == pytest.approx(count * 0.016 + conv.SDXL[0].count * 0.024)
     assert summary["conv_vs_cudnn_worst_shape"] == 0.5
-    assert summary["conv_vs_cudnn_best"] == 2.5

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from loragraft.kernels.conv_gemm import CONFIGS
 from loragraft.kernels.layout import relative_rms
 from loragraft.kernels.registry import CONV_CASES, ConvCase, cast
 from loragraft.kernels.w4a8_conv import (
@@ -52,14 +51,6 @@ def test_forward_and_gradients_match_float64(case, device, dtype, tolerance):
         assert actual[name].dtype == dtype
         assert actual[name].shape == value.shape
         assert relative_rms(actual[name], value) < tolerance, name
-
-
-@pytest.mark.parametrize("config", CONFIGS)
-def test_every_configuration_gives_the_same_result(config, device):
-    case = ConvCase(1, 128, 5, 4, 72) if config == "deep" else SMALL
-    inputs = cast(case.inputs(), torch.float32, device)
-    y = w4a8_conv(**inputs, **case.options, config=config)
-    assert relative_rms(y, oracle(inputs, case, torch.ones_like(y))["y"]) < 1e-5
 
 
 def test_one_by_one_is_the_linear_layer(device):
@@ -125,13 +116,14 @@ def test_an_adapter_in_the_branch_is_the_same_layer(device):
     assert torch.equal(w4a8_conv(**grafted, **SMALL.options), w4a8_conv(**inputs, **SMALL.options))
 
 
-def test_nan_in_one_pixel_stays_in_its_window(device):
-    inputs = cast(ConvCase(1, 64, 7, 7, 16).inputs(), torch.float32, device)
+def test_nan_in_one_pixel_stays_in_its_blocks(device):
+    """Two blocks of 8 x 16 outputs side by side; a pixel that only the left one reads."""
+    inputs = cast(ConvCase(1, 64, 8, 32, 16).inputs(), torch.float32, device)
+    inputs |= {"x": inputs["x"].repeat(1, 1, 1, 4)}  # 128 columns are blocks of 64
     inputs["x"][0, 5, 3, 2] = float("nan")
     finite = w4a8_conv(**inputs, **SMALL.options).isfinite().all(dim=1)[0]
-    seen = torch.ones(7, 7, dtype=torch.bool, device=device)
-    seen[2:5, 1:4] = False
-    assert torch.equal(finite, seen)
+    assert not finite[:, :64].any()
+    assert finite[:, 64:].all()
 
 
 def test_frozen_inputs_get_no_gradient_and_nothing_is_kept(device):
@@ -166,9 +158,7 @@ def test_opcheck(rank, device):
     weights = [inputs[name] for name in ("qweight", "row_scale", "group_words", "smooth")]
     rest = [inputs[name] for name in ("lora_down", "lora_up", "bias", "adapter_down", "adapter_up")]
     x_MC = as_pixels(inputs["x"]).detach().requires_grad_()
-    torch.library.opcheck(
-        torch.ops.loragraft.w4a8_conv.default, (x_MC, *weights, *rest, window, False, "quantized", None)
-    )
+    torch.library.opcheck(torch.ops.loragraft.w4a8_conv.default, (x_MC, *weights, *rest, window, False, "quantized"))
     dy = torch.randn(6, 24, device=device)
     torch.library.opcheck(
         torch.ops.loragraft.w4a8_conv_dgrad.default,
@@ -216,7 +206,6 @@ def test_what_does_not_fit_is_named():
         ({"adapter_up": inputs["adapter_up"][1:]}, "adapter_up"),
         ({"kernel": 9}, "leave no output"),
         ({"save_x": "int8"}, "save_x"),
-        ({"config": "huge"}, "expected one of small"),
     ):
         with pytest.raises(ValueError, match=message):
             w4a8_conv(**{**inputs, **SMALL.options, **wrong})

@@ -54,8 +54,9 @@ def test_workspace_by_hand(seen: dict[str, tuple[OpCost, list[int]]]) -> None:
     width, pixels = tap_columns(C), B * EDGE * EDGE
     assert width == 128
     space = seen["w4a8_conv"][1]
-    assert space[-1] == N * 9 * width, "codes, one to a byte"
-    assert space[-2] == pixels * 9 * (R + 2) * 4, "the branch before its sum over taps"
+    assert space[-1] == pixels * 9 * width, "windows"
+    assert space[-4] == B * 25 * 4 * 4 * width, "codes of 25 blocks of 2 x 2 outputs"
+    assert space[-5] == pixels * 9 * (R + 2) * 4, "the branch before its sum over taps"
     assert seen["w4a8_conv_dgrad"][1][:2] == [N * 9 * width * 4, N * 9 * C * 4], "W_eff with and without padding"
     assert seen["conv_adapter_gradients"][1][:2] == [pixels * 2 * 4, 9 * pixels * 2 * 4]
 
