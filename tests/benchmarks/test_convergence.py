@@ -7,21 +7,17 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
 from PIL import Image
-
-from loragraft.adapters.checkpoint import Adapter
-from loragraft.recipes.load import load_recipe
 
 
 @pytest.fixture(scope="module")
-def convergence(benchmark_module: Callable[[str], ModuleType]) -> ModuleType:
-    return benchmark_module("convergence")
+def convergence(benchmark_module: Callable[..., ModuleType]) -> ModuleType:
+    return benchmark_module("convergence", beside="pocket_runs")
 
 
 @pytest.fixture(scope="module")
 def sampling(benchmark_module: Callable[..., ModuleType]) -> ModuleType:
-    return benchmark_module("sampling_steps", beside="convergence")
+    return benchmark_module("sampling_steps", beside="pocket_runs")
 
 
 def kid(value: float) -> dict[str, float]:
@@ -39,29 +35,11 @@ def test_curves_are_those_of_the_metrics(convergence: ModuleType, tmp_path: Path
     assert convergence.smoothed([1.0, 2.0, 3.0, 4.0], 2) == [1.0, 1.5, 2.5, 3.5]
 
 
-def test_the_16_bit_adapter_is_also_drawn_in_the_4_bit_base(
-    convergence: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe = load_recipe("marketing", ["data.count=20"])
-    adapters = {n: adapter_of(n) for n in ("16bit", "native")}
-    monkeypatch.setattr(convergence, "open_run", lambda run: (adapters[run.name], recipe))
-    monkeypatch.setattr(convergence, "held_out", lambda recipe: [argparse.Namespace(caption="a heart")])
-    args = argparse.Namespace(work=tmp_path, variants=["16-bit", "W4A8"], images=4)
-    wanted = convergence.image_sets(args)
-    assert {name: numerics for name, (numerics, _, _) in wanted.items()} == {
-        "16-bit": "16bit",
-        "W4A8": "native",
-        convergence.TRANSFER: "native",
-    }
-    moved, native = wanted[convergence.TRANSFER][1], wanted["W4A8"][1]
-    assert moved.adapter.base_id == native.adapter.base_id == "native's id"
-    assert moved.adapter.pairs is adapters["16bit"].pairs
-    assert (moved.prompts, moved.seed, moved.steps) == (native.prompts, native.seed, native.steps)
-
-
-def adapter_of(numerics: str) -> Adapter:
-    pairs = {"layer": (torch.ones(1, 2), torch.ones(2, 1))}
-    return Adapter(numerics, {"base_id": f"{numerics}'s id"}, pairs)
+def test_the_16_bit_adapter_is_also_drawn_in_the_4_bit_base(convergence: ModuleType) -> None:
+    sets = convergence.drawn_sets(["16-bit", "W4A8"])
+    transfer = ("native", "16bit")
+    assert sets == {"16-bit": ("16bit", "16bit"), "W4A8": ("native", "native"), convergence.TRANSFER: transfer}
+    assert convergence.TRANSFER not in convergence.drawn_sets(["W4A8", "W4A4"])
 
 
 def test_table_and_plots(convergence: ModuleType, sampling: ModuleType, tmp_path: Path) -> None:
