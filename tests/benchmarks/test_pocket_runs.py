@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ def test_adapters_are_drawn_where_they_were_not_trained(
     monkeypatch.setattr(runs, "open_run", lambda run: (Adapter(run.name, {"base_id": f"{run.name}'s"}, pairs), recipe))
     monkeypatch.setattr(runs, "held_out", lambda recipe: [argparse.Namespace(caption="a heart")])
     monkeypatch.setattr(runs, "load_backbone", lambda base, on, *_: argparse.Namespace(base_id=f"{on}'s"))
-    drawn: list[object] = []
+    drawn: list[Any] = []
     monkeypatch.setattr(runs, "draw", lambda work, recipe, on, backbone, sets: drawn.extend(sets))
     runs.render_on(args, "marketing", "native", ["none", "native", "16bit"])
     bare, own, moved = drawn
