@@ -34,13 +34,13 @@ from pocket_runs import (
     features_of,
     pictures,
     real_features,
+    recipe_of,
     render_on,
     run_folder,
     train_run,
     trained_on,
 )
 
-from loragraft.adapters.opening import open_run
 from loragraft.disk import write_atomic
 from loragraft.evaluation.features import FeatureStore
 from loragraft.evaluation.image_sets import device_name, rendered_on
@@ -100,7 +100,7 @@ def measure_all(args: argparse.Namespace) -> None:
     sets = drawn_sets(args.variants)
     paths = {name: pictures(args, args.recipe, on, trained) for name, (on, trained) in sets.items()}
     several = [LABELS[variant] for variant in args.variants]
-    recipe = open_run(run_folder(args.work, args.recipe, several[0]))[1]
+    recipe = recipe_of(args.work, args.recipe, several[0])
     store = FeatureStore(args.work / "features", device())
     features, real = {name: features_of(store, found) for name, found in paths.items()}, real_features(store, recipe)
     result: dict[str, Any] = {

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from loragraft.adapters.checkpoint import Adapter
-from loragraft.adapters.opening import open_run
+from loragraft.adapters.opening import open_run, recipe_of_run
 from loragraft.backbones.load import find_spec, load_backbone
 from loragraft.backbones.spec import Backbone
 from loragraft.data.cache import default_cache_root
@@ -78,6 +78,15 @@ def train_run(args: argparse.Namespace, recipe: str, numerics: Numerics) -> None
     out = str(run_folder(args.work, recipe, numerics))
     command = [sys.executable, str(ROOT / "train" / "lora.py"), "--recipe", recipe, "--out", out]
     subprocess.run([*command, *settings], check=True)
+
+
+def recipe_of(work: Path, recipe: str, numerics: str) -> Recipe:
+    """The recipe of a run as it was trained. Raises FileNotFoundError where there is none; its adapter need not be here."""
+    folder = run_folder(work, recipe, numerics)
+    found = recipe_of_run(str(folder)) if (folder / "summary.json").exists() else None
+    if found is None:
+        raise FileNotFoundError(f"{folder} holds no finished run: run the stage `train` first")
+    return found
 
 
 def trained_on(work: Path, recipe: str, several: Sequence[str]) -> list[str]:

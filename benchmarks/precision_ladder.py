@@ -38,6 +38,7 @@ from pocket_runs import (
     features_of,
     pictures,
     real_features,
+    recipe_of,
     render_on,
     run_folder,
     settings_of,
@@ -46,7 +47,6 @@ from pocket_runs import (
 )
 
 from loragraft.adapters.inject import inject_adapter
-from loragraft.adapters.opening import open_run
 from loragraft.backbones.load import find_spec, load_backbone, shipped_folder
 from loragraft.backbones.spec import Backbone, Profile
 from loragraft.data.cache import default_cache_root
@@ -117,7 +117,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def recipe_of(args: argparse.Namespace, precision: Numerics, *more: str) -> Recipe:
+def asked(args: argparse.Namespace, precision: Numerics, *more: str) -> Recipe:
     """The recipe at one precision."""
     recipe = load_recipe(args.recipe, [*settings_of(args, precision), *more])
     if recipe.base != BASE:
@@ -146,7 +146,7 @@ def profile_of(precision: Numerics) -> Profile | None:
 def prepare(args: argparse.Namespace) -> None:
     """Fills the cache."""
     spec, root = find_spec(BASE), default_cache_root()
-    encoded(recipe_of(args, REFERENCE), load_backbone(BASE, None, device(), root))
+    encoded(asked(args, REFERENCE), load_backbone(BASE, None, device(), root))
     for precision in args.precisions:
         shipped_folder(spec, profile_of(precision), device(), root)
 
@@ -161,7 +161,7 @@ def encoded(recipe: Recipe, backbone: Backbone) -> LatentCache:
 def train_all(args: argparse.Namespace) -> None:
     """A run per precision."""
     for precision in args.precisions:
-        recipe_of(args, precision)
+        asked(args, precision)
         train_run(args, args.recipe, precision)
 
 
@@ -191,7 +191,7 @@ def time_one(args: argparse.Namespace, precision: Numerics) -> None:
     file = times_file(args, precision)
     if file.exists():
         return
-    recipe = recipe_of(
+    recipe = asked(
         args, precision, f"train.steps={args.timed_steps}", "train.log_every=1", "train.validate_every=0", "sample.steps=1",
         "sample.guidance=1", "optim.warmup_steps=1",
     )  # fmt: skip
@@ -251,7 +251,7 @@ def measure_all(args: argparse.Namespace) -> None:
     if REFERENCE not in args.precisions:
         raise ValueError(f"everything is measured against {REFERENCE}: name it among --precisions")
     rows = {precision: row_of(args, precision) for precision in args.precisions}
-    recipe = open_run(run_folder(args.work, args.recipe, REFERENCE))[1]
+    recipe = recipe_of(args.work, args.recipe, REFERENCE)
     store = FeatureStore(args.work / "features", device())
     real = real_features(store, recipe)
     names = {(p, kind): NONE if kind == "base" else p for p in rows for kind in ("base", "adapted")}

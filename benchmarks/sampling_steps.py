@@ -33,6 +33,7 @@ from pocket_runs import (
     features_of,
     pictures,
     real_features,
+    recipe_of,
     run_folder,
     train_run,
     trained_on,
@@ -113,7 +114,7 @@ def times_file(args: argparse.Namespace, name: str) -> Path:
 def measure_all(args: argparse.Namespace) -> None:
     """Writes the JSON and the plot, and prints the table."""
     several = [LABELS[variant] for variant in args.variants]
-    recipe = open_run(run_folder(args.work, args.recipe, several[0]))[1]
+    recipe = recipe_of(args.work, args.recipe, several[0])
     store = FeatureStore(args.work / "features", device())
     real, rows, drawn = real_features(store, recipe), list[dict[str, Any]](), list[Path]()
     for numerics in several:

@@ -25,6 +25,7 @@ from pocket_runs import (
     features_of,
     pictures,
     real_features,
+    recipe_of,
     render_on,
     run_folder,
 )
@@ -131,7 +132,7 @@ def score(args: Namespace, recipe: str) -> tuple[dict[str, Any], dict[str, Any],
         for name, trained in names.items()
     }
     merged = {name: pictures(args, recipe, slug(name), NONE) for name in methods(args)}
-    settings = open_run(run_folder(args.work, recipe, LABELS[args.precisions[0]]))[1]
+    settings = recipe_of(args.work, recipe, LABELS[args.precisions[0]])
     store = FeatureStore(args.work / "features", device())
     real = real_features(store, settings)
 

@@ -116,7 +116,7 @@ def test_cells_are_compared_with_what_belongs_to_them(
     }  # fmt: skip
     features = {name: torch.randn(9, 8, generator=random).double() for name in drawn.values()}
 
-    monkeypatch.setattr(transfer, "open_run", lambda run: (None, None))
+    monkeypatch.setattr(transfer, "recipe_of", lambda *_: None)
     monkeypatch.setattr(transfer, "pictures", lambda args, recipe, run_on, name: [Path(drawn[run_on, name])])
     monkeypatch.setattr(transfer, "features_of", lambda store, paths: features[paths[0].name])
     monkeypatch.setattr(transfer, "real_features", lambda store, recipe: real)
