@@ -30,9 +30,11 @@ def tiny_flux(device: torch.device, dtype: torch.dtype = torch.float32, single: 
     return randomize(model, device, dtype).eval().requires_grad_(False)
 
 
-def velocity_of(model: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+def velocity_of(
+    model: torch.nn.Module, device: torch.device, dtype: torch.dtype, size: tuple[int, int] = (8, 8)
+) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    shapes = {"latents": (1, 4, 8, 8), "prompt_embeds": (1, 5, 64), "pooled_prompt_embeds": (1, 32)}
+    shapes = {"latents": (1, 4, *size), "prompt_embeds": (1, 5, 64), "pooled_prompt_embeds": (1, 32)}
     made = {name: torch.randn(shape, generator=generator).to(device, dtype) for name, shape in shapes.items()}
     latents = made.pop("latents")
     return predict_velocity(model, latents, torch.tensor([0.5], device=device), made)
@@ -98,6 +100,30 @@ def test_blocks_of_one_kind_share_compiled_code(monkeypatch: pytest.MonkeyPatch)
     assert len(made) == 3  # one double block, and single ones: the first of them reads a slice
     called = [node.target for graph in made for node in graph.graph.nodes]
     assert called.count(torch.ops.loragraft.w4a8_group.default) == 14  # every layer asks; equal calls become one later
+
+
+def test_many_sizes_are_compiled_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for the first size, once for all others; two sizes each for itself."""
+    made = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        made.append(graph)
+        return graph.forward
+
+    compiled = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compiled(self, backend=backend, **how))
+    counts = {}
+    for shapes in (4, 2):
+        torch._dynamo.reset()
+        model = tiny_flux(CPU)
+        assert compile_blocks(model, shapes) == 3
+        made.clear()
+        counts[shapes] = []
+        with torch.no_grad():
+            for size in ((8, 8), (8, 12), (10, 12), (4, 16), (6, 14))[: shapes + 1]:
+                velocity_of(model, CPU, torch.float32, size)
+                counts[shapes].append(len(made))
+    assert counts == {4: [3, 6, 6, 6, 6], 2: [3, 6, 9]}
 
 
 @pytest.mark.gpu
