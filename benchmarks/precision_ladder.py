@@ -198,7 +198,8 @@ def time_one(args: argparse.Namespace, precision: Numerics) -> None:
     where = torch.device(device())
     accelerator = Accelerator(cpu=where.type == "cpu", log_with=None)
     with alone(args.work):
-        backbone = load_backbone(BASE, precision, where, default_cache_root())
+        timed = timed_steps(recipe, load_backbone(BASE, precision, where, default_cache_root()), accelerator)
+        backbone = load_backbone(BASE, precision, where, default_cache_root())  # another: that one carries an adapter
         ledger, weights = backbone.ledger, shipped_folder(backbone.spec, backbone.profile, where, default_cache_root())
         found = {
             "numerics": BITS.get(precision, precision),
@@ -207,7 +208,7 @@ def time_one(args: argparse.Namespace, precision: Numerics) -> None:
             "file_mb": sum(file.stat().st_size for file in weights.glob("*.safetensors")) / 1e6,
             "bits_per_weight": FORMATS[precision].bits if precision in FORMATS else None,
             "seconds_per_image": seconds_per_image(backbone, domain_set("timed", None, recipe, args.images)),
-            **timed_steps(recipe, backbone, accelerator),
+            **timed,
             "timed_on": device_name(where),
             "threads": torch.get_num_threads(),
         }
