@@ -1,12 +1,19 @@
 """What a first step waits for is begun early, beside the caller."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import triton
+from triton.backends.compiler import GPUTarget
 
 from loragraft.backbones.flow import FLUX_LIKE
+from loragraft.kernels.precompile import Launch
 from loragraft.train import warm
 
 
@@ -40,3 +47,42 @@ def test_workers_are_started_beside_the_caller(monkeypatch: pytest.MonkeyPatch) 
         )
     warm.start_workers().join()
     assert begun == ["warm_pool on start-compile-workers", "wakeup on start-compile-workers"]
+
+
+def test_workers_are_given_what_a_step_launches(
+    tiny_flux: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Forward and backward of every kind of layer on a GPU that is not there, for which nothing is compiled in this process."""
+    from torch._inductor import async_compile
+
+    gpu = SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", 80, 32),
+        get_current_device=lambda: 78,
+        get_current_stream=lambda _: 0,
+    )
+    pool, given = ThreadPoolExecutor(1), []
+
+    def compiled(launch: Launch, cache: str, launcher: bool) -> None:
+        given.append((launch.name, cache, launcher, launch.target))
+
+    model, _ = tiny_flux(torch.bfloat16)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # ops on the CPU launch their kernels
+    monkeypatch.setattr(triton.runtime.driver, "_active", gpu)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(warm, "compile_recorded", compiled)
+    monkeypatch.setattr(async_compile, "get_compile_threads", lambda: 2)
+    monkeypatch.setattr(async_compile.AsyncCompile, "process_pool", lambda: pool)
+    warm.warm_layers(model, {32, 10, 42}, 2, torch.bfloat16).join()
+    names = {name for name, *_ in given}
+    assert names == {
+        "adamw8bit_kernel", "effective_weight_kernel", "gemv_kernel", "row_product_kernel", "token_quant_kernel",
+        "w4a8_gemm_kernel",
+    }  # fmt: skip
+    assert all(others == [str(tmp_path), False, ("cuda", 80, 32)] for _, *others in given)
+    count = len(given)
+    warm.warm_layers(model, {32, 10, 42}, 2, torch.bfloat16).join()
+    assert len(given) == 2 * count  # nothing is compiled here, so all is asked for again, and as often
+    monkeypatch.setattr(async_compile, "get_compile_threads", lambda: 1)
+    warm.warm_layers(model, {32, 10, 42}, 2, torch.bfloat16).join()
+    assert len(given) == 2 * count
