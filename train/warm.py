@@ -36,9 +36,11 @@ def start_workers(name: Attention = "sdpa", device: torch.device | None = None) 
     def run() -> None:
         from torch._inductor import compile_fx  # noqa: F401  (seconds of imports)
         from torch._inductor.async_compile import AsyncCompile
+        from triton.runtime.cache import triton_key
 
         AsyncCompile.warm_pool()
         AsyncCompile.wakeup()
+        triton_key()  # a hash of all of Triton's files, which is remembered
         if name == "flash_attn_4" and device is not None and device.type == "cuda":
             q, k, v = torch.zeros(3, 1, 256, 1, HEAD_WIDTH, dtype=torch.bfloat16, device=device).requires_grad_()
             torch.autograd.backward(attention(q, k, v, name).sum())
