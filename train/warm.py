@@ -22,8 +22,8 @@ from loragraft.kernels.attention import attention
 from loragraft.kernels.precompile import Launch, compile_recorded, recorded
 from loragraft.quantization.linear import SVDQuantLinear
 
-HEAD_WIDTH = 128
-"""Of FLUX.1, for whose size the wait is worth shortening."""
+HEADS = (24, 128)
+"""How many and how wide, FLUX.1's: the size for which the wait is worth shortening. Others are compiled at first use."""
 
 
 def start_workers(name: Attention = "sdpa", device: torch.device | None = None) -> threading.Thread:
@@ -42,8 +42,9 @@ def start_workers(name: Attention = "sdpa", device: torch.device | None = None) 
         AsyncCompile.wakeup()
         triton_key()  # a hash of all of Triton's files, which is remembered
         if name == "flash_attn_4" and device is not None and device.type == "cuda":
-            q, k, v = torch.zeros(3, 1, 256, 1, HEAD_WIDTH, dtype=torch.bfloat16, device=device).requires_grad_()
-            torch.autograd.backward(attention(q, k, v, name).sum())
+            with torch.cuda.device(device):  # a thread begins with the first
+                q, k, v = torch.zeros(3, 1, 256, *HEADS, dtype=torch.bfloat16, device=device).requires_grad_()
+                torch.autograd.backward(attention(q, k, v, name).sum())
 
     thread = threading.Thread(target=run, name="start-compile-workers", daemon=True)
     thread.start()

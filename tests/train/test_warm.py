@@ -13,6 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from loragraft.backbones.flow import FLUX_LIKE
+from loragraft.kernels.attention import attention
 from loragraft.kernels.precompile import Launch
 from loragraft.train import warm
 
@@ -86,3 +87,32 @@ def test_workers_are_given_what_a_step_launches(
     monkeypatch.setattr(async_compile, "get_compile_threads", lambda: 1)
     warm.warm_layers(model, {32, 10, 42}, 2, torch.bfloat16).join()
     assert len(given) == 2 * count
+
+
+@pytest.mark.gpu
+def test_what_a_step_launches_was_compiled_elsewhere(
+    tiny_flux: Any, loss_of: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Forward and backward of the whole model: this process compiles no kernel of ours itself."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    model, _ = tiny_flux(torch.bfloat16, device="cuda")
+    found: dict[str, bool] = {}
+    with triton.knobs.compilation.scope():
+        triton.knobs.compilation.listener = lambda *, src, cache_hit, **_: found.setdefault(src.name, cache_hit)
+        tokens = FLUX_LIKE.rows((2, 4, 8, 8), {"prompt_embeds": torch.empty(2, 5, 64)})
+        warm.warm_layers(model, tokens, 2, torch.bfloat16).join()
+        loss_of(model, torch.bfloat16, "cuda").backward()
+    assert found
+    assert [name for name, hit in found.items() if not hit] == []
+
+
+@pytest.mark.gpu
+def test_flash_attention_4_is_compiled_for_every_length() -> None:
+    interface = pytest.importorskip("flash_attn.cute.interface")
+    warm.start_workers("flash_attn_4", torch.device("cuda")).join()
+    caches = (interface._flash_attn_fwd.compile_cache, interface._flash_attn_bwd.compile_cache)
+    before = [len(cache) for cache in caches]
+    assert all(before)
+    x = torch.randn(2, 320, *warm.HEADS, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    attention(x, x, x, "flash_attn_4").sum().backward()
+    assert [len(cache) for cache in caches] == before
