@@ -12,9 +12,11 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from loragraft.backbones.compiled import LikeLater
 from loragraft.backbones.flow import FLUX_LIKE
 from loragraft.kernels.attention import attention
-from loragraft.kernels.precompile import Launch
+from loragraft.kernels.compile_table import TABLE
+from loragraft.kernels.precompile import Launch, recorded
 from loragraft.train import warm
 
 
@@ -50,10 +52,10 @@ def test_workers_are_started_beside_the_caller(monkeypatch: pytest.MonkeyPatch) 
     assert begun == ["warm_pool on start-compile-workers", "wakeup on start-compile-workers"]
 
 
-def test_workers_are_given_what_a_step_launches(
-    tiny_flux: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_workers_are_given_all_that_a_step_launches(
+    tiny_flux: Any, loss_of: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Forward and backward of every kind of layer on a GPU that is not there, for which nothing is compiled in this process."""
+    """On a GPU that is not there: what forward and backward of the whole model launch is among it."""
     from torch._inductor import async_compile
 
     gpu = SimpleNamespace(
@@ -64,7 +66,8 @@ def test_workers_are_given_what_a_step_launches(
     pool, given = ThreadPoolExecutor(1), []
 
     def compiled(launch: Launch, cache: str, launcher: bool) -> None:
-        given.append((launch.name, cache, launcher, launch.target))
+        given.append(launch)
+        assert (cache, launcher, launch.target) == (str(tmp_path), False, ("cuda", 80, 32))
 
     model, _ = tiny_flux(torch.bfloat16)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
@@ -74,36 +77,42 @@ def test_workers_are_given_what_a_step_launches(
     monkeypatch.setattr(warm, "compile_recorded", compiled)
     monkeypatch.setattr(async_compile, "get_compile_threads", lambda: 2)
     monkeypatch.setattr(async_compile.AsyncCompile, "process_pool", lambda: pool)
-    warm.warm_layers(model, {32, 10, 42}, 2, torch.bfloat16).join()
-    names = {name for name, *_ in given}
-    assert names == {
-        "adamw8bit_kernel", "effective_weight_kernel", "gemv_kernel", "row_product_kernel", "token_quant_kernel",
-        "w4a8_gemm_kernel",
-    }  # fmt: skip
-    assert all(others == [str(tmp_path), False, ("cuda", 80, 32)] for _, *others in given)
+    tokens = FLUX_LIKE.rows((2, 4, 8, 8), {"prompt_embeds": torch.empty(2, 5, 64)})
+    warm.warm_layers(model, tokens, 2, torch.bfloat16).join()
     count = len(given)
-    warm.warm_layers(model, {32, 10, 42}, 2, torch.bfloat16).join()
-    assert len(given) == 2 * count  # nothing is compiled here, so all is asked for again, and as often
-    monkeypatch.setattr(async_compile, "get_compile_threads", lambda: 1)
-    warm.warm_layers(model, {32, 10, 42}, 2, torch.bfloat16).join()
-    assert len(given) == 2 * count
+    assert len(set(given)) == count
+    first = model.transformer_blocks[0]
+    first.register_forward_pre_hook(LikeLater(first), with_kwargs=True)  # as `compile_blocks` does: dx in every block
+    with recorded() as launched:
+        loss_of(model, torch.bfloat16).backward()
+    assert {launch.name for launch in launched} == {
+        "effective_weight_kernel", "gemv_kernel", "row_product_kernel", "token_quant_kernel", "w4a8_gemm_kernel"
+    }  # fmt: skip
+    assert [launch for launch in launched if launch not in given] == []
+    monkeypatch.setattr(async_compile, "get_compile_threads", lambda: 1)  # no workers: nothing is handed over
+    warm.warm_layers(model, tokens, 2, torch.bfloat16).join()
+    assert len(given) == count
 
 
 @pytest.mark.gpu
 def test_what_a_step_launches_was_compiled_elsewhere(
     tiny_flux: Any, loss_of: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Forward and backward of the whole model: this process compiles no kernel of ours itself."""
+    """As above, with the processes and on a GPU."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     model, _ = tiny_flux(torch.bfloat16, device="cuda")
-    found: dict[str, bool] = {}
-    with triton.knobs.compilation.scope():
-        triton.knobs.compilation.listener = lambda *, src, cache_hit, **_: found.setdefault(src.name, cache_hit)
-        tokens = FLUX_LIKE.rows((2, 4, 8, 8), {"prompt_embeds": torch.empty(2, 5, 64)})
-        warm.warm_layers(model, tokens, 2, torch.bfloat16).join()
-        loss_of(model, torch.bfloat16, "cuda").backward()
+    for build in TABLE:  # what other tests have compiled
+        build.kernel.device_caches.clear()
+    tokens = FLUX_LIKE.rows((2, 4, 8, 8), {"prompt_embeds": torch.empty(2, 5, 64)})
+    warm.warm_layers(model, tokens, 2, torch.bfloat16).join()
+    assert list(tmp_path.iterdir())
+    found: list[bool] = []
+    monkeypatch.setattr(triton.knobs.compilation, "listener", lambda *, cache_hit, **_: found.append(cache_hit))
+    first = model.transformer_blocks[0]
+    first.register_forward_pre_hook(LikeLater(first), with_kwargs=True)
+    loss_of(model, torch.bfloat16, "cuda").backward()
     assert found
-    assert [name for name, hit in found.items() if not hit] == []
+    assert all(found)
 
 
 @pytest.mark.gpu
