@@ -20,21 +20,25 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
+from triton.backends.nvidia.compiler import get_ptxas_version
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 from triton.runtime import driver
 
 OURS = __name__.rpartition(".")[0]
+PTXAS = "TRITON_PTXAS_PATH"
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel as it was launched: where it is defined, for what it is specialized (Triton's own JSON), and the GPU."""
+    """A kernel as it was launched: where it is defined, for what it is specialized (Triton's own JSON), the GPU, and the
+    assembler, None for Triton's own."""
 
     module: str
     name: str
     specialization: str
     target: tuple[str, Any, int]
+    ptxas: str | None
 
 
 @contextmanager
@@ -51,10 +55,8 @@ def recorded() -> Iterator[list[Launch]]:
         if threading.get_ident() != thread or not fn.module.startswith(OURS):
             return None if before is None else before(fn=fn, compile=compile, **others)
         target = driver.active.get_current_target()
-        found = Launch(
-            fn.module, fn.name, compile["specialization_data"], (target.backend, target.arch, target.warp_size)
-        )
-        launches[found] = None
+        gpu = (target.backend, target.arch, target.warp_size)
+        launches[Launch(fn.module, fn.name, compile["specialization_data"], gpu, os.environ.get(PTXAS))] = None
         return True  # Triton then neither compiles nor launches
 
     listed: list[Launch] = []
@@ -77,9 +79,28 @@ def compile_recorded(launch: Launch, cache: str, launcher: bool = False) -> None
     options = {name: _tuples(value) for name, value in found["options"].items()}
     make = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
     source = make(kernel, found["signature"], constants, attributes)
-    made = triton.compile(source, target=GPUTarget(*launch.target), options=options)
+    with _assembler(launch.ptxas):
+        made = triton.compile(source, target=GPUTarget(*launch.target), options=options)
     if launcher and hasattr(nvidia, "make_launcher"):
         nvidia.CudaLauncher(made.src, made.metadata)
+
+
+@contextmanager
+def _assembler(path: str | None) -> Iterator[None]:
+    """Its version is part of the cache's key, and Inductor's workers have torch's own."""
+    before = os.environ.get(PTXAS)
+    _set_assembler(path)
+    try:
+        yield
+    finally:
+        _set_assembler(before)
+
+
+def _set_assembler(path: str | None) -> None:
+    os.environ.pop(PTXAS, None)
+    if path is not None:
+        os.environ[PTXAS] = path
+    get_ptxas_version.cache_clear()
 
 
 def _tuples(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """Kernels compiled from recorded launches are the ones that the launches ask for, on a GPU that is not there."""
 
+import os
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -70,8 +71,11 @@ def test_what_was_recorded_is_found(gpu: Driver, tmp_path: Path) -> None:
         compute()
     assert (gpu.launches, list(tmp_path.iterdir())) == (0, [])
     assert [launch.name for launch in launches] == ["row_product_kernel"] * 2 + ["hopper_quant_kernel"] * 2
-    for launch in launches:
-        compile_recorded(launch, str(tmp_path))
+    with pytest.MonkeyPatch.context() as worker:
+        worker.setenv("TRITON_PTXAS_PATH", "/another/assembler")
+        for launch in launches:
+            compile_recorded(launch, str(tmp_path))
+        assert os.environ["TRITON_PTXAS_PATH"] == "/another/assembler"
     hits: list[bool] = []
     with triton.knobs.compilation.scope():
         triton.knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
