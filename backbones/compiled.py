@@ -3,14 +3,9 @@
 Inductor fuses norms, modulation, RoPE and GELU; INT4 layers stay the custom ops that they are. Layers that read one x ask for the
 same quantization, or the same op of a whole group, each for itself: `EqualCalls` makes one call of equal ones. (Of graphs with
 gradients AOT autograd does so itself, of those without it does not.)
-
-Blocks of a class share compiled code as long as what they get looks alike. The first of a list gets an embedding that needs no
-gradient, or tensors apart where later blocks get slices of one: it alone would be compiled a second time. `LikeLater` gives it
-the same values in the later blocks' form.
 """
 
 import contextlib
-import inspect
 import logging
 import operator
 from collections import Counter
@@ -24,6 +19,7 @@ from torch import nn
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.utils import _pytree as pytree
 
+from loragraft.backbones.like_later import hook_first_blocks
 from loragraft.quantization.branched import BranchedLinear
 from loragraft.quantization.linear import SVDQuantLinear, join_group
 
@@ -37,13 +33,6 @@ SAME_INPUT = {
     "FluxSingleTransformerBlock": (("proj_mlp", "attn.to_q", "attn.to_k", "attn.to_v"),),
 }
 """Per class of block, layers that read one x; the largest first, as the others then fill what it leaves of the GPU."""
-PASSED_ON = {
-    "FluxTransformerBlock": ("encoder_hidden_states", "hidden_states"),
-    "FluxSingleTransformerBlock": ("encoder_hidden_states", "hidden_states"),
-}
-"""Per class of block, the arguments that one block computes for the next; `hidden_states` alone if not named here."""
-SLICED = frozenset({"FluxSingleTransformerBlock"})
-"""Classes of block that return these as slices of one tensor [B, S, D], in this order along S."""
 _log = logging.getLogger(__name__)
 
 
@@ -80,50 +69,6 @@ def _pure(target: Any) -> bool:
     )
 
 
-class LikeLater:
-    """A forward pre-hook of the first block of its class: what blocks pass on looks as the later ones get it, values unchanged.
-
-    It lies in memory as a block's output does. It needs a gradient if a block's output would: the first block's layers then
-    compute one that nothing reads, which is less than one block's share of a step.
-    """
-
-    def __init__(self, block: nn.Module) -> None:
-        kind = type(block).__name__
-        self._names, self._sliced = PASSED_ON.get(kind, ("hidden_states",)), kind in SLICED
-        self._places = {name: i for i, name in enumerate(list(inspect.signature(type(block).forward).parameters)[1:])}
-
-    def __call__(
-        self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        given = [kwargs[name] if name in kwargs else args[self._places[name]] for name in self._names]
-        if self._sliced:
-            made = torch.cat(given, dim=1).split([x.shape[1] for x in given], dim=1)
-        else:
-            made = tuple(x.contiguous() for x in given)
-        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in block.parameters()):
-            made = tuple(x if x.requires_grad else _NeedsGradient.apply(x, _anchor()) for x in made)
-        changed = dict(zip(self._names, made, strict=True))
-        by_place = {place: name for name, place in self._places.items()}
-        args = tuple(changed.get(by_place[i], x) if i in by_place else x for i, x in enumerate(args))
-        return args, {name: changed.get(name, x) for name, x in kwargs.items()}
-
-
-def _anchor() -> torch.Tensor:
-    return torch.empty(0, requires_grad=True)
-
-
-class _NeedsGradient(torch.autograd.Function):
-    """x itself, which needs a gradient because `anchor` does; neither gets one."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[None, None]:
-        return None, None
-
-
 def compile_blocks(transformer: nn.Module, shapes: int = 1) -> int:
     """Compiles the transformer's repeated blocks in place (diffusers' regional compilation); returns how many.
 
@@ -145,14 +90,11 @@ def compile_blocks(transformer: nn.Module, shapes: int = 1) -> int:
     ):  # as an option of `compile`, every block would be a kind of its own
         torch._inductor.config.joint_custom_pre_pass = EqualCalls()
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(kinds) * shapes)
-    seen: set[type] = set()
     for block in blocks:
         group_layers(block)
-        # Of `forward` alone: hooks (`Module.compile` compiles them too) run outside, so the first block's is no difference.
+        # `forward` alone: hooks, which `Module.compile` compiles too, run outside, and the first block's is no difference.
         block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
-        if type(block) not in seen and not any(isinstance(h, LikeLater) for h in block._forward_pre_hooks.values()):
-            block.register_forward_pre_hook(LikeLater(block), with_kwargs=True)
-        seen.add(type(block))
+    hook_first_blocks(blocks)
     return len(blocks)
 
 

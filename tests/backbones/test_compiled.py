@@ -9,7 +9,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from loragraft.adapters.inject import inject_adapter
 from loragraft.backbones.architectures import FLUX
-from loragraft.backbones.compiled import EqualCalls, LikeLater, compile_blocks, group_layers
+from loragraft.backbones.compiled import EqualCalls, compile_blocks, group_layers
 from loragraft.backbones.flow import predict_velocity
 from loragraft.backbones.skeleton import meta_transformer, plan_architecture, randomize
 from loragraft.kernels.layout import relative_rms
@@ -131,35 +131,6 @@ def test_in_training_too(graphs, policy):
     after = gradients()
     assert len(graphs) == 2
     assert max(relative_rms(a, b) for a, b in zip(after, before, strict=True)) < 1e-5
-
-
-def test_the_first_block_gets_what_later_ones_get():
-    """By place or by name, as it was called; the text that every block reads is left alone."""
-    block = torch.nn.Linear(2, 2)
-    text, image = torch.randn(1, 3, 8).transpose(1, 2), torch.randn(1, 8, 2)
-
-    class BasicTransformerBlock(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.adapter = block
-
-        def forward(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
-            return hidden_states
-
-    module = BasicTransformerBlock()
-    (x, y), kwargs = LikeLater(module)(module, (text, image), {})
-    assert x.is_contiguous()
-    assert torch.equal(x, text)
-    assert (x.requires_grad, y is image, kwargs) == (True, True, {})
-    args, kwargs = LikeLater(module)(module, (text,), {"encoder_hidden_states": image})
-    assert len(args) == 1
-    assert kwargs["encoder_hidden_states"] is image
-    with torch.no_grad():
-        ((x, _), _) = LikeLater(module)(module, (image, text), {})
-    assert x is image
-    x.requires_grad_()
-    ((same, _), _) = LikeLater(module)(module, (image, text), {})
-    assert same is image
 
 
 @pytest.mark.gpu

@@ -12,8 +12,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from loragraft.backbones.compiled import LikeLater
 from loragraft.backbones.flow import FLUX_LIKE
+from loragraft.backbones.like_later import LikeLater
 from loragraft.kernels.attention import attention
 from loragraft.kernels.compile_table import TABLE
 from loragraft.kernels.precompile import Launch, recorded
