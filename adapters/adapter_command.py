@@ -27,14 +27,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     export.add_argument(
         "--denoiser-only", action="store_true", help="leave out text encoders, embeddings, norms, biases"
     )
-    export.add_argument(
-        "--start",
-        metavar="FILE",
-        help="what training of a compensating adapter started from (default: start.safetensors beside it); it is taken off, "
-        "which makes the adapter portable at twice the rank",
+    contract = export.add_mutually_exclusive_group()
+    contract.add_argument(
+        "--portable",
+        action="store_true",
+        help="take off what a compensating adapter (adapter.init=loftq) started from, which makes it right on every base, at twice "
+        "the rank; the default",
+    )
+    contract.add_argument(
+        "--keep-contract", action="store_true", help="leave a compensating adapter as it is, for its own INT4 base only"
     )
     export.add_argument(
-        "--keep-contract", action="store_true", help="leave a compensating adapter as it is, for its own INT4 base only"
+        "--start", metavar="FILE", help="the factors that it started from (default: start.safetensors beside it)"
     )
     for action in (inspect, export):
         action.add_argument("file", help="a .safetensors file in any dialect, an adapter folder or a run")
@@ -81,7 +85,7 @@ def _export(args: argparse.Namespace) -> int:
 def _portable(adapter: "Adapter", file: Path, given: str | None) -> "Adapter":
     """The adapter itself, or a compensating one less its start."""
     from loragraft.adapters.checkpoint import load_adapter
-    from loragraft.adapters.formats.contract import COMPENSATING, START_NAME, contract_of
+    from loragraft.adapters.formats.contract import COMPENSATING, START_NAME, check_start, contract_of
 
     if contract_of(adapter.metadata) != COMPENSATING:
         if given:
@@ -93,4 +97,5 @@ def _portable(adapter: "Adapter", file: Path, given: str | None) -> "Adapter":
             f"{file} is compensating: it makes up for its own INT4 base's error and is wrong on any other. {start} is not there: "
             "give --start FILE, the factors it was trained from, to make it portable, or --keep-contract for use on that base"
         )
+    check_start(adapter.metadata, start)
     return adapter.less(load_adapter(start))

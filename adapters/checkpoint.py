@@ -23,7 +23,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
 from torch import Tensor, nn
 
-from loragraft.adapters.formats.contract import COMPENSATING, PORTABLE, contract_of, less_start
+from loragraft.adapters.formats.contract import COMPENSATING, PORTABLE, START_HASH, START_NAME, contract_of, less_start
 from loragraft.adapters.formats.factors import MAX_RANK
 from loragraft.adapters.formats.families import UNKNOWN_FAMILY, Family
 from loragraft.adapters.formats.guard import checked_block
@@ -101,6 +101,7 @@ class Adapter:
         """A compensating adapter less what it started from: portable, of the sum of both ranks. Raises ValueError."""
         pairs = less_start(self.pairs, start.pairs)
         about = {**self.metadata, "contract": PORTABLE, "rank": max(down.shape[0] for down, _ in pairs.values())}
+        about.pop(START_HASH, None)
         return replace(self, pairs=pairs, metadata=about)
 
     def check_portable(self, base_id: str) -> None:
@@ -108,7 +109,7 @@ class Adapter:
         if contract_of(self.metadata) == COMPENSATING and self.base_id != base_id:
             raise ValueError(
                 f"adapter {self.name!r} is compensating: it makes up for the error of INT4 base {self.base_id} and is wrong on "
-                f"this one ({base_id}); make it portable: loragraft adapter export FILE --style diffusers --out FOLDER"
+                f"this one ({base_id}); make it portable: loragraft adapter export FILE --portable --style diffusers --out FOLDER"
             )
 
     def check_base(self, base_id: str) -> None:
@@ -154,8 +155,9 @@ def write_adapter(
     *,
     dtype: torch.dtype = torch.float32,
     component: Component = "transformer",
+    file_name: str = LORA_WEIGHT_NAME_SAFE,
 ) -> Path:
-    """`save_adapter` for (A, scaled B) pairs that are in memory already."""
+    """`save_adapter` for (A, scaled B) pairs that are in memory already; `file_name` is the file's in `folder`."""
     lacking = [key for key in REQUIRED if not metadata.get(key)]
     if lacking:
         raise ValueError(
@@ -175,8 +177,8 @@ def write_adapter(
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / LORA_WEIGHT_NAME_SAFE, tensors, header)
-    return folder / LORA_WEIGHT_NAME_SAFE
+    write_tensors(folder / file_name, tensors, header)
+    return folder / file_name
 
 
 def peft_metadata(pairs: Mapping[str, tuple[Tensor, Tensor]], component: Component) -> dict[str, Any]:
@@ -229,7 +231,7 @@ def adapter_file(path: Path) -> Path:
     for name in (LORA_WEIGHT_NAME_SAFE, PEFT_WEIGHTS):
         if (path / name).is_file():
             return path / name
-    only = sorted(path.glob("*.safetensors"))
+    only = sorted(file for file in path.glob("*.safetensors") if file.name != START_NAME)
     if len(only) != 1:
         raise CheckpointError(
             f"{path} holds {len(only)} .safetensors files and none named {LORA_WEIGHT_NAME_SAFE} or {PEFT_WEIGHTS}; give the file"

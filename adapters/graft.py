@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loragraft.adapters.checkpoint import Adapter, check_fits
+from loragraft.adapters.formats.contract import check_together
 from loragraft.kernels.layout import relative_rms
 from loragraft.quantization.branched import BranchedLinear
 from loragraft.quantization.checkpoint import branched_layers, recorded_base_id
@@ -49,7 +50,7 @@ def graft(
     """Concatenate `adapter`, times `weight`, into the branches; `name` (default: the adapter's) identifies it later.
 
     Nothing changes unless everything fits. Raises ValueError for an adapter of another base unless `any_base`, a name
-    in use, targets or shapes that do not fit, an adapter that changes more than the denoiser's layers (`check_whole`), and a
+    in use, targets or shapes that do not fit, a second compensating adapter, one that changes more than the denoiser's layers (`check_whole`), and a
     transformer with an injected (training) adapter.
     """
     name = adapter.name if name is None else name
@@ -59,6 +60,9 @@ def graft(
     if name in state.adapters:
         raise ValueError(f"an adapter named {name!r} is grafted already; set_weight changes it, ungraft removes it")
     check_graftable(transformer, adapter, state.base_id, any_base=any_base)
+    check_together(
+        [(other, there.metadata) for other, (there, _) in state.adapters.items()] + [(name, adapter.metadata)]
+    )
     for path in adapter.pairs:
         if path not in state.originals:
             state.originals[path] = _current(named_module(transformer, path))

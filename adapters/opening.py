@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from loragraft.adapters.checkpoint import Adapter, load_adapter
+from loragraft.adapters.formats.contract import START_NAME
 from loragraft.recipes.load import load_recipe
 from loragraft.recipes.schema import Recipe
 
@@ -39,7 +40,7 @@ def open_run(run: Path) -> tuple[Adapter, Recipe]:
     """The adapter and the recipe of a finished run folder. Raises ValueError saying what it lacks."""
     if not (run / "recipe.yaml").exists():
         raise ValueError(f"{run} is no run folder (it has no recipe.yaml): give the folder that training wrote")
-    if not (run / "adapter").is_dir():
+    if not any(file.name != START_NAME for file in (run / "adapter").glob("*.safetensors")):
         raise ValueError(f"{run} is not finished: run `accelerate launch train/lora.py` with the same recipe to go on")
     return load_adapter(run / "adapter"), load_recipe(str(run / "recipe.yaml"))
 

@@ -4,7 +4,7 @@
 
 `graft` makes every branch anew for each change. Here each layer has one that is wide enough: P is a multiple of 16, the rank
 that the kernels multiply at a time. w B is rounded once, when an adapter comes in or gets another weight. No code or scale is
-touched, and the base's own factors stay in front: without the other columns they are what they were, byte by byte.
+touched. A layer that no active adapter is for has its own branch, the very tensors that it came with; the wide one waits beside it.
 """
 
 import time
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from loragraft.adapters.checkpoint import Adapter
+from loragraft.adapters.formats.contract import check_together
 from loragraft.adapters.graft import RESIDENT, as_matrices, check_graftable, grafted
 from loragraft.quantization.checkpoint import quantized_layers, recorded_base_id
 from loragraft.quantization.linear import SVDQuantLinear
@@ -31,7 +32,7 @@ class Change:
     copied_bytes: int
     """Factors copied into branches."""
     allocated_bytes: int
-    """Of new branches; 0 for a switch among adapters for which there is room."""
+    """Of new branches; 0 for a switch among adapters for which there is room, and for one to none."""
 
 
 @dataclass
@@ -62,9 +63,15 @@ class ResidentAdapters:
             raise ValueError("the transformer has no INT4 layer, hence no branch; graft() merges into 16-bit weights")
         if room < 0:
             raise ValueError(f"room {room}: expected the number of adapter ranks, 0 or more")
-        self._room, self._base_id = room, recorded_base_id(transformer)
+        self.base_id = recorded_base_id(transformer)
+        """Of the bare transformer."""
+        self._room = room
         self._residents: dict[str, Resident] = {}
         self._active: tuple[str, ...] = ()
+        self._own: dict[str, tuple[Tensor, Tensor]] = {}
+        """Path -> the branch that a layer came with, of those that have a wide one."""
+        self._waiting: dict[str, tuple[Tensor, Tensor]] = {}
+        """Path -> the wide branch of a layer that has its own just now."""
 
     @property
     def residents(self) -> dict[str, Resident]:
@@ -83,11 +90,12 @@ class ResidentAdapters:
 
     @property
     def branch_bytes(self) -> int:
-        """By which the branches are larger than the base's own."""
-        wider = ((layer, layer.rank - layer.base_rank) for layer in self._layers.values())
-        return sum(
-            more * (layer.in_features + layer.out_features) * layer.lora_up.element_size() for layer, more in wider
-        )
+        """Of the wide branches, in use or waiting: they stand beside the base's own."""
+        total = 0
+        for path, layer in self._layers.items():
+            down, up = self._waiting.get(path, (layer.lora_down, layer.lora_up))
+            total += down.nbytes + up.nbytes if len(down) > layer.base_rank else 0
+        return total
 
     def add(
         self, adapter: Adapter, weight: float = 1.0, name: str | None = None, *, active: bool = True, any_base: bool = False
@@ -102,7 +110,7 @@ class ResidentAdapters:
             raise ValueError(
                 f"an adapter named {name!r} is resident already; set_weight changes it, remove takes it out"
             )
-        check_graftable(self._transformer, adapter, self._base_id, any_base=any_base)
+        check_graftable(self._transformer, adapter, self.base_id, any_base=any_base)
         begun = self._now()
         factors = {path: self._rounded(self._layers[path], pair, weight) for path, pair in adapter.pairs.items()}
         self._residents[name] = Resident(adapter, float(weight), factors)
@@ -114,7 +122,8 @@ class ResidentAdapters:
             raise
 
     def activate(self, *names: str) -> Change:
-        """Compute with exactly these, in this order; none: with the base alone. Raises ValueError for an unknown or doubled name."""
+        """Compute with exactly these, in this order; none: with the base alone. Raises ValueError for an unknown or doubled name, and for
+        two compensating adapters."""
         begun = self._now()
         for name in names:
             self._find(name)
@@ -157,7 +166,7 @@ class ResidentAdapters:
             on = "yes" if name in self._active else ""
             cells = (name, f"{kept.weight:g}", kept.adapter.rank, on, len(kept.factors), f"{kept.nbytes / 1e6:.1f}")
             lines.append(f"| {' | '.join(map(str, cells))} |")
-        return "\n".join([*lines, f"| branches, beyond the base's | | | | | {self.branch_bytes / 1e6:.1f} |"])
+        return "\n".join([*lines, f"| branches, beside the base's | | | | | {self.branch_bytes / 1e6:.1f} |"])
 
     def _check_alone(self) -> None:
         found = grafted(self._transformer)
@@ -188,12 +197,18 @@ class ResidentAdapters:
     def _compose(self, begun: float, active: Iterable[str]) -> Change:
         """Write what is active behind the base's own ranks of every layer that any resident adapter is for."""
         active = tuple(active)
+        check_together((name, self._residents[name].adapter.metadata) for name in active)
         touched = {path: None for resident in self._residents.values() for path in resident.factors}
         factors = [self._residents[name].factors for name in active]
         found = {path: [each[path] for each in factors if path in each] for path in touched}
         allocated = 0
-        for path, pairs in found.items():  # all of it first: what cannot be allocated changes nothing
-            allocated += _widen(self._layers[path], max(self._room, sum(len(down) for down, _ in pairs)))
+        try:  # all of it first: what cannot be allocated changes nothing
+            for path, pairs in found.items():
+                self._take_wide(path)
+                allocated += _widen(self._layers[path], max(self._room, sum(len(down) for down, _ in pairs)))
+        except Exception:
+            self._give_own(touched)
+            raise
         self._active = active
         to: list[Tensor] = []
         written: list[Tensor] = []
@@ -211,15 +226,36 @@ class ResidentAdapters:
             torch._foreach_copy_(to, written)
         if unused:
             torch._foreach_zero_(unused)
+        self._give_own(touched)
         return Change(self._now() - begun, sum(tensor.nbytes for tensor in written), allocated)
+
+    def _take_wide(self, path: str) -> None:
+        """The wide branch, if it waits; the layer's own is noted before there is one."""
+        layer = self._layers[path]
+        self._own.setdefault(path, (layer.lora_down, layer.lora_up))
+        if path in self._waiting:
+            layer.set_branch(*_moved(self._waiting.pop(path), layer))
+
+    def _give_own(self, paths: Iterable[str]) -> None:
+        """To those of `paths` that no active adapter is for."""
+        active = {path for name in self._active for path in self._residents[name].factors}
+        for path in paths:
+            layer = self._layers[path]
+            if path not in active and layer.rank > layer.base_rank:
+                self._waiting[path] = layer.lora_down, layer.lora_up
+                self._restore(path)
 
     def _narrow(self, paths: Iterable[str]) -> None:
         for path in paths:
-            layer = self._layers[path]
-            rank = layer.base_rank
-            if layer.rank > rank:
-                whole = torch.contiguous_format
-                layer.set_branch(layer.lora_down[:rank].clone(), layer.lora_up[:, :rank].clone(memory_format=whole))
+            self._waiting.pop(path, None)
+            if path in self._own:
+                self._restore(path)
+                del self._own[path]
+
+    def _restore(self, path: str) -> None:
+        layer = self._layers[path]
+        self._own[path] = _moved(self._own[path], layer)
+        layer.set_branch(*self._own[path])
 
     def _now(self) -> float:
         device = next(iter(self._layers.values())).lora_up.device
@@ -228,13 +264,19 @@ class ResidentAdapters:
         return time.perf_counter()
 
 
+def _moved(branch: tuple[Tensor, Tensor], layer: SVDQuantLinear) -> tuple[Tensor, Tensor]:
+    """`branch` where the layer is: the model may have moved since it was put aside."""
+    device = layer.qweight.device
+    return branch[0].to(device), branch[1].to(device)
+
+
 def _scaled(up: Tensor, weight: float, like: Tensor) -> Tensor:
     """w B in like's dtype, rounded once from float32."""
     return (up.to(like.device, torch.float32) * weight).to(like.dtype)
 
 
 def _widen(layer: SVDQuantLinear, ranks: int) -> int:
-    """Make room for `ranks` behind the base's own, what is there kept; returns the bytes that it took, 0 where there is enough."""
+    """Makes room for `ranks` behind the base's own, what is there kept; returns the bytes that it took, 0 where there is enough."""
     width = -(-(layer.base_rank + ranks) // RANK_STEP) * RANK_STEP
     if ranks == 0 or layer.rank >= layer.base_rank + ranks:
         return 0

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from loragraft.adapters.checkpoint import Adapter
+from loragraft.adapters.formats.contract import COMPENSATING, START_HASH, check_together, contract_of
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,13 @@ class Truncated:
 def truncate(adapters: Sequence[tuple[Adapter, float]], rank: int, name: str) -> Truncated:
     """Join (adapter, weight) pairs into one adapter `name` of at most `rank`, with weight 1.
 
-    Raises ValueError for no adapter, a rank below 1, adapters of several bases or parts of a pipeline, and layers on which
+    Raises ValueError for no adapter, a rank below 1, adapters of several bases or parts of a pipeline, two compensating ones, and layers on which
     their shapes differ.
     """
     if not adapters or rank < 1:
         raise ValueError(f"{len(adapters)} adapters to rank {rank}: expected at least one of each")
     first = adapters[0][0]
+    check_together((adapter.name, adapter.metadata) for adapter, _ in adapters)
     for adapter, _ in adapters[1:]:
         if (adapter.base_id, adapter.component) != (first.base_id, first.component):
             raise ValueError(
@@ -58,6 +60,9 @@ def truncate(adapters: Sequence[tuple[Adapter, float]], rank: int, name: str) ->
         errors[path] = (lost / whole) ** 0.5 if whole else 0.0
         dropped, total = dropped + lost, total + whole
     about: dict[str, Any] = {**first.metadata, "name": name, "rank": rank, "alpha": float(rank)}
+    if COMPENSATING in {contract_of(adapter.metadata) for adapter, _ in adapters}:
+        about["contract"] = COMPENSATING
+    about.pop(START_HASH, None)  # one adapter's, not theirs together
     about["joined_from"] = [{"name": adapter.name, "weight": weight} for adapter, weight in adapters]
     joined = replace(first, name=name, metadata=about, pairs=pairs)
     return Truncated(joined, errors, (dropped / total) ** 0.5 if total else 0.0)

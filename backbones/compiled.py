@@ -7,6 +7,7 @@ gradients AOT autograd does so itself, of those without it does not.)
 
 import contextlib
 import logging
+import math
 import operator
 from collections import Counter
 from collections.abc import Iterator
@@ -20,11 +21,20 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch.utils import _pytree as pytree
 
 from loragraft.backbones.like_later import hook_first_blocks
+from loragraft.backbones.sampler import drawn_together
+from loragraft.backbones.spec import Backbone, Guided
 from loragraft.quantization.branched import BranchedLinear
 from loragraft.quantization.linear import SVDQuantLinear, join_group
 
 MOST_KINDS = 8
 """Kinds of block that are compiled; a model with more of them runs uncompiled."""
+COMPILE_FROM = 1000
+"""Passes of a large model from which drawing is taken to repay compiling; `benchmarks/generate.py` measures it."""
+LARGE = 5e8
+"""Bytes of a model on which the GPU, and not Python, is what a compiled pass waits for."""
+NEEDS_GPU = "--compile needs a CUDA GPU; on a CPU the layers run as they are: leave it out"
+SHAPES = 4
+"""Of what is drawn: a last, smaller batch is one of its own, and so are branches with and without adapters."""
 SAME_INPUT = {
     "FluxTransformerBlock": (
         ("attn.to_q", "attn.to_k", "attn.to_v"),
@@ -69,11 +79,37 @@ def _pure(target: Any) -> bool:
     )
 
 
+def compile_to_draw(backbone: Backbone, images: int, steps: int, guided: Guided, wanted: bool | None = None) -> bool:
+    """Compiles the blocks before so many images are drawn on a GPU, if `wanted`, or (None) if that repays; returns whether it did.
+
+    It repays from `COMPILE_FROM` passes of a `LARGE` model on. Raises ValueError for what is wanted and cannot be had.
+    """
+    model, cuda = backbone.transformer, backbone.device.type == "cuda"
+    if wanted and not cuda:
+        raise ValueError(NEEDS_GPU)
+    if wanted is None:
+        size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+        wanted = cuda and size > LARGE and _passes(backbone, images, steps, guided) >= COMPILE_FROM
+        return wanted and compile_blocks(model, SHAPES) > 0
+    if wanted and not compile_blocks(model, SHAPES):
+        raise ValueError(
+            f"--compile: this model's blocks are of more than {MOST_KINDS} kinds (rotated, smoothed, ...), or it has no repeated "
+            "blocks; give --no-compile"
+        )
+    return wanted
+
+
+def _passes(backbone: Backbone, images: int, steps: int, guided: Guided) -> int:
+    together = drawn_together((backbone.resolution // backbone.spec.grain) ** 2)
+    return math.ceil(images / together) * steps * (2 if guided["guidance"] > 1 else 1)
+
+
 def compile_blocks(transformer: nn.Module, shapes: int = 1) -> int:
     """Compiles the transformer's repeated blocks in place (diffusers' regional compilation); returns how many.
 
-    Blocks of one class share compiled code as long as their quantized layers are set up alike and see one of the `shapes`. With
-    more than `MOST_KINDS` kinds nothing is compiled, a warning says so, and the result is 0: compiling would take minutes.
+    Blocks of one class share compiled code as long as their quantized layers are set up alike. The first of the `shapes` that
+    they see gets code of its own; of three or more, all others share code for any number of rows, as each would take half a
+    minute. With more than `MOST_KINDS` kinds nothing is compiled, a warning says so, and the result is 0.
     """
     names = getattr(transformer, "_repeated_blocks", None) or getattr(transformer, "_no_split_modules", None) or ()
     named = [(path, module) for path, module in transformer.named_modules() if type(module).__name__ in names]
@@ -93,7 +129,7 @@ def compile_blocks(transformer: nn.Module, shapes: int = 1) -> int:
     for block in blocks:
         group_layers(block)
         # `forward` alone: hooks, which `Module.compile` compiles too, run outside, and the first block's is no difference.
-        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
+        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=None if shapes > 2 else False)
     hook_first_blocks(blocks)
     return len(blocks)
 

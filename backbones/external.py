@@ -152,7 +152,7 @@ def open_transformer(
     16-bit weights in a profile are quantized on `device`, once. Raises ValueError for another base's, CheckpointError for
     damaged ones.
     """
-    if _is_quantized(path):
+    if is_quantized(path):
         return _ready_made(spec, external, path, profile)
     if is_one_file(spec, path):
         path = as_folder(spec, external, path, cache_root)
@@ -184,7 +184,7 @@ def quantized_once(name: str, path: Path, profile: Profile, device: torch.device
     return folder
 
 
-def _is_quantized(path: Path) -> bool:
+def is_quantized(path: Path) -> bool:
     if path.is_file():
         with TensorFiles([path]) as files:
             return is_comfyui(files) or is_nunchaku(files)

@@ -9,6 +9,7 @@ is text-to-image, to the bit, and strength near 0 returns the picture as the aut
 begins: `Family.path`.
 """
 
+import contextlib
 import inspect
 import logging
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from loragraft.backbones.family import Family
+from loragraft.backbones.replay import Replay
 from loragraft.backbones.resting import rest
 from loragraft.backbones.spec import Backbone, Encoders
 
@@ -73,13 +75,15 @@ def generate_from_text(
     start: Tensor | None = None,
     strength: float = 1.0,
     on_step: OnStep | None = None,
+    replay: Replay | None = None,
 ) -> list[Image]:
     """len(seeds) images from encoded prompts, `TOKENS_TOGETHER` at a time.
 
     `text`: the family's `text_keys`, [B, ...] each; `empty`: the same for one negative prompt (batch 1). guidance
     (classifier-free) <= 1 skips the negative pass; `embedded_guidance` is the input of a guidance-distilled
     transformer (`BaseSpec.guided` gives both). `start`: scaled latents [1 or B, C, h, w] of pictures to begin
-    from, with `strength` in (0, 1]. Raises ValueError if B differs from len(seeds), for a strength out of range, and where
+    from, with `strength` in (0, 1]. replay: on a GPU the denoiser's passes are replayed from its graphs; None launches each anew,
+    which hooks on the denoiser's layers need. Raises ValueError if B differs from len(seeds), for a strength out of range, and where
     diffusers has no image-to-image for the family.
     """
     count = text["prompt_embeds"].shape[0]
@@ -96,17 +100,20 @@ def generate_from_text(
     together = drawn_together(tokens)
     chunks = [slice(first, first + together) for first in range(0, count, together)]
     images: list[Image] = []
-    for number, chunk in enumerate(chunks):
-        images += _draw(
-            family, pipeline, {key: value[chunk] for key, value in text.items()}, empty if guidance > 1 else {},
-            **path,
-            **({} if start is None else {"image": start if len(start) == 1 else start[chunk]}),
-            **family.guided(guidance, embedded_guidance),
-            **family.reporting(None if on_step is None else _reporter(on_step, number * taken, len(chunks) * taken)),
-            **family.arguments,
-            **size,
-            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds[chunk]],
-        )  # fmt: skip
+    model = getattr(pipeline, family.component)
+    with contextlib.nullcontext() if replay is None else replay.drawing(model):
+        for number, chunk in enumerate(chunks):
+            report = None if on_step is None else _reporter(on_step, number * taken, len(chunks) * taken)
+            images += _draw(
+                family, pipeline, {key: value[chunk] for key, value in text.items()}, empty if guidance > 1 else {},
+                **path,
+                **({} if start is None else {"image": start if len(start) == 1 else start[chunk]}),
+                **family.guided(guidance, embedded_guidance),
+                **family.reporting(report),
+                **family.arguments,
+                **size,
+                generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds[chunk]],
+            )  # fmt: skip
     rest(pipeline.vae)
     return images
 
@@ -165,6 +172,7 @@ def generate_images(
     images: list[Image] = []
     for chunk, text in zip(chunks, texts, strict=True):
         images += generate_from_text(
-            family, pipeline, text, empty, seeds[chunk], resolution=backbone.resolution, steps=steps, **guided
-        )
+            family, pipeline, text, empty, seeds[chunk],
+            resolution=backbone.resolution, steps=steps, **guided, replay=backbone.replay,
+        )  # fmt: skip
     return images

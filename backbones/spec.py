@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from loragraft.backbones.attention import Attention, set_attention
 from loragraft.backbones.family import Family
+from loragraft.backbones.replay import Replay
 from loragraft.quantization.checkpoint import checksum
 from loragraft.quantization.formats import FormatName
 from loragraft.quantization.ledger import Ledger
@@ -197,6 +198,8 @@ class Backbone:
     """Compute dtype: float32 on a CPU, bfloat16 on a GPU."""
     resolution: int
     """Edge in pixels that is drawn: the base's own, unless a run sets another."""
+    replay: Replay = field(default_factory=Replay, repr=False, compare=False)
+    """CUDA graphs of the transformer, from one picture to the next."""
 
     def onto_device(self) -> None:
         """A transformer that waited on the CPU (`load_backbone`) goes to `device`; otherwise nothing happens."""

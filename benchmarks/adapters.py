@@ -9,7 +9,8 @@ Stages; the first two go on where they were interrupted, and each leaves its res
     train     an adapter per recipe and precision (train/lora.py, which resumes by itself)
     render    --images pictures of held-out captions per cell of the table, and of the merged and quantized models
     measure   KID of each, with paired differences
-    graft     deviation of grafts: the first run's adapter on `pocket`, on inputs that its layers see; and FLUX.1's shapes
+    graft     deviation of grafts on inputs that the layers see: the first run's adapter on `pocket`, and one that is trained here
+              on FLUX.1's shapes
     switch    five resident rank-32 adapters on all of FLUX.1-dev's shapes; a GPU alone answers that
 
 | key | meaning |
@@ -33,30 +34,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel
-from graft import layer_inputs, velocity_change
+from flux_graft import flux_shapes, random_adapter
+from graft_proof import exact, on_real_inputs
 from torch import nn
 from transfer import METHODS, PRECISIONS, render_merged, render_transfer, run_folder, score, tables
 
-from loragraft.adapters.certificate import BFLOAT16_BOUND, FLOAT32_BOUND, NO_WORSE, Certificate, certify
-from loragraft.adapters.checkpoint import Adapter
 from loragraft.adapters.opening import open_run
 from loragraft.adapters.resident import Change, ResidentAdapters
-from loragraft.backbones.architectures import FLUX, folder_settings
 from loragraft.backbones.external import random_transformer
 from loragraft.backbones.load import find_spec, load_backbone
-from loragraft.backbones.skeleton import meta_transformer, plan_architecture, randomize
 from loragraft.data.cache import default_cache_root
 from loragraft.disk import write_atomic
 from loragraft.evaluation.image_sets import device_name, present, rendered_on
-from loragraft.quantization.checkpoint import checksum, quantized_layers, recorded_base_id
+from loragraft.quantization.checkpoint import checksum, quantized_layers
 from loragraft.quantization.names import match_paths
 from loragraft.recipes.load import load_recipe
 from loragraft.versions import installed_versions
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("train", "render", "measure", "graft", "switch")
-RESIDENTS, RANK, ROUNDS, ROWS = 5, 32, 25, 64
+RESIDENTS, RANK, ROUNDS = 5, 32, 25
 SWITCH_BASE = "flux1-dev"
 NO_GPU = "not measured: a switch is timed on a GPU, and there is none here"
 
@@ -155,64 +152,12 @@ def graft(args: argparse.Namespace) -> None:
         raise ValueError("the stage `graft` needs an adapter of W4A8 or W4A4: name one in --precisions")
     adapter, recipe = open_run(run_folder(args, args.recipes[0], quantized[0]))
     backbone = load_backbone(recipe.base, recipe.numerics, "cpu", default_cache_root())
-    before, probe = backbone.fingerprint(), layer_inputs(backbone, adapter)
-    adapters = ResidentAdapters(backbone.transformer)
-    adapters.add(adapter)
-    certificate = certify(backbone.transformer, probe)
-    adapters.clear()
-    pocket = {
-        "recipe": args.recipes[0], "recipe_hash": adapter.metadata["recipe_hash"], **figures(certificate),
-        "undo_restores_every_byte": backbone.fingerprint() == before,
-        "velocity_change": velocity_change(backbone, adapter),
-    }  # fmt: skip
-    flux = {profile: flux_shapes(args.heads, profile, args.seed) for profile in ("native", "interchange")}
+    pocket = {"recipe": args.recipes[0], **on_real_inputs(backbone, adapter)}
+    flux = {
+        profile: flux_shapes(args.heads, profile, args.seed, device(), args.work / "flux-shapes" / profile)
+        for profile in ("native", "interchange")
+    }
     _write(args, "graft", {"device": device_name(torch.device(device())), "pocket": pocket, "flux_shapes": flux})
-
-
-def flux_shapes(heads: int, profile: Any, seed: int) -> dict[str, Any]:
-    """One double and one single block of FLUX.1 with random codes; three random adapters, one of them switched off again."""
-    config = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": heads, "guidance_embeds": False}
-    main = folder_settings(
-        profile, calibrated=False, seed=seed, smoothing="hadamard" if profile == "native" else "weight"
-    )
-    skeleton = meta_transformer(FluxTransformer2DModel, config, partial(plan_architecture, FLUX, main))
-    model = randomize(skeleton, device(), torch.bfloat16, seed)
-    layers, before = quantized_layers(model), checksum(model)
-    random = torch.Generator().manual_seed(seed)
-    probe = {path: torch.randn(ROWS, layer.in_features, generator=random) for path, layer in layers.items()}
-    for x in probe.values():
-        x[:, ::97] *= 20  # channels that stand out, as a transformer's do
-    adapters = ResidentAdapters(model)
-    for name, rank, weight in (("a", RANK, 1.0), ("b", 16, 0.6), ("c", 4, -0.5)):
-        adapters.add(random_adapter(model, list(layers), name, rank, random), weight)
-    adapters.activate("a", "c")
-    certificate = certify(model, probe)
-    adapters.clear()
-    return {
-        "width": heads * 128, "factors": "random", **figures(certificate), "undo_restores_every_byte": checksum(model) == before
-    }  # fmt: skip
-
-
-def figures(certificate: Certificate) -> dict[str, Any]:
-    """Of all its layers, the worst."""
-    return {
-        "layers": len(certificate.float32), "rows": certificate.rows,
-        "fp32_worst": certificate.rel_dev_fp32, "bf16_worst": certificate.rel_dev_bf16,
-        "bf16_grafted_vs_float64_worst": max(row.merged_vs_exact for row in certificate.bfloat16),
-        "bf16_apart_vs_float64_worst": max(row.apart_vs_exact for row in certificate.bfloat16),
-        "smallest_effect": min(row.effect for row in certificate.float32),
-    }  # fmt: skip
-
-
-def random_adapter(model: nn.Module, paths: list[str], name: str, rank: int, random: torch.Generator) -> Adapter:
-    """Factors that add about a tenth of each layer's output, in bfloat16, drawn where `random` lives."""
-    layers, pairs = quantized_layers(model), {}
-    for path in paths:
-        K, N = layers[path].in_features, layers[path].out_features
-        down = torch.randn(rank, K, generator=random, device=random.device) / K**0.5
-        up = 0.1 * torch.randn(N, rank, generator=random, device=random.device) / rank**0.5
-        pairs[path] = down.to(torch.bfloat16), up.to(torch.bfloat16)
-    return Adapter(name, {"base": "random", "base_id": recorded_base_id(model)}, pairs)
 
 
 def switch(args: argparse.Namespace) -> None:
@@ -278,13 +223,6 @@ def collect(args: argparse.Namespace) -> dict[str, Any] | None:
         "graft": {name: grafts[name] for name in ("pocket", "flux_shapes")}, "switch": switches,
         "passed": all(map(exact, parts)) and switches.get("undo_restores_every_byte", True),
     }  # fmt: skip
-
-
-def exact(part: dict[str, Any]) -> bool:
-    """Within the bounds, no worse than apart against float64, and every byte back."""
-    close = part["fp32_worst"] <= FLOAT32_BOUND and part["bf16_worst"] <= BFLOAT16_BOUND
-    no_worse = part["bf16_grafted_vs_float64_worst"] <= NO_WORSE * part["bf16_apart_vs_float64_worst"]
-    return bool(close and no_worse and part["undo_restores_every_byte"])
 
 
 def _write(args: argparse.Namespace, name: str, part: dict[str, Any]) -> None:

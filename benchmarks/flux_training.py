@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -31,12 +32,13 @@ from frozen_linears import frozen_linear
 from torch import Tensor, nn
 
 from loragraft.adapters.checkpoint import Adapter
-from loragraft.adapters.graft import graft
 from loragraft.adapters.inject import inject_adapter
+from loragraft.adapters.switching import AdapterSwitch
 from loragraft.backbones.architectures import FLUX, FOLDER_RANK
 from loragraft.backbones.attention import Attention, set_attention
 from loragraft.backbones.compiled import compile_blocks
 from loragraft.backbones.flow import flow_loss, predict_velocity
+from loragraft.backbones.replay import Replay
 from loragraft.backbones.skeleton import meta_transformer, plan_architecture, randomize
 from loragraft.quantization.linear import SVDQuantLinear
 from loragraft.quantization.settings import QuantSettings
@@ -238,14 +240,13 @@ def infer(variant: Variant) -> dict[str, Any]:
     vae = AutoencoderKL.from_config(VAE).to(DEVICE, torch.bfloat16).eval()
     tensors = batch(variant.resolution, 0)
     result: dict[str, Any] = {"transformer_gib": transformer_gib}
-    for grafted in (False, True) if variant.base == "int4" else (False,):
+    ours = variant.base == "int4"
+    if variant.compiled:
+        compile_blocks(transformer, shapes=2) if ours else transformer.compile_repeated_blocks(fullgraph=True)
+    for grafted in (False, True) if ours else (False,):
         if grafted:
-            graft(transformer, _random_adapter(transformer), any_base=True)
-        if variant.compiled:
-            compile_blocks(transformer) if variant.base == "int4" else transformer.compile_repeated_blocks(
-                fullgraph=True
-            )
-        sampler = _Sampler(transformer, vae, tensors, graph=variant.base == "int4")
+            AdapterSwitch(transformer).use([(_random_adapter(transformer), 1.0)], any_base=True)
+        sampler = _Sampler(transformer, vae, tensors, Replay() if ours else None)
         torch.cuda.reset_peak_memory_stats()
         name = "grafted_" if grafted else ""
         for steps in (20, 4):
@@ -263,37 +264,22 @@ def infer(variant: Variant) -> dict[str, Any]:
 
 
 class _Sampler:
-    """Euler steps and decoding; the velocity from a CUDA graph where asked."""
+    """Euler steps and decoding; passes replayed from CUDA graphs where asked, as the product draws."""
 
-    def __init__(self, transformer: nn.Module, vae: nn.Module, tensors: dict[str, Tensor], graph: bool) -> None:
-        self.vae, self.noise = vae, tensors["noise"]
+    def __init__(
+        self, transformer: nn.Module, vae: nn.Module, tensors: dict[str, Tensor], replay: Replay | None
+    ) -> None:
+        self.transformer, self.vae, self.replay, self.noise = transformer, vae, replay, tensors["noise"]
         self.latents, self.times = tensors["noise"].clone(), tensors["times"].clone()
-        text = {key: tensors[key] for key in ("prompt_embeds", "pooled_prompt_embeds")}
-
-        def velocity() -> Tensor:
-            return predict_velocity(transformer, self.latents, self.times, text)
-
-        for _ in range(3):
-            velocity()
-        self.velocity = velocity
-        if graph:
-            torch.cuda.synchronize()
-            captured = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(captured):
-                made = velocity()
-
-            def replay() -> Tensor:
-                captured.replay()
-                return made
-
-            self.velocity = replay
-        self(2)
+        self.text = {key: tensors[key] for key in ("prompt_embeds", "pooled_prompt_embeds")}
+        self(3)
 
     def __call__(self, steps: int) -> Tensor:
         self.latents.copy_(self.noise)
-        for number in range(steps):
-            self.times.fill_(1 - number / steps)
-            self.latents.sub_(self.velocity() / steps)
+        with nullcontext() if self.replay is None else self.replay.drawing(self.transformer):
+            for number in range(steps):
+                self.times.fill_(1 - number / steps)
+                self.latents.sub_(predict_velocity(self.transformer, self.latents, self.times, self.text) / steps)
         return self.vae.decode(self.latents / 0.3611 + 0.1159, return_dict=False)[0]
 
 
@@ -324,7 +310,9 @@ def run(name: str, parts: Path, profile: bool, commit: str) -> dict[str, Any]:
 
 
 def collect(parts: Path, fidelity: Path | None) -> dict[str, Any]:
-    """The report's keys from the parts that are there; a figure whose parts are missing is null. fidelity: `fidelity.py`'s."""
+    """The report's keys from the parts that are there, `multi_gpu.py`'s among them; a figure whose parts are missing is null.
+
+    fidelity: `fidelity.py`'s."""
     found = {file.stem: json.loads(file.read_text()) for file in sorted(parts.glob("*.json"))}
 
     def ratio(above: str, below: str, key: str = "step_ms") -> float | None:
@@ -332,6 +320,10 @@ def collect(parts: Path, fidelity: Path | None) -> dict[str, Any]:
 
     def figure(name: str, key: str) -> float | None:
         return found[name][key] if name in found else None
+
+    def held_share() -> float | None:
+        """The most that a process keeps of a base divided between two."""
+        return max(found["fsdp"]["held_gib"]) / found["fsdp"]["held_gib_whole"] if "fsdp" in found else None
 
     return {
         "device": sorted({part["device"] for part in found.values()}),
@@ -353,7 +345,9 @@ def collect(parts: Path, fidelity: Path | None) -> dict[str, Any]:
         "reserved_gib_whole_run_1024": figure("whole_run_1024", "reserved_gib"),
         "preflight_worst_pct": None,
         "grad_cosine_min": None if fidelity is None else json.loads(fidelity.read_text())["grad_cosine_min"],
-        "ddp2_scaling": None,
+        "ddp2_scaling": figure("ddp_2", "ddp2_scaling"),
+        "gpu_idle_share": figure("idle", "idle_share"),
+        "fsdp_held_share": held_share(),
         "keep_all": {
             "step_1024_vs_eager": ratio("bf16_eager_1024", "ours_1024_keep_all"),
             "step_1024_vs_compiled": ratio("bf16_compiled_1024", "ours_1024_keep_all"),

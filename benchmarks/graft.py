@@ -15,17 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from graft_proof import layer_inputs, velocity_change
 
 from loragraft.adapters.checkpoint import Adapter, load_adapter
-from loragraft.adapters.graft import graft, graft_deviation, ungraft
-from loragraft.backbones.flow import predict_velocity
+from loragraft.adapters.graft import graft_deviation
 from loragraft.backbones.load import load_backbone
-from loragraft.backbones.sampler import generate_images
 from loragraft.backbones.spec import Backbone
-from loragraft.quantization.calibrate import collect
-
-ROWS = 256
 
 
 def main() -> int:
@@ -88,39 +83,6 @@ def measure(backbone: Backbone, adapter: Adapter) -> dict[str, Any]:
         and result["undo_restores_every_byte"]
     )
     return result
-
-
-def layer_inputs(backbone: Backbone, adapter: Adapter) -> dict[str, Tensor]:
-    """Path -> x [S, K] float32: what each layer of the adapter sees while the adapter's own prompts are drawn."""
-    prompts = _prompts(adapter)
-
-    def draw() -> None:
-        generate_images(backbone, prompts, range(len(prompts)), steps=4)
-
-    stats = collect(backbone.transformer, list(adapter.pairs), draw, rows=ROWS)
-    return {path: stats[path].samples_SK.float() for path in adapter.pairs}
-
-
-def _prompts(adapter: Adapter) -> list[str]:
-    return list(adapter.metadata["recipe"]["sample"]["prompts"])
-
-
-@torch.no_grad()
-def velocity_change(backbone: Backbone, adapter: Adapter) -> float:
-    """|v(grafted) - v(base)| / |v(base)| over the adapter's own prompts, at t = 0.5; the graft is taken off again."""
-    prompts = _prompts(adapter)
-    text = backbone.encoders.encode_text(prompts)
-    latents = torch.randn(len(prompts), 16, 16, 16, generator=torch.Generator().manual_seed(0))
-    times = torch.full((len(prompts),), 0.5)
-
-    def velocity() -> Tensor:
-        return predict_velocity(backbone.transformer, latents, times, text)
-
-    base = velocity()
-    graft(backbone.transformer, adapter)
-    moved = velocity()
-    ungraft(backbone.transformer, adapter.name)
-    return float((moved - base).norm() / base.norm())
 
 
 if __name__ == "__main__":

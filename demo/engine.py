@@ -1,7 +1,8 @@
-"""What the page drives: one loaded base, adapters grafted for one picture at a time, seconds for every part.
+"""What the page drives: one loaded base, adapters resident on it and exchanged between pictures, seconds for every part.
 
     text      caption and negative prompt through the text encoder
     start     the start picture through the autoencoder's encoder
+    adapters  the base's branches exchanged for those with adapters
     steps     the transformer: every Euler step, both passes where guidance is above 1
     decoding  the autoencoder's decoder, and to an 8-bit image
 
@@ -11,7 +12,8 @@ Nothing here knows of a browser.
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,13 +21,15 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from loragraft.adapters.checkpoint import Adapter
+from loragraft.adapters.switching import AdapterSwitch
 from loragraft.backbones.load import find_spec, load_backbone
 from loragraft.backbones.sampler import build_pipeline, generate_from_text, unread
 from loragraft.backbones.spec import Backbone, Guided, Profile
 from loragraft.data.images import load_pixels
 from loragraft.demo.catalogue import Catalogue
 from loragraft.demo.figures import ModelSize, model_size
-from loragraft.evaluation.generate import Settings, grafts
+from loragraft.evaluation.generate import Settings
 
 PRECISIONS: dict[str, Profile | None] = {"native": "native", "interchange": "interchange", "16bit": None}
 
@@ -59,12 +63,18 @@ class Seconds:
 
     text: float
     start: float | None
+    adapters: float
     steps: float
     decoding: float
 
     @property
+    def own(self) -> float:
+        """What this picture alone took."""
+        return self.adapters + self.steps + self.decoding
+
+    @property
     def total(self) -> float:
-        return self.text + (self.start or 0.0) + self.steps + self.decoding
+        return self.text + (self.start or 0.0) + self.own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +100,8 @@ class Loaded:
     """A key of `PRECISIONS`."""
     size: ModelSize
     """Without adapters."""
+    adapters: AdapterSwitch
+    """What is in use, and what stays for the next order."""
 
 
 OnStep = Callable[[bool, int, int], None]
@@ -115,14 +127,15 @@ class Engine:
             find_spec(base)  # a misspelt name must not cost the base that is loaded
             self.loaded = None  # two large bases would not fit
             backbone = load_backbone(base, PRECISIONS[precision], self.device, self.cache_root)
-            self.loaded = Loaded(backbone, precision, model_size(backbone.transformer))
+            size, switch = model_size(backbone.transformer), AdapterSwitch(backbone.transformer)
+            self.loaded = Loaded(backbone, precision, size, switch)
         return self.loaded.backbone
 
     def draw(self, order: Order, on_step: OnStep) -> Iterator[Picture]:
         """The base's picture, then (if the order has adapters) the adapted one from the same seed.
 
         Everything that can be wrong with an order is found before the first step. Raises ValueError in the user's words;
-        what `on_step` raises passes through, and the base is left without grafts.
+        what `on_step` raises passes through. Adapters stay resident, and the base is left computing without them.
         """
         with self._lock:
             check_order(order)
@@ -146,16 +159,33 @@ class Engine:
                 start_seconds = clock.lap()
             for using in ([], adapters) if adapters else ([],):
                 steps = _Steps(clock, on_step, bool(using))
-                with grafts(backbone, using, any_base=order.any_base):
-                    clock.lap()
+                clock.lap()  # what the reader did with the last picture
+                with self._using(using, order.any_base):
+                    exchange = clock.lap()
                     image = self._sample(backbone, text, empty, order, start, steps)
+                    decoding = clock.lap()
                 yield Picture(
                     image=image,
                     adapted=bool(using),
-                    seconds=Seconds(text=text_seconds, start=start_seconds, steps=steps.seconds, decoding=clock.lap()),
+                    seconds=Seconds(
+                        text=text_seconds,
+                        start=start_seconds,
+                        adapters=exchange,
+                        steps=steps.seconds,
+                        decoding=decoding,
+                    ),
                     steps=steps.count,
                     passes=2 if _guided(backbone, order.settings)["guidance"] > 1 else 1,
                 )
+
+    @contextmanager
+    def _using(self, adapters: Sequence[tuple[Adapter, float]], any_base: bool) -> Iterator[None]:
+        assert self.loaded is not None
+        try:
+            self.loaded.adapters.use(adapters, any_base=any_base)
+            yield
+        finally:
+            self.loaded.adapters.use([])
 
     @staticmethod
     def _sample(
@@ -179,6 +209,7 @@ class Engine:
             start=start,
             strength=order.strength,
             on_step=steps,
+            replay=backbone.replay,
         )
         return image
 

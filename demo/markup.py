@@ -40,7 +40,7 @@ def problems(found: Sequence[str]) -> str:
 def summary(order: Order, pictures: Sequence[Picture]) -> str:
     """One line when all is drawn."""
     first = pictures[0].seconds
-    seconds = first.text + (first.start or 0) + sum(p.seconds.steps + p.seconds.decoding for p in pictures)
+    seconds = first.text + (first.start or 0) + sum(p.seconds.own for p in pictures)
     return f"Done in {seconds:.1f} s, seed {order.settings.seed}."
 
 
@@ -56,6 +56,8 @@ def _seconds(pictures: Sequence[Picture]) -> str:
     rows = [("Text encoding", [f"{shared.text:.2f}"] + ["shared"] * (len(pictures) - 1))]
     if shared.start is not None:
         rows.append(("Start picture", [f"{shared.start:.2f}"] + ["shared"] * (len(pictures) - 1)))
+    if any(p.adapted for p in pictures):
+        rows.append(("Adapters in", [f"{p.seconds.adapters:.3f}" if p.adapted else "" for p in pictures]))
     rows.append(("Transformer", [f"{p.seconds.steps:.2f}" for p in pictures]))
     rows.append(("Decoding", [f"{p.seconds.decoding:.2f}" for p in pictures]))
     own = [p.seconds.total - (0 if i == 0 else shared.text + (shared.start or 0)) for i, p in enumerate(pictures)]
@@ -77,6 +79,7 @@ def _model(loaded: Loaded, used: Memory, adapters_mib: float) -> str:
         ("Base id", f'<code title="{escape(backbone.base_id)}">{escape(backbone.base_id[:16])}</code>'),
         ("Transformer", weights),
         *([("Adapters", f"{adapters_mib:.2f} MiB in 16-bit")] if adapters_mib else []),
+        *([("Resident", escape(", ".join(loaded.adapters.resident)))] if loaded.adapters.resident else []),
         ("Process", memory),
         *([("GPU peak", f"{used.peak_cuda:.0f} MiB")] if used.peak_cuda is not None else []),
         ("Layers", layers),

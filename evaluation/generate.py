@@ -2,8 +2,7 @@
 
 import json
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,8 +11,7 @@ from PIL.PngImagePlugin import PngInfo
 
 import loragraft
 from loragraft.adapters.checkpoint import Adapter
-from loragraft.adapters.graft import graft as graft_adapter
-from loragraft.adapters.graft import grafted, ungraft
+from loragraft.adapters.switching import using
 from loragraft.backbones.sampler import generate_images
 from loragraft.backbones.spec import Backbone
 from loragraft.data.images import png_bytes
@@ -42,7 +40,7 @@ def render(
     any_base: bool = False,
     batch_size: int = 16,
 ) -> list[Image.Image]:
-    """One image per entry of `settings`, with `adapters` (each with its weight) grafted and taken off again.
+    """One image per entry of `settings`, with `adapters` (each with its weight) put in and taken out again.
 
     All entries must agree in steps, guidance and negative prompt: one pipeline call serves a batch. Raises ValueError for
     an adapter of another base unless `any_base`.
@@ -50,7 +48,7 @@ def render(
     shared = {(s.steps, s.guidance, s.true_guidance, s.negative_prompt) for s in settings}
     if len(shared) != 1:
         raise ValueError("steps, both guidances and negative prompt must be the same for all images of one call")
-    with grafts(backbone, adapters, any_base=any_base):
+    with using(backbone.transformer, adapters, any_base=any_base):
         return generate_images(
             backbone,
             [s.prompt for s in settings],
@@ -61,22 +59,6 @@ def render(
             negative_prompt=settings[0].negative_prompt,
             batch_size=batch_size,
         )
-
-
-@contextmanager
-def grafts(backbone: Backbone, adapters: Sequence[tuple[Adapter, float]], *, any_base: bool = False) -> Iterator[None]:
-    """`adapters`, each with its weight, grafted inside the block; every byte as before after it.
-
-    Raises ValueError as `graft` does, with nothing grafted.
-    """
-    before = set(grafted(backbone.transformer))
-    try:
-        for adapter, weight in adapters:
-            graft_adapter(backbone.transformer, adapter, weight, any_base=any_base)
-        yield
-    finally:
-        for name in [n for n in grafted(backbone.transformer) if n not in before]:
-            ungraft(backbone.transformer, name)
 
 
 def save_image(

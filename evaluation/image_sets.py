@@ -11,7 +11,7 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from loragraft.adapters.checkpoint import Adapter
+from loragraft.adapters.switching import using
 from loragraft.backbones.spec import Backbone
 from loragraft.disk import write_atomic
 from loragraft.evaluation.generate import Settings, encode_png, render
@@ -90,6 +91,8 @@ def render_missing(backbone: Backbone, wanted: Sequence[ImageSet], root: Path) -
         entry.name: [i for i in range(entry.count) if not (folders[entry.name] / f"{i:04d}.png").exists()]
         for entry in wanted
     }
+    if backbone.device.type == "cuda" and any(missing.values()):
+        _compile(backbone, wanted)
     share = min(1, 128**2 / backbone.resolution**2)  # `BATCH` is of small images; of large ones each takes long
     batch = max(16, int(BATCH.get(backbone.device.type, 16) * share))
     with tqdm(total=sum(map(len, missing.values())), desc="rendering", unit="image") as bar:
@@ -98,15 +101,33 @@ def render_missing(backbone: Backbone, wanted: Sequence[ImageSet], root: Path) -
             folder.mkdir(parents=True, exist_ok=True)
             bar.set_postfix_str(entry.name)
             grafts = [(entry.adapter, entry.weight)] if entry.adapter else []
-            for start in range(0, len(indices), batch):
-                chunk = indices[start : start + batch]
-                settings = [entry.settings(i) for i in chunk]
-                images = render(backbone, grafts, settings, batch_size=batch)
-                for i, image, setting in zip(chunk, images, settings, strict=True):
-                    extra = {"device": device_name(backbone.device), "torch": torch.__version__}
-                    write_atomic(folder / f"{i:04d}.png", encode_png(image, setting, backbone, grafts, extra))
-                bar.update(len(chunk))
+            with using(backbone.transformer, grafts if indices else []):
+                for start in range(0, len(indices), batch):
+                    chunk = indices[start : start + batch]
+                    settings = [entry.settings(i) for i in chunk]
+                    images = render(backbone, [], settings, batch_size=batch)
+                    _write(folder, backbone, grafts, zip(chunk, images, settings, strict=True))
+                    bar.update(len(chunk))
     return folders
+
+
+def _write(
+    folder: Path,
+    backbone: Backbone,
+    adapters: Sequence[tuple[Adapter, float]],
+    drawn: Iterable[tuple[int, Image.Image, Settings]],
+) -> None:
+    extra = {"device": device_name(backbone.device), "torch": torch.__version__}
+    for i, image, setting in drawn:
+        write_atomic(folder / f"{i:04d}.png", encode_png(image, setting, backbone, adapters, extra))
+
+
+def _compile(backbone: Backbone, wanted: Sequence[ImageSet]) -> None:
+    """Where all of the sets, drawn already or not, repay it: a set that is finished later is finished as it was begun."""
+    from loragraft.backbones.compiled import compile_to_draw
+
+    first = wanted[0]
+    compile_to_draw(backbone, sum(s.count for s in wanted), first.steps, backbone.spec.guided(first.guidance))
 
 
 def seconds_per_image(backbone: Backbone, entry: ImageSet) -> float:
@@ -114,10 +135,11 @@ def seconds_per_image(backbone: Backbone, entry: ImageSet) -> float:
     count = min(entry.count, BATCH[backbone.device.type])
     grafts = [(entry.adapter, entry.weight)] if entry.adapter else []
     settings = [entry.settings(index) for index in range(count)]
-    for _ in range(2):
-        began = time.perf_counter()
-        render(backbone, grafts, settings, batch_size=count)
-        seconds = time.perf_counter() - began
+    with using(backbone.transformer, grafts):
+        for _ in range(2):
+            began = time.perf_counter()
+            render(backbone, [], settings, batch_size=count)
+            seconds = time.perf_counter() - began
     return seconds / count
 
 

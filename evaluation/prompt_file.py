@@ -19,6 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from loragraft.adapters.checkpoint import Adapter
+from loragraft.adapters.switching import using
 from loragraft.backbones.spec import Backbone
 from loragraft.disk import write_atomic
 from loragraft.evaluation.generate import Settings, encode_png, render
@@ -95,11 +96,14 @@ def draw_lines(
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(backbone.device)
     seconds: list[float] = []
-    with tqdm(total=len(missing), desc="rendering", unit="image") as bar:
+    with (
+        using(backbone.transformer, adapters if missing else [], any_base=any_base),
+        tqdm(total=len(missing), desc="rendering", unit="image") as bar,
+    ):
         for start in range(0, len(missing), batch):
             wanted = [replace(settings, prompt=line.prompt, seed=line.seed) for line in missing[start : start + batch]]
             began = time.perf_counter()
-            images = render(backbone, adapters, wanted, any_base=any_base, batch_size=batch)
+            images = render(backbone, [], wanted, batch_size=batch)
             seconds.append((time.perf_counter() - began) / len(images))
             for line, image, own in zip(missing[start : start + batch], images, wanted, strict=True):
                 write_atomic(out / f"{line.name}.png", encode_png(image, own, backbone, adapters))

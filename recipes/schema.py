@@ -73,8 +73,13 @@ class AdapterConfig:
     """Numerator of the scale alpha / rank; greater than 0. It is baked into B when the adapter is saved."""
     targets: tuple[str, ...] = ()
     """Regular expressions matched against full module paths; empty = the base's default list."""
+    init: Literal["default", "loftq"] = "default"
+    """Where training starts, as in PEFT's `init_lora_weights`. `default`: A random, B zero; the adapter is an update of W, *portable*
+    to the 16-bit base and every quantization of it. `loftq`: B A is the best rank-r approximation of what quantization took from W, so
+    that the start is nearer to the 16-bit base; the adapter is *compensating*, for its own base alone, until `loragraft adapter export
+    --portable` takes the start off (at twice the rank). Needs the 16-bit weights and a quantized `numerics`."""
     seed: int = 0
-    """Seed of A's initial values (B starts at zero)."""
+    """Seed of A's initial values (B starts at zero); `loftq` draws nothing."""
 
     def __post_init__(self) -> None:
         _check_range("adapter.rank", self.rank, 1, 1024)
@@ -106,7 +111,8 @@ class TrainConfig:
     """Whether the model's repeated blocks are compiled (norms, modulation and the like are fused): `auto` does it on a GPU
     for models of more than 0.5 GB, where the half minute pays."""
     cuda_graph: Switch = "auto"
-    """Whether a step is captured once and replayed, so that Python's time does not count: `auto` does it on one GPU."""
+    """Whether a step is captured once and replayed, so that Python's time does not count: `auto` does it on GPUs,
+    unless they divide the base."""
     join_factors: bool = True
     """Whether a captured step keeps the adapter joined with the base's branch in 16 bits: 3 % faster, 2 bytes a parameter."""
     attention: Literal["sdpa", "cudnn_forward", "flash_attn_4"] = "sdpa"
@@ -299,6 +305,11 @@ class Recipe:
         for key, value in (("name", self.name), ("base", self.base)):
             if not value.strip():
                 raise RecipeError(f"{key} must not be empty", key)
+        if self.adapter.init == "loftq" and self.numerics == "16bit":
+            raise RecipeError(
+                "adapter.init=loftq makes up for an error of quantization, and numerics=16bit has none: choose another of the two",
+                "adapter.init",
+            )
         if self.data.prior.images and self.train.batch_size < 2:
             raise RecipeError(
                 "train.batch_size must be at least 2 with data.prior.images: half of a batch shows the class",

@@ -28,6 +28,7 @@ from loragraft.data.order import pure_chunks
 from loragraft.recipes.schema import Recipe, TrainConfig
 from loragraft.train.batches import Batches, seeded
 from loragraft.train.early_stop import EarlyStop
+from loragraft.train.measured import Measured
 from loragraft.train.optim import build_optimizer, state_bytes
 from loragraft.train.previews import Previews
 from loragraft.train.run_folder import RunFolder
@@ -88,7 +89,13 @@ def train(
         there = lacking_only and previews.file(folder.path, folder.step).exists()
         if due and not there and (sharded or accelerator.is_main_process):  # a divided base runs on all or on none
             step.pause()
-            images = previews.render(backbone, folder.path, folder.step, write=accelerator.is_main_process)
+            images = previews.render(
+                backbone,
+                folder.path,
+                folder.step,
+                write=accelerator.is_main_process,
+                capture=captures(config, accelerator),
+            )
             if accelerator.is_main_process:
                 tracking.log_images(images, step=folder.step)
 
@@ -102,28 +109,42 @@ def train(
     bar = tqdm(
         total=config.steps, initial=folder.step, desc="train", unit="step", disable=not accelerator.is_main_process
     )
+    behind: Measured | None = None  # a step of a GPU whose figures are read when the next one is queued
+    clock = time.perf_counter()
+
+    def note(figures: dict[str, float], number: int, last: bool = False) -> None:
+        """Step `number` as lines of files and on the screen."""
+        if accelerator.is_main_process:
+            folder.append_metrics({"step": number, **figures})
+            if last or number == 1 or _due(number, config.log_every):
+                seconds = {"seconds_per_step": time.perf_counter() - clock}
+                tracking.log({f"train/{k}": v for k, v in {**figures, **seconds}.items()}, step=number)
+            bar.set_postfix(loss=f"{figures['loss']:.4f}", memory=memory_in_use(accelerator.device))
+        bar.update()
+
     with _stop_on_signal() as stop, bar, batches:
         while not finished():
             clock = time.perf_counter()
-            metrics = _one_step(
-                accelerator, step, optimizer, schedule, batches, parameters, recipe, folder.step, averages
-            )
+            made = _one_step(accelerator, step, optimizer, schedule, batches, parameters, recipe, folder.step, averages)
+            if behind is not None:
+                note(behind.read(), behind.step)
+                behind = None
             folder.step += 1
             last = folder.step == config.steps
-            if last or _due(folder.step, config.validate_every):
+            validates = last or _due(folder.step, config.validate_every)
+            saves, draws = _due(folder.step, config.checkpoint_every), _due(folder.step, config.sample_every)
+            if made.waits and not (folder.step == 1 or validates or saves or draws or stop.requested):
+                behind = made
+                continue
+            metrics = made.read()
+            if validates:
                 step.pause()
                 metrics["validation_loss"] = validation_loss(transformer, backbone, validation, recipe)
                 early.observe(_agreed(metrics["validation_loss"], accelerator), folder.step, parameters)
                 folder.summary["validation_loss_end"] = early.best_loss if early.best else metrics["validation_loss"]
                 last = last or early.exhausted
-            if accelerator.is_main_process:
-                folder.append_metrics({"step": folder.step, **metrics})
-                if last or folder.step == 1 or _due(folder.step, config.log_every):
-                    seconds = {"seconds_per_step": time.perf_counter() - clock}
-                    tracking.log({f"train/{k}": v for k, v in {**metrics, **seconds}.items()}, step=folder.step)
-                bar.set_postfix(loss=f"{metrics['loss']:.4f}", memory=memory_in_use(accelerator.device))
-            bar.update()
-            if stop.requested or last or _due(folder.step, config.checkpoint_every):
+            note(metrics, folder.step, last)
+            if stop.requested or last or saves:
                 checkpoint()
             if last:
                 early.restore(parameters)  # after the checkpoint, which keeps the state that training goes on from
@@ -193,8 +214,8 @@ def _one_step(
     recipe: Recipe,
     number: int,
     averages: bool = False,
-) -> dict[str, float]:
-    """Step `number`, counted from 0. The CPU waits for the GPU once, at its end.
+) -> Measured:
+    """Step `number`, counted from 0. On a GPU it is queued; nothing here waits for it.
 
     averages: nothing exchanges gradients during the backward pass, so it is done here.
     """
@@ -210,13 +231,7 @@ def _one_step(
     optimizer.step()
     schedule.step()
     optimizer.zero_grad(set_to_none=step.assigns)
-    value = float(accelerator.reduce(total, "mean"))
-    if not math.isfinite(value):
-        raise ValueError(
-            f"the loss is {value} at step {number + 1}: lower optim.learning_rate or raise optim.warmup_steps; "
-            "the last checkpoint is intact"
-        )
-    return {"loss": value, "learning_rate": rate, "grad_norm": float(norm)}
+    return Measured(number + 1, accelerator.reduce(total, "mean"), norm, rate)
 
 
 @torch.no_grad()

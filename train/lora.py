@@ -28,6 +28,7 @@ from accelerate import Accelerator
 from loragraft.adapters.checkpoint import save_adapter
 from loragraft.adapters.inject import inject_adapter, remove_adapter
 from loragraft.backbones.load import find_spec, load_backbone
+from loragraft.backbones.original_weights import open_original
 from loragraft.data.buckets import BucketReport, Sizes, warn_enlarged
 from loragraft.data.cache import default_cache_root
 from loragraft.data.dataset import LatentCache
@@ -36,6 +37,7 @@ from loragraft.data.overlap import check_overlap
 from loragraft.data.sources import Sample, check_source, open_source
 from loragraft.outcome import guarded
 from loragraft.recipes.load import load_recipe
+from loragraft.train.compensating import start_compensating
 from loragraft.train.forecast import Forecast
 from loragraft.train.loop import distributed, train
 from loragraft.train.memory import set_checkpointing
@@ -75,6 +77,9 @@ def main(argv: list[str] | None = None) -> int:
         backbone = load_backbone(
             recipe.base, recipe.numerics, accelerator.device, default_cache_root(), recipe.weights, True
         )
+        original = None
+        if recipe.adapter.init == "loftq":
+            original = open_original(backbone.spec, recipe.weights, default_cache_root())
     backbone.set_training_numerics(recipe.train.save_x, recipe.train.dgrad)
     resolution = backbone.resolution = max(recipe.data.edges(backbone.spec.resolution))
     sizes = Sizes.asked(recipe.data, backbone.spec.resolution, backbone.spec.grain)
@@ -124,6 +129,8 @@ def main(argv: list[str] | None = None) -> int:
     base_before = backbone.fingerprint()
 
     parameters = inject_adapter(backbone.transformer, recipe.adapter, backbone.spec.lora_targets)
+    if original is not None:
+        start_compensating(accelerator, backbone, original, folder)
     config = recipe.train
     set_checkpointing(
         backbone.transformer, config.checkpointing, config.checkpoint_blocks, offload=config.offload_activations

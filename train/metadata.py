@@ -4,6 +4,7 @@ from importlib.metadata import version
 from typing import Any
 
 import loragraft
+from loragraft.adapters.formats.contract import COMPENSATING, PORTABLE, START_HASH, start_hash
 from loragraft.backbones.spec import Backbone
 from loragraft.data.dataset import LatentCache
 from loragraft.recipes.load import recipe_hash, recipe_to_dict
@@ -12,12 +13,14 @@ from loragraft.train.run_folder import RunFolder
 
 
 def adapter_metadata(recipe: Recipe, backbone: Backbone, cache: LatentCache, folder: RunFolder) -> dict[str, Any]:
-    """Base (name, id, profile or "16bit"), recipe (resolved, hash), data fingerprint, rank, alpha, what was measured, versions."""
-    return {
+    """Base (name, id, profile or "16bit"), contract with the hash of a start, recipe (resolved, hash), data fingerprint, rank, alpha, what was measured, versions."""
+    start = {START_HASH: start_hash(folder.start_file)} if recipe.adapter.init == "loftq" else {}
+    return start | {
         "name": recipe.name,
         "base": backbone.spec.name,
         "base_id": backbone.base_id,
         "profile": backbone.profile or "16bit",
+        "contract": COMPENSATING if start else PORTABLE,
         "recipe_hash": recipe_hash(recipe),
         "recipe": recipe_to_dict(recipe, public=True),
         "data_fingerprint": cache.fingerprint,

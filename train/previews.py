@@ -53,8 +53,13 @@ class Previews:
         return run / "samples" / f"step_{step:06d}.png"
 
     @uncompiled()
-    def render(self, backbone: Backbone, run: Path, step: int, *, write: bool = True) -> list[tuple[Image, str]]:
-        """Images with their prompts; also writes `file(run, step)`, unless this process only lends a hand."""
+    def render(
+        self, backbone: Backbone, run: Path, step: int, *, write: bool = True, capture: bool = False
+    ) -> list[tuple[Image, str]]:
+        """Images with their prompts; also writes `file(run, step)`, unless this process only lends a hand.
+
+        capture: on a GPU from CUDA graphs, which last for these images only: the next step needs their memory.
+        """
         seeds = [self.config.seed + i % self.config.per_prompt for i in range(len(self.prompts))]
         images = generate_from_text(
             backbone.spec.family,
@@ -65,7 +70,9 @@ class Previews:
             resolution=backbone.resolution,
             steps=self.config.steps,
             **backbone.spec.guided(self.config.guidance, self.config.true_guidance, self.config.negative_prompt),
+            replay=backbone.replay if capture else None,
         )
+        backbone.replay.clear()
         if not write:
             return list(zip(images, self.prompts, strict=True))
         file = self.file(run, step)

@@ -44,6 +44,7 @@ def prior_samples(config: PriorConfig, backbone: Backbone, cache_root: Path) -> 
             for i, image in zip(chosen, images, strict=True):
                 write_atomic(files[i], png_bytes(image))
             bar.update(len(chosen))
+    backbone.replay.clear()  # training needs the memory
     return [
         Sample(image=file, caption=config.prompt, split="train", concept=config.prompt, licence="drawn by the base")
         for file in files

@@ -4,7 +4,7 @@
     metrics.jsonl        one line per step: step, loss, learning_rate, grad_norm, validation_loss where measured
     checkpoint.pt        adapter, optimizer, scheduler, step: the state after `step` whole steps
     samples/             step_000400.png
-    adapter/             pytorch_lora_weights.safetensors, at the end
+    adapter/             pytorch_lora_weights.safetensors, at the end; start.safetensors from the start on (adapter.init=loftq)
     summary.json         what the run measured, at the end
 
 Steps draw everything random from (seed, step), so a checkpoint needs no generator state.
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import yaml
 
+from loragraft.adapters.formats.contract import START_NAME
 from loragraft.disk import naming_full_disk, sweep, write_atomic
 from loragraft.recipes.load import recipe_hash, recipe_to_dict
 from loragraft.recipes.schema import Recipe
@@ -69,6 +70,8 @@ class RunFolder:
         if any((path / name).exists() for name in STARTED):
             run._resume(recipe)
         else:  # new, or given up before the first step: another recipe may have it
+            if exclusive:
+                run.start_file.unlink(missing_ok=True)
             write_atomic(path / "recipe.yaml", yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False).encode())
         return run
 
@@ -119,6 +122,11 @@ class RunFolder:
     @property
     def adapter_file(self) -> Path:
         return self.adapter_folder / "pytorch_lora_weights.safetensors"
+
+    @property
+    def start_file(self) -> Path:
+        """What a compensating adapter starts from."""
+        return self.adapter_folder / START_NAME
 
     def append_metrics(self, metrics: dict[str, float | int]) -> None:
         """One JSON line. Lines beyond the last checkpoint are written again on resume."""

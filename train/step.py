@@ -185,7 +185,7 @@ def choose_step(
     shapes: how many shapes of latents there will be; each is compiled and captured once. family: the model's.
     """
     cuda = accelerator.device.type == "cuda"
-    if config.compile == "always" or (config.compile == "auto" and cuda and fills_card(model)):
+    if config.compile == "always" or (config.compile == "auto" and cuda and fills_card(model) and not shards_base()):
         compiled = compile_blocks(accelerator.unwrap_model(model), shapes)
         if config.compile == "always" and not compiled:
             raise ValueError(

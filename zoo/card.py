@@ -123,7 +123,7 @@ def _body(entry: Entry, about: Mapping[str, Any], gallery: Sequence[Picture], sa
         'loragraft generate --adapter . --prompt "..." --compare',
         "```",
         "",
-        "The file is diffusers' own format: `pipeline.load_lora_weights(folder)` reads it on the 16-bit base.",
+        READING[entry.contract],
     ]
 
 
@@ -131,6 +131,14 @@ CONTRACTS = {
     "portable": "portable: valid on the quantized and on the 16-bit base",
     "compensating": "compensating: it also makes good for this quantized base's error, and is wrong on any other",
 }
+
+
+READING = {
+    "portable": "The file is diffusers' own format: `pipeline.load_lora_weights(folder)` reads it on the 16-bit base.",
+    "compensating": "For any other base, the 16-bit one and ComfyUI included, write the portable file first: "
+    "`loragraft adapter export . --portable --style diffusers --out portable`.",
+}
+"""Contract -> how other programs read the weights."""
 
 
 def _score_table(scores: Sequence[Score]) -> list[str]:

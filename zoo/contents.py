@@ -1,6 +1,7 @@
 """A finished run -> the folder that is published: weights, card, pictures, score, and the entry that names them all.
 
     pytorch_lora_weights.safetensors   as training wrote it
+    start.safetensors                  what a compensating adapter was trained from
     README.md                          the card
     score.json                         if the run was scored
     images/0000.png, ...               pictures that `loragraft generate` drew with this adapter, with their prompts
@@ -21,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from loragraft.adapters.checkpoint import Adapter, load_adapter
+from loragraft.adapters.formats.contract import COMPENSATING, START_NAME, check_start, contract_of
 from loragraft.evaluation.image_sets import adapter_hash
 from loragraft.zoo.card import Picture, adapter_card
 from loragraft.zoo.entry import (
@@ -57,6 +59,8 @@ def collect(
         raise ZooError(f"{run} holds no finished adapter: give the folder that training wrote, after it ended")
     adapter = load_adapter(source)
     shutil.copyfile(source, folder / WEIGHTS)
+    if contract_of(adapter.metadata) == COMPENSATING:
+        _copy_start(source.with_name(START_NAME), adapter, folder)
     score = _score(run, adapter)
     if score is not None:
         shutil.copyfile(run / SCORE, folder / SCORE)
@@ -72,6 +76,16 @@ def collect(
     entry = entry_with_files(entry, folder)
     (folder / ENTRY).write_bytes(entry.to_bytes())
     return entry
+
+
+def _copy_start(start: Path, adapter: Adapter, folder: Path) -> None:
+    """Raises ZooError where it is gone, ValueError where it is another adapter's."""
+    if not start.is_file():
+        raise ZooError(
+            f"{start} is gone: without it nobody could make the compensating adapter {adapter.name!r} portable; put it back"
+        )
+    check_start(adapter.metadata, start)
+    shutil.copyfile(start, folder / START_NAME)
 
 
 def entry_with_files(entry: Entry, folder: Path) -> Entry:
@@ -134,7 +148,7 @@ def _entry(adapter: Adapter, version: str, licence: Licence, score: Mapping[str,
         ),
         rank=adapter.rank,
         parameters=parameters(adapter.pairs.values()),
-        contract=about.get("contract", "portable"),
+        contract=contract_of(about),
         recipe_hash=str(about.get("recipe_hash", "")),
         data_fingerprint=str(about.get("data_fingerprint", "")),
         domain=data.get("domain") or "",

@@ -3,7 +3,7 @@
 files       exactly those of the entry, byte for byte
 signature   made with the key that was given, over these files
 weights     readable safetensors: finite factors that fit together, rank and size as the entry says
-claims      the entry says what the weights' own header says: name, base, recipe, data
+claims      the entry says what the weights' own header says: name, base, contract, recipe, data
 base        the base here has the id that the adapter was trained on
 graft       every factor meets its layer, the branch grows by the adapter's rank, and taking it off restores every byte
 """
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loragraft.adapters.checkpoint import Adapter, load_adapter
+from loragraft.adapters.formats.contract import contract_of
 from loragraft.backbones.spec import Backbone
 from loragraft.disk import readable_bytes
 from loragraft.zoo.contents import WEIGHTS, parameters
@@ -108,6 +109,7 @@ def _claims(adapter: Adapter, entry: Entry) -> str:
         "base": (about.get("base"), entry.base.name),
         "base_id": (adapter.base_id, entry.base.id),
         "profile": (about.get("profile", ""), entry.base.profile),
+        "contract": (contract_of(about), entry.contract),
         "recipe_hash": (str(about.get("recipe_hash", "")), entry.recipe_hash),
         "data_fingerprint": (str(about.get("data_fingerprint", "")), entry.data_fingerprint),
     }

@@ -4,10 +4,13 @@
     compensating   trained from factors A0, B0 that make up for one INT4 base's own error (LoftQ, arXiv:2310.08659): B A holds the
                    correction too, which is wrong on every other base
 
-A compensating adapter less its start is portable: B A - B0 A0 = [B, -B0] [A; A0], rank 2r.
+A compensating adapter less its start is portable: B A - B0 A0 = [B, -B0] [A; A0], rank 2r. `adapters.loftq` makes such starts
+(`adapter.init=loftq`); a run keeps its own as adapter/start.safetensors.
 """
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +20,8 @@ PORTABLE, COMPENSATING = "portable", "compensating"
 CONTRACTS = (PORTABLE, COMPENSATING)
 START_NAME = "start.safetensors"
 """The factors that training started from, beside a compensating adapter."""
+START_HASH = "start_sha256"
+"""sha256 of that file, in the metadata of the adapter that was trained from it."""
 Pairs = Mapping[str, tuple[Tensor, Tensor]]
 
 
@@ -29,6 +34,32 @@ def contract_of(metadata: Mapping[str, Any]) -> str:
     if contract not in CONTRACTS:
         raise ValueError(f"contract {contract!r} of the adapter is not one of {', '.join(CONTRACTS)}")
     return str(contract)
+
+
+def start_hash(file: Path) -> str:
+    """What `START_HASH` states."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def check_start(metadata: Mapping[str, Any], file: Path) -> None:
+    """Raises ValueError where an adapter's metadata state another start than `file`."""
+    stated = metadata.get(START_HASH)
+    if stated and stated != start_hash(file):
+        raise ValueError(
+            f"{file} is not the start that the adapter was trained from (sha256 {stated[:16]}): give the start.safetensors "
+            "that training wrote beside it"
+        )
+
+
+def check_together(adapters: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
+    """Raises ValueError where two of the adapters (name, metadata) that a base is to carry at once are compensating."""
+    both = [name for name, metadata in adapters if contract_of(metadata) == COMPENSATING]
+    if len(both) > 1:
+        raise ValueError(
+            f"adapters {both[0]!r} and {both[1]!r} are both compensating: together they would make up for the base's error twice; "
+            "make one of them portable: loragraft adapter export FILE --portable --style diffusers --out FOLDER"
+        )
 
 
 def less_start(pairs: Pairs, start: Pairs) -> dict[str, tuple[Tensor, Tensor]]:

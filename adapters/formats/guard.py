@@ -73,7 +73,7 @@ def checked_name(file: Path, name: object) -> str:
 
 
 Kind = type | tuple[type]
-BLOCK_KINDS: dict[str, Kind] = {"name": str, "base": str, "base_id": str, "profile": str, "contract": str}
+BLOCK_KINDS: dict[str, Kind] = dict.fromkeys(("name", "base", "base_id", "profile", "contract", "start_sha256"), str)
 RECIPE_KINDS: dict[str, dict[str, Kind]] = {
     "sample": {
         "prompts": (str,),

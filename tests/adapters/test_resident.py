@@ -119,12 +119,16 @@ def test_without_active_ones_the_base_answers(flux: FluxTransformer2DModel, make
 
 
 def test_memory_is_what_the_tensors_take(flux: FluxTransformer2DModel, make_adapter: MakeAdapter) -> None:
-    before = sum(layer.nbytes for layer in quantized_layers(flux).values())
+    layers = quantized_layers(flux)
     adapters = ResidentAdapters(flux)
+    assert adapters.branch_bytes == 0
     adapters.add(make_adapter("a", 0, rank=4))
     adapters.add(make_adapter("b", 1, rank=20, paths=[TO_Q]))
-    after = sum(layer.nbytes for layer in quantized_layers(flux).values())
-    assert adapters.branch_bytes == after - before
+    wide = sum(layer.lora_down.nbytes + layer.lora_up.nbytes for layer in layers.values())
+    assert adapters.branch_bytes == wide
+    adapters.activate()
+    assert adapters.branch_bytes == wide
+    adapters.activate("a", "b")
     pairs = [pair for kept in adapters.residents.values() for pair in kept.adapter.pairs.values()]
     assert adapters.resident_bytes == sum(2 * (down.numel() + up.numel()) for down, up in pairs)
     assert [line.split("|")[1].strip() for line in adapters.table().splitlines()[2:4]] == ["a", "b"]

@@ -35,9 +35,11 @@ def tiny_flux(
     return randomize(model, device, dtype).eval().requires_grad_(False)
 
 
-def velocity_of(model: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+def velocity_of(
+    model: torch.nn.Module, device: torch.device, dtype: torch.dtype, size: tuple[int, int] = (8, 8)
+) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    shapes = {"latents": (1, 4, 8, 8), "prompt_embeds": (1, 5, 64), "pooled_prompt_embeds": (1, 32)}
+    shapes = {"latents": (1, 4, *size), "prompt_embeds": (1, 5, 64), "pooled_prompt_embeds": (1, 32)}
     made = {name: torch.randn(shape, generator=generator).to(device, dtype) for name, shape in shapes.items()}
     latents = made.pop("latents")
     return predict_velocity(model, latents, torch.tensor([0.5], device=device), made)
@@ -131,6 +133,22 @@ def test_in_training_too(graphs, policy):
     after = gradients()
     assert len(graphs) == 2
     assert max(relative_rms(a, b) for a, b in zip(after, before, strict=True)) < 1e-5
+
+
+def test_many_sizes_are_compiled_twice(graphs):
+    """Once for the first size, once for all others; two sizes each for itself."""
+    counts = {}
+    for shapes in (4, 2):
+        torch._dynamo.reset()
+        model = tiny_flux(CPU)
+        assert compile_blocks(model, shapes) == 3
+        graphs.clear()
+        counts[shapes] = []
+        with torch.no_grad():
+            for size in ((8, 8), (8, 12), (10, 12), (4, 16), (6, 14))[: shapes + 1]:
+                velocity_of(model, CPU, torch.float32, size)
+                counts[shapes].append(len(graphs))
+    assert counts == {4: [2, 4, 4, 4, 4], 2: [2, 4, 6]}
 
 
 @pytest.mark.gpu

@@ -10,8 +10,10 @@ import pytest
 from PIL import Image
 
 from loragraft.adapters.graft import grafted
+from loragraft.demo.catalogue import Catalogue
 from loragraft.demo.engine import Engine, Order, Picture, StoppedError
 from loragraft.evaluation.generate import Settings, render
+from loragraft.quantization.checkpoint import quantized_layers
 
 SETTINGS = Settings(prompt="a red star", seed=3, steps=2, guidance=3.0)
 
@@ -24,6 +26,13 @@ def order(**changes: Any) -> Order:
 
 def draw(engine: Engine, **changes: Any) -> list[Picture]:
     return list(engine.draw(order(**changes), lambda adapted, done, steps: None))
+
+
+def assert_bare(engine: Engine) -> None:
+    """The model computes with the base's own branches."""
+    model = engine.backbone("pocket", "native").transformer
+    assert grafted(model) == {}
+    assert all(layer.rank == layer.base_rank for layer in quantized_layers(model).values())
 
 
 def distance(a: Image.Image, b: Image.Image) -> float:
@@ -39,7 +48,10 @@ def test_before_and_after_are_what_the_command_line_draws(engine: Engine) -> Non
     assert seen == [(False, 1, 2), (False, 2, 2), (True, 1, 2), (True, 2, 2)]
     assert [before.adapted, after.adapted] == [False, True]
     backbone = engine.backbone("pocket", "native")
-    assert grafted(backbone.transformer) == {}
+    assert_bare(engine)
+    assert engine.loaded is not None
+    assert engine.loaded.adapters.resident == {"ours": 0.8}
+    engine.loaded.adapters.clear()  # for another to put adapters in
     (expected,) = render(backbone, [(engine.catalogue.load("ours"), 0.8)], [SETTINGS])
     assert distance(after.image, expected) < 1  # an activation code may round the other way
     assert distance(before.image, render(backbone, [], [SETTINGS])[0]) < 1
@@ -48,7 +60,8 @@ def test_before_and_after_are_what_the_command_line_draws(engine: Engine) -> Non
         assert (picture.steps, picture.passes) == (2, 2)
         assert picture.seconds.start is None
         assert min(picture.seconds.text, picture.seconds.steps, picture.seconds.decoding) > 0
-    parts = before.seconds.total + after.seconds.steps + after.seconds.decoding
+    assert after.seconds.adapters > before.seconds.adapters >= 0
+    parts = before.seconds.total + after.seconds.own
     assert parts <= wall
     assert before.seconds.steps > before.seconds.decoding
 
@@ -130,5 +143,17 @@ def test_stopping_leaves_the_base_as_it_was(engine: Engine) -> None:
     with pytest.raises(StoppedError, match="1 of 2"):
         next(pictures)
     assert not base.adapted
-    assert grafted(engine.backbone("pocket", "native").transformer) == {}
+    assert_bare(engine)
     assert distance(draw(engine)[0].image, base.image) < 1  # and the next order is served
+
+
+@pytest.mark.gpu
+def test_orders_share_their_graphs(runs: Any, tmp_path: Path) -> None:
+    """Another adapter, another weight, another prompt: what was captured for the first order draws the others."""
+    on_gpu = Engine(Catalogue([runs.folder]), "cuda", tmp_path)
+    draw(on_gpu, adapters=(("ours", 1.0),))
+    replay = on_gpu.backbone("pocket", "native").replay
+    assert replay.graphs == 2  # without and with adapters
+    for adapters in ((("ours", 0.5),), (("second", 1.0),), (("ours", 0.7), ("second", 0.3)), ()):
+        draw(on_gpu, adapters=adapters, prompt="a blue house", seed=5, steps=3)
+    assert replay.graphs == 2

@@ -1,7 +1,8 @@
 """A backbone that draws coloured squares: what is tested is what happens around the drawing."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -33,6 +34,16 @@ class Studio:
 
     drawn: list[tuple[str, int]] = field(default_factory=list)
     fail_after: int = 10**9
+    used: Sequence[tuple[Adapter, float]] = ()
+
+    @contextmanager
+    def using(
+        self, transformer: Any, adapters: Sequence[tuple[Adapter, float]], *, any_base: bool = False
+    ) -> Iterator[None]:
+        """Stands in for `switching.using`."""
+        self.used = adapters
+        yield
+        self.used = ()
 
     def __call__(
         self,
@@ -47,7 +58,9 @@ class Studio:
             if len(self.drawn) >= self.fail_after:
                 raise KeyboardInterrupt
             self.drawn.append((entry.prompt, entry.seed))
-            strength = sum(float(up.abs().sum()) * weight for a, weight in adapters for _, up in a.pairs.values())
+            strength = sum(
+                float(up.abs().sum()) * weight for a, weight in (*self.used, *adapters) for _, up in a.pairs.values()
+            )
             digest = hashlib.sha256(f"{entry.prompt}/{entry.seed}/{strength:.4f}".encode()).digest()
             pixels = np.frombuffer(digest * (EDGE * EDGE * 3 // 32), np.uint8).reshape(EDGE, EDGE, 3)
             pictures.append(Image.fromarray(pixels.copy()))
@@ -58,6 +71,8 @@ class Studio:
 def studio(monkeypatch: pytest.MonkeyPatch) -> Studio:
     made = Studio()
     monkeypatch.setattr("loragraft.evaluation.image_sets.render", made)
+    for module in ("image_sets", "prompt_file"):
+        monkeypatch.setattr(f"loragraft.evaluation.{module}.using", made.using)
     return made
 
 
@@ -65,6 +80,7 @@ def studio(monkeypatch: pytest.MonkeyPatch) -> Studio:
 def backbone() -> Any:
     """Only what describes the pixels."""
     return SimpleNamespace(
+        transformer=None,
         spec=SimpleNamespace(name="squares"),
         resolution=EDGE,
         base_id="b" * 64,

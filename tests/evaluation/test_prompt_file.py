@@ -20,10 +20,7 @@ SETTINGS = Settings(prompt="", steps=2)
 
 @pytest.fixture
 def drawing(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> Studio:
-    def render(backbone: Any, adapters: Any, settings: Any, *, any_base: bool, batch_size: int) -> list[Image.Image]:
-        return studio(backbone, adapters, settings, batch_size=batch_size)
-
-    monkeypatch.setattr("loragraft.evaluation.prompt_file.render", render)
+    monkeypatch.setattr("loragraft.evaluation.prompt_file.render", studio)
     return studio
 
 

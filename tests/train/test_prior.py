@@ -12,12 +12,13 @@ from PIL import Image
 
 from loragraft import cli
 from loragraft.backbones.flow import FLUX_LIKE, flow_loss
+from loragraft.backbones.replay import Replay
 from loragraft.recipes.load import RecipeError, load_recipe
 from loragraft.recipes.schema import PriorConfig
 from loragraft.train.batches import Batches
 from loragraft.train.prior import prior_samples
 
-BASE = SimpleNamespace(base_id="b" * 64, profile="native", resolution=16)
+BASE = SimpleNamespace(base_id="b" * 64, profile="native", resolution=16, replay=Replay())
 EMPTY = {"prompt_embeds": torch.zeros(3, 5), "pooled_prompt_embeds": torch.zeros(5)}
 
 
@@ -48,7 +49,7 @@ def test_class_images_are_drawn_once_and_an_interruption_keeps_what_is_there(tmp
     more = PriorConfig(prompt="mug icon", images=14, seed=3, weight=0.5)
     assert [s.image for s in prior_samples(more, BASE, tmp_path)][:12] == [s.image for s in samples]  # type: ignore[arg-type]
     assert drawn[-2:] == [15, 16]
-    other = SimpleNamespace(base_id="c" * 64, profile="native", resolution=16)
+    other = SimpleNamespace(base_id="c" * 64, profile="native", resolution=16, replay=Replay())
     assert prior_samples(config, other, tmp_path)[0].image != samples[0].image  # type: ignore[arg-type]
 
 

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from torch.distributed.fsdp._fully_shard import _fsdp_param
 
 from loragraft.backbones.flow import flow_loss
 from loragraft.recipes.schema import TrainConfig
-from loragraft.train.sharding import check_sharding, shards_base
-from loragraft.train.step import captures
+from loragraft.train.sharding import check_sharding, integers_as_parts, shards_base
+from loragraft.train.step import EagerStep, captures, choose_step
 
 
 def assert_same(one: dict[str, Any], two: dict[str, Any], rel: float) -> None:
@@ -86,6 +87,20 @@ def test_a_divided_int4_base_trains_to_the_same_bits(ranks: list[dict[str, Any]]
         assert rank["fsdp bytes"] < 0.6 * rank["ddp bytes"]
 
 
+def test_integers_become_parts_on_torch_2_11() -> None:
+    """As its `fully_shard` makes them: with a gradient by default, which floats have and integers cannot."""
+    codes, scale = torch.zeros(2, 2, dtype=torch.uint8), torch.zeros(2)
+    before = _fsdp_param.nn
+    with pytest.raises(RuntimeError, match="floating point"):
+        before.Parameter(codes)
+    with integers_as_parts():
+        assert not _fsdp_param.nn.Parameter(codes).requires_grad
+        assert _fsdp_param.nn.Parameter(scale).requires_grad
+        assert not _fsdp_param.nn.Parameter(scale, requires_grad=False).requires_grad
+        assert isinstance(torch.nn.Linear(2, 2), _fsdp_param.nn.Module)
+    assert _fsdp_param.nn is before
+
+
 def test_what_is_not_done_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     two: Any = SimpleNamespace(num_processes=2)
     check_sharding(two, TrainConfig())
@@ -104,6 +119,9 @@ def test_what_is_not_done_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         check_sharding(two, TrainConfig(compile="always"))
     on_gpu: Any = SimpleNamespace(device=torch.device("cuda"), num_processes=2)
     assert not captures(TrainConfig(), on_gpu)
+    large = SimpleNamespace(parameters=lambda: [torch.empty(10**9, device="meta")], buffers=list)
+    on_gpu.unwrap_model = lambda _: pytest.fail("the gathering of a divided base cannot be compiled")
+    assert isinstance(choose_step(TrainConfig(), on_gpu, large, [], lambda _: torch.zeros(())), EagerStep)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"cuda_graph=always cannot capture .*--use_fsdp.*: leave it at auto"):
         captures(TrainConfig(cuda_graph="always"), on_gpu)
     monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "true")

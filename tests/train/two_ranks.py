@@ -100,7 +100,7 @@ def steps_of(
     parts: Any = Parts(accumulation, accelerator.process_index, accelerator.num_processes)
     step = EagerStep(micro_batch_loss(transformer, parts, recipe.train, spec), accelerator, transformer)
     metrics = [
-        _one_step(accelerator, step, optimizer, schedule, parts, parameters, recipe, number, not wrapped)
+        _one_step(accelerator, step, optimizer, schedule, parts, parameters, recipe, number, not wrapped).read()
         for number in range(steps)
     ]
     return {"metrics": metrics, "adapter": torch.cat([p.detach().flatten() for p in parameters]).tolist()}

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from loragraft.adapters.checkpoint import load_adapter, write_adapter
+from loragraft.adapters.formats.contract import START_HASH, START_NAME, start_hash
 from loragraft.zoo.contents import collect
 from loragraft.zoo.entry import ENTRY, ZooError
 from loragraft.zoo.licences import licence_for
@@ -54,6 +55,26 @@ def test_the_card_says_what_the_hub_reads(make_run: Callable[..., Path], tmp_pat
     assert result["metrics"][0]["args"]["n"] == 64
     assert "![samples](images/samples.png)" in (folder / "README.md").read_text()
     assert str(tmp_path) not in (folder / "README.md").read_text()
+
+
+def test_a_compensating_adapter_travels_with_its_start(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    """The card says how to make it portable; without its start, or with another's, it is not published."""
+    run, folder = make_run(score=False), staged(tmp_path)
+    adapter = load_adapter(run / "adapter")
+    start = run / "adapter" / START_NAME
+    write_adapter(adapter.pairs, start.parent, {**adapter.metadata, "name": "start"}, file_name=START_NAME)
+    about = {**adapter.metadata, "contract": "compensating", START_HASH: start_hash(start)}
+    write_adapter(adapter.pairs, run / "adapter", about)
+    entry = collect(run, folder)
+    assert entry.contract == "compensating"
+    assert entry.files[START_NAME].sha256 == about[START_HASH]
+    assert "export . --portable" in (folder / "README.md").read_text()
+    write_adapter(adapter.pairs, run / "adapter", {**about, START_HASH: "0" * 64})
+    with pytest.raises(ValueError, match="is not the start that the adapter was trained from"):
+        collect(run, staged(tmp_path, "foreign"))
+    start.unlink()
+    with pytest.raises(ZooError, match="is gone: without it nobody could make"):
+        collect(run, staged(tmp_path, "gone"))
 
 
 def test_scores_carry_protocol_n_seed_and_hardware(make_run: Callable[..., Path], tmp_path: Path) -> None:

@@ -74,6 +74,7 @@ def test_missing_foreign_and_linked_files_are_named(pulled: Path, tmp_path: Path
     [
         ({"rank": 16}, "weights: rank 4"),
         ({"parameters": 5}, "parameters, the entry says"),
+        ({"contract": "compensating"}, "claims: contract"),
         ({"recipe_hash": "00" * 32}, "claims: recipe_hash"),
         ({"data_fingerprint": "00" * 32}, "claims: data_fingerprint"),
         ({"name": "poster"}, "claims: name"),

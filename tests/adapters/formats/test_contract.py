@@ -10,9 +10,11 @@ from diffusers import FluxTransformer2DModel
 
 from loragraft.adapters.checkpoint import Adapter, load_adapter, write_adapter
 from loragraft.adapters.formats.contract import START_NAME, contract_of
-from loragraft.adapters.graft import graft
+from loragraft.adapters.graft import graft, ungraft
+from loragraft.adapters.resident import ResidentAdapters
+from loragraft.adapters.truncation import truncate
 from loragraft.cli import main
-from loragraft.quantization.checkpoint import base_id
+from loragraft.quantization.checkpoint import base_id, checksum
 
 TO_Q = "transformer_blocks.0.attn.to_q"
 
@@ -47,6 +49,39 @@ def test_a_compensating_adapter_is_grafted_on_its_own_base_only(
     with pytest.raises(ValueError, match=f"compensating.*{'6' * 64}.*make it portable"):
         graft(flux, foreign, any_base=True)
     graft(flux, own)
+
+
+def test_two_compensating_adapters_do_not_go_together(
+    flux: FluxTransformer2DModel, make_adapter: Callable[..., Adapter]
+) -> None:
+    """Grafted, active at once or joined: the base's error would be made up for twice. One beside portable ones is right."""
+    one, two = (
+        replace(made, metadata={**made.metadata, "contract": "compensating", "start_sha256": "0" * 64})
+        for made in (make_adapter("one", 0), make_adapter("two", 1))
+    )
+    plain = make_adapter("plain", 2)
+    joined = truncate([(plain, 1.0), (one, 1.0)], 4, "joined").adapter
+    assert contract_of(joined.metadata) == "compensating" and "start_sha256" not in joined.metadata
+    with pytest.raises(ValueError, match=r"'one' and 'two' are both compensating.*export FILE --portable"):
+        truncate([(one, 1.0), (two, 1.0)], 4, "joined")
+    graft(flux, one)
+    graft(flux, plain)
+    before = checksum(flux)
+    with pytest.raises(ValueError, match="both compensating"):
+        graft(flux, two)
+    assert checksum(flux) == before
+    ungraft(flux, "one")
+    ungraft(flux, "plain")
+    adapters = ResidentAdapters(flux)
+    adapters.add(one)
+    adapters.add(two, active=False)
+    with pytest.raises(ValueError, match="both compensating"):
+        adapters.activate("one", "two")
+    assert adapters.active == {"one": 1.0}
+    adapters.activate("two")
+    with pytest.raises(ValueError, match="both compensating"):
+        adapters.add(one, name="again")
+    assert set(adapters.residents) == {"one", "two"}
 
 
 def test_export_takes_the_start_off(draw, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

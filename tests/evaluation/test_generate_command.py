@@ -1,0 +1,60 @@
+"""`loragraft generate` on a CPU: adapters side by side, the base beside them, and what is refused at once."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from loragraft.adapters.checkpoint import write_adapter
+from loragraft.backbones.load import load_backbone
+from loragraft.cli import main
+from loragraft.quantization.checkpoint import quantized_layers
+
+
+@pytest.fixture
+def adapters(tmp_path: Path) -> list[str]:
+    backbone = load_backbone("pocket", "native", "cpu", tmp_path / "cache")
+    made = []
+    for seed, name in enumerate(("one", "other")):
+        random, pairs = torch.Generator().manual_seed(seed), {}
+        for path, layer in quantized_layers(backbone.transformer).items():
+            down = torch.randn(4, layer.in_features, generator=random) / layer.in_features**0.5
+            pairs[path] = down, 0.3 * torch.randn(layer.out_features, 4, generator=random)
+        about = {"base": "pocket", "base_id": backbone.base_id, "profile": "native", "name": name}
+        write_adapter(pairs, tmp_path / name, about)
+        made.append(str(tmp_path / name))
+    return made
+
+
+def test_two_adapters_and_the_base_beside_them(
+    adapters: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    how = ["--prompt", "a red star", "--steps", "1", "--guidance", "1", "--resolution", "64"]
+    given = [
+        part for path, weight in zip(adapters, ("0.5", "1"), strict=True) for part in ("--adapter", f"{path}@{weight}")
+    ]
+    assert main(["generate", *given, *how, "--compare", "--out", str(tmp_path / "both")]) == 0
+    assert main(["generate", *how, "--out", str(tmp_path / "base")]) == 0
+    with Image.open(tmp_path / "both" / "0000.png") as image, Image.open(tmp_path / "base" / "0000.png") as base:
+        about = json.loads(image.info["loragraft"])
+        assert about["adapters"] == [{"name": "one", "weight": 0.5}, {"name": "other", "weight": 1.0}]
+        assert image.tobytes() != base.tobytes()
+        alone = base.convert("RGB").tobytes()
+    with Image.open(tmp_path / "both" / "before_after.png") as sheet:
+        pixels = sheet.convert("RGB")
+    spots = ((x, y) for y in range(pixels.height - 63) for x in range(12))
+    found = [spot for spot in spots if pixels.crop((*spot, spot[0] + 64, spot[1] + 64)).tobytes() == alone]
+    assert len(found) == 1, "beside it stands what the base alone draws, to the bit"
+
+
+def test_compiling_is_refused_before_anything_is_loaded(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("loragraft.backbones.load.load_backbone", lambda *_: pytest.fail("loaded"))
+    assert main(["generate", "--compile", "--prompt", "a", "--steps", "1"]) == 2
+    assert "--compile needs a CUDA GPU" in capsys.readouterr().err

@@ -1,0 +1,40 @@
+"""What a step measured, read late on a GPU: the next step is queued before Python waits for this one, so the GPU never does."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+class Measured:
+    """Loss and gradient norm of one optimizer step, on their way to the CPU.
+
+    On a GPU `read` waits for that step alone, whatever was queued after it; on a CPU there is nothing to wait for.
+    """
+
+    def __init__(self, step: int, loss: Tensor, norm: Tensor, rate: float) -> None:
+        """step: how many are done with it. loss, norm: scalars on the device. rate: its learning rate."""
+        self.step, self._rate = step, rate
+        self._values = torch.stack([loss.detach().float(), norm.detach().float()])
+        self._ready: torch.cuda.Event | None = None
+        if self._values.is_cuda:
+            host = torch.empty(2, pin_memory=True)
+            self._values, self._ready = host.copy_(self._values, non_blocking=True), torch.cuda.Event()
+            self._ready.record()
+
+    @property
+    def waits(self) -> bool:
+        """Whether reading now would keep the GPU from the next step."""
+        return self._ready is not None
+
+    def read(self) -> dict[str, float]:
+        """loss, learning_rate, grad_norm. Raises ValueError for a loss that is not finite."""
+        if self._ready is not None:
+            self._ready.synchronize()
+        loss, norm = self._values.tolist()
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the loss is {loss} at step {self.step}: lower optim.learning_rate or raise optim.warmup_steps; "
+                "the last checkpoint is intact"
+            )
+        return {"loss": loss, "learning_rate": self._rate, "grad_norm": norm}
