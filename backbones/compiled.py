@@ -20,6 +20,7 @@ from torch import nn
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.utils import _pytree as pytree
 
+from loragraft.backbones.like_later import hook_first_blocks
 from loragraft.backbones.sampler import drawn_together
 from loragraft.backbones.spec import Backbone, Guided
 from loragraft.quantization.branched import BranchedLinear
@@ -127,7 +128,9 @@ def compile_blocks(transformer: nn.Module, shapes: int = 1) -> int:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(kinds) * shapes)
     for block in blocks:
         group_layers(block)
-        block.compile(fullgraph=True, dynamic=None if shapes > 2 else False)
+        # `forward` alone: hooks, which `Module.compile` compiles too, run outside, and the first block's is no difference.
+        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=None if shapes > 2 else False)
+    hook_first_blocks(blocks)
     return len(blocks)
 
 

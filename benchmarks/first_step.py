@@ -39,7 +39,7 @@ def phase_lines(parts: dict[str, Any]) -> list[str]:
     lines = []
     for title, name in (
         ("to the first optimizer step", "phases"), ("of it, the first micro-batch", "first_micro_batch"),
-        ("torch's compiler, nested", "compiler"), ("our Triton kernels, several at once", "slowest_kernels"),
+        ("torch's compiler, nested", "compiler"), ("Triton kernels, in this process", "slowest_kernels"),
     ):  # fmt: skip
         lines += [f"{title}: {sum(parts[name].values()):.1f} s" if "compiler" not in name else title]
         lines += [f"  {seconds:7.2f} s  {what}" for what, seconds in parts[name].items()]
@@ -47,11 +47,12 @@ def phase_lines(parts: dict[str, Any]) -> list[str]:
 
 
 def kernel_seconds() -> dict[str, float]:
-    """Kernel -> seconds that Triton spends on compiling it; filled from now on."""
+    """Kernel -> seconds that Triton spends on it in this process, compiled or (named so) found in the cache; filled from now on."""
     seconds: dict[str, float] = {}
 
     def listen(*, src: Any, metadata: Any, metadata_group: Any, times: Any, cache_hit: bool) -> None:
-        seconds[src.name] = seconds.get(src.name, 0.0) + times.total / 1e6
+        name = f"{src.name} (found)" if cache_hit else src.name
+        seconds[name] = seconds.get(name, 0.0) + times.total / 1e6
 
     triton.knobs.compilation.listener = listen
     return seconds

@@ -147,15 +147,17 @@ def train(variant: Variant, profile: bool) -> dict[str, Any]:
     """Twenty steps: losses, milliseconds of a step (median of the last fifteen), peak memory, seconds to the first step."""
     if variant.cap_gib:
         torch.cuda.set_per_process_memory_fraction(variant.cap_gib * GIB / torch.cuda.mem_get_info()[1])
-    workers = start_workers() if variant.compiled else None  # as train/lora.py does, while weights are read
+    # As train/lora.py does, while weights are read; what is not done by then counts.
+    workers = start_workers(variant.attention, DEVICE) if variant.compiled else None
     transformer = build_transformer(variant.base)
-    if workers is not None:
-        workers.join()
     torch.cuda.synchronize()
     static = torch.cuda.memory_allocated() / GIB
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
     start, phases = time.perf_counter(), Phases()
+    if workers is not None:
+        workers.join()
+    phases("compilers started")
+    torch.cuda.reset_peak_memory_stats()
     torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass fails on some drivers
     set_attention(transformer, variant.attention)
     parameters = inject_adapter(transformer, AdapterConfig(), FLUX.quantize)

@@ -20,6 +20,7 @@ import functools
 import os
 import sys
 from pathlib import Path
+from threading import Thread
 
 import torch
 from accelerate import Accelerator
@@ -61,13 +62,14 @@ def main(argv: list[str] | None = None) -> int:
     check_source(recipe.data)
     accelerator = Accelerator(cpu=args.cpu, log_with=None, kwargs_handlers=distributed())
     check_sharding(accelerator, recipe.train)
+    begun: Thread | None = None
     if accelerator.device.type == "cpu":
         # accelerate launch sets OMP_NUM_THREADS=1, which is right for many ranks and wrong for one.
         torch.set_num_threads(recipe.train.threads or max(1, (os.cpu_count() or 1) // accelerator.num_processes))
     else:
         torch.backends.cuda.enable_cudnn_sdp(False)  # its backward fails on torch 2.11 with driver 580
         if recipe.train.compile == "always" or (recipe.train.compile == "auto" and find_spec(recipe.base).external):
-            start_workers()
+            begun = start_workers(recipe.train.attention, accelerator.device)
 
     forecast = Forecast.start(args.recipe, overrides, accelerator)
     with accelerator.main_process_first():  # it fills the caches, here and below; the others find them full
@@ -121,6 +123,8 @@ def main(argv: list[str] | None = None) -> int:
     previews = Previews.prepare(recipe.sample, backbone, cache)
     encoders.release_text()  # memory back before the first step
     backbone.onto_device()
+    if begun is not None:
+        begun.join()
     backbone.set_attention(recipe.train.attention)
     base_before = backbone.fingerprint()
 

@@ -17,6 +17,8 @@ import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from hashlib import sha256
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -148,16 +150,24 @@ def keep_what_costs(block: nn.Module, *, norms: bool) -> None:
     norms: a compiled block may keep what lies between them, too, and computes only GELU's input again.
     """
     original = block.forward
+    every, most = _contexts(worth_keeping_or_small), _contexts(worth_keeping)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return original(*args, **kwargs)
         # Without the compiler, which saves what is read alone, a policy that keeps everything would keep far more.
-        policy = worth_keeping_or_small if norms and torch.compiler.is_compiling() else worth_keeping
-        contexts = partial(create_selective_checkpoint_contexts, policy)
+        contexts = every if norms and torch.compiler.is_compiling() else most
         return checkpoint(original, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts, **kwargs)
 
     block.forward = forward
+
+
+@functools.cache
+def _contexts(policy: Callable[..., CheckpointPolicy]) -> Callable[[], Any]:
+    """The policy as `checkpoint` takes it, one object for all blocks; its hash lets the compiler's cache serve them."""
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+    contexts.cache_hash = f"{policy.__name__} {sha256(Path(__file__).read_bytes()).hexdigest()}"  # type: ignore[attr-defined]
+    return contexts
 
 
 def worth_keeping(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

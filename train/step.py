@@ -223,12 +223,15 @@ def graph_step(
     """A captured step of `transformer`, its factors joined if asked and its kernels compiled beside the blocks."""
     dtype = next(p for p in transformer.parameters() if not p.requires_grad).dtype
     joined = JoinedFactors(transformer, dtype) if join else None
-    prepare = partial(prepare_layers, transformer, family)
-    return GraphStep(loss, parameters, joined, prepare, fills=fills_card(transformer))
+    fills = fills_card(
+        transformer
+    )  # a small model's kernels are soon compiled, one after the other as they are launched
+    prepare = partial(prepare_layers, transformer, family) if fills else None
+    return GraphStep(loss, parameters, joined, prepare, fills)
 
 
 def prepare_layers(transformer: nn.Module, family: Family, tensors: dict[str, Tensor]) -> Thread:
-    """Compiles the layers' kernels beside the blocks (`warm_layers`)."""
+    """Has the layers' kernels compiled beside the blocks (`warm_layers`)."""
     latents = tensors["latents"]
     return warm_layers(transformer, family.rows(tuple(latents.shape), tensors), len(latents), latents.dtype)
 

@@ -7,13 +7,17 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from loragraft.adapters.inject import inject_adapter
 from loragraft.backbones.architectures import FLUX
 from loragraft.backbones.compiled import EqualCalls, compile_blocks, group_layers
 from loragraft.backbones.flow import predict_velocity
 from loragraft.backbones.skeleton import meta_transformer, plan_architecture, randomize
+from loragraft.kernels.layout import relative_rms
 from loragraft.kernels.w4a8_group import MOST
 from loragraft.quantization.linear import SVDQuantLinear, join_group
 from loragraft.quantization.settings import QuantSettings
+from loragraft.recipes.schema import AdapterConfig
+from loragraft.train.memory import set_checkpointing
 
 CPU = torch.device("cpu")
 TINY = {
@@ -22,11 +26,12 @@ TINY = {
 }  # fmt: skip
 
 
-def tiny_flux(device: torch.device, dtype: torch.dtype = torch.float32, single: int = 2) -> torch.nn.Module:
+def tiny_flux(
+    device: torch.device, dtype: torch.dtype = torch.float32, double: int = 1, single: int = 2
+) -> torch.nn.Module:
     settings = QuantSettings(numerics="w4a8", rank=8, smoothing="hadamard")
-    model = meta_transformer(
-        FluxTransformer2DModel, {**TINY, "num_single_layers": single}, partial(plan_architecture, FLUX, settings)
-    )
+    config = {**TINY, "num_layers": double, "num_single_layers": single}
+    model = meta_transformer(FluxTransformer2DModel, config, partial(plan_architecture, FLUX, settings))
     return randomize(model, device, dtype).eval().requires_grad_(False)
 
 
@@ -84,46 +89,66 @@ def test_layers_that_differ_are_not_joined():
     assert not join_group([q, other])
 
 
-def test_blocks_of_one_kind_share_compiled_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
+    """What is traced from here on; it is differentiated ahead of time and run op by op."""
+    made: list[torch.fx.GraphModule] = []
+    compiled, run = torch.compile, torch._dynamo.lookup_backend("aot_eager")
 
     def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
         made.append(graph)
-        return graph.forward
+        return run(graph, inputs)
 
+    monkeypatch.setattr(torch, "compile", lambda function, **how: compiled(function, backend=backend, **how))
+    return made
+
+
+def test_blocks_of_one_kind_share_compiled_code(graphs):
     model = tiny_flux(CPU, single=4)
-    compiled = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compiled(self, backend=backend, **how))
-    assert compile_blocks(model) == 5
     with torch.no_grad():
-        velocity_of(model, CPU, torch.float32)
-    assert len(made) == 3  # one double block, and single ones: the first of them reads a slice
-    called = [node.target for graph in made for node in graph.graph.nodes]
-    assert called.count(torch.ops.loragraft.w4a8_group.default) == 14  # every layer asks; equal calls become one later
+        before = velocity_of(model, CPU, torch.float32)
+        assert compile_blocks(model) == 5
+        assert torch.equal(velocity_of(model, CPU, torch.float32), before)
+    assert len(graphs) == 2  # double and single
+    called = [node.target for graph in graphs for node in graph.graph.nodes]
+    assert called.count(torch.ops.loragraft.w4a8_group.default) == 10  # every layer asks; equal calls become one later
 
 
-def test_many_sizes_are_compiled_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("policy", ["none", "gelu"])
+def test_in_training_too(graphs, policy):
+    """The first double block's input needs no gradient of its own, the first single block's is two tensors."""
+    model = tiny_flux(CPU, double=2)
+    parameters = inject_adapter(model, AdapterConfig(rank=4, alpha=4), FLUX.quantize)
+    with torch.no_grad():
+        for up in parameters[1::2]:
+            up.copy_(torch.linspace(-0.1, 0.1, up.numel()).view_as(up))
+    set_checkpointing(model, policy)
+
+    def gradients() -> list[torch.Tensor]:
+        return list(torch.autograd.grad(velocity_of(model, CPU, torch.float32).square().mean(), parameters))
+
+    before = gradients()
+    compile_blocks(model)
+    compile_blocks(model)  # the second time changes nothing
+    after = gradients()
+    assert len(graphs) == 2
+    assert max(relative_rms(a, b) for a, b in zip(after, before, strict=True)) < 1e-5
+
+
+def test_many_sizes_are_compiled_twice(graphs):
     """Once for the first size, once for all others; two sizes each for itself."""
-    made = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
-        made.append(graph)
-        return graph.forward
-
-    compiled = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compiled(self, backend=backend, **how))
     counts = {}
     for shapes in (4, 2):
         torch._dynamo.reset()
         model = tiny_flux(CPU)
         assert compile_blocks(model, shapes) == 3
-        made.clear()
+        graphs.clear()
         counts[shapes] = []
         with torch.no_grad():
             for size in ((8, 8), (8, 12), (10, 12), (4, 16), (6, 14))[: shapes + 1]:
                 velocity_of(model, CPU, torch.float32, size)
-                counts[shapes].append(len(made))
-    assert counts == {4: [3, 6, 6, 6, 6], 2: [3, 6, 9]}
+                counts[shapes].append(len(graphs))
+    assert counts == {4: [2, 4, 4, 4, 4], 2: [2, 4, 6]}
 
 
 @pytest.mark.gpu

@@ -143,7 +143,7 @@ def test_tensors_that_lie_elsewhere_make_another_graph_until_they_are_back(toy: 
 def test_compiling_and_another_attention_make_another_graph(toy: Toy) -> None:
     replay = Fake()
     draw(replay, toy)
-    toy.linear.compile(backend="eager")
+    toy.linear.forward = torch.compile(toy.linear.forward, backend="eager")  # as `compile_blocks` does
     draw(replay, toy)
     assert replay.captures == 2
     toy.linear.processor = type("Processor", (), {"_attention_backend": "flash"})()

@@ -32,7 +32,7 @@ def test_phases_are_timed_once_and_listed(
         "     0.75 s  capture",
         "torch's compiler, nested",
         "     2.50 s  _compile.compile_inner",
-        "our Triton kernels, several at once: 4.0 s",
+        "Triton kernels, in this process: 4.0 s",
         "     3.00 s  large",
         "     1.00 s  small",
     ]

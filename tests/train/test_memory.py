@@ -10,7 +10,15 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from loragraft.kernels.layout import relative_rms
 from loragraft.recipes.load import RecipeError, load_recipe
-from loragraft.train.memory import HostBuffers, block_paths, offloaded_inputs, set_checkpointing
+from loragraft.train.memory import (
+    HostBuffers,
+    _contexts,
+    block_paths,
+    offloaded_inputs,
+    set_checkpointing,
+    worth_keeping,
+    worth_keeping_or_small,
+)
 
 BLOCKS = ["transformer_blocks.0", "transformer_blocks.1", "single_transformer_blocks.0", "single_transformer_blocks.1"]
 
@@ -62,6 +70,13 @@ def test_compiled_blocks_checkpoint_too(tiny_flux: Any, loss_of: Any) -> None:
         for one, two, three in zip(plain, compiled, seen[0], strict=True):
             assert torch.equal(two, three)
             assert relative_rms(two, one) < 1e-5
+
+
+def test_the_compilers_cache_can_tell_policies_apart() -> None:
+    """Without a hash of its own a policy keeps its blocks out of the cache; with another's they would compute what that keeps."""
+    hashes = {contexts.cache_hash for contexts in map(_contexts, (worth_keeping, worth_keeping_or_small))}
+    assert len(hashes) == 2
+    assert all(len(found.split()[1]) == 64 for found in hashes)
 
 
 def test_the_blocks_are_found_in_the_order_they_run(tiny_flux: Any, loss_of: Any) -> None:

@@ -16,7 +16,6 @@ from loragraft.backbones.flow import flow_loss
 from loragraft.backbones.load import load_backbone
 from loragraft.kernels.layout import relative_rms
 from loragraft.recipes.schema import AdapterConfig
-from loragraft.train import step as step_module
 from loragraft.train.memory import set_checkpointing
 from loragraft.train.step import GraphStep, graph_step
 
@@ -101,11 +100,8 @@ def rehearsed(monkeypatch: pytest.MonkeyPatch) -> Callable[[GraphStep], list[str
 
 
 @pytest.mark.parametrize("join", [False, True])
-def test_the_order_of_a_captured_step(
-    join: bool, tiny_flux: Any, rehearsed: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_order_of_a_captured_step(join: bool, tiny_flux: Any, rehearsed: Any) -> None:
     """Without a GPU: accumulation, a pause between steps and the end give what the eager step gives, to the bit."""
-    monkeypatch.setattr(step_module, "prepare_layers", lambda *_: None)
     losses, learned, notes = [], [], []
     for captures in (False, True):
         model, parameters = tiny_flux()

@@ -1,12 +1,22 @@
 """What a first step waits for is begun early, beside the caller."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import triton
+from triton.backends.compiler import GPUTarget
 
 from loragraft.backbones.flow import FLUX_LIKE
+from loragraft.backbones.like_later import LikeLater
+from loragraft.kernels.attention import attention
+from loragraft.kernels.compile_table import TABLE
+from loragraft.kernels.precompile import Launch, recorded
 from loragraft.train import warm
 
 
@@ -40,3 +50,78 @@ def test_workers_are_started_beside_the_caller(monkeypatch: pytest.MonkeyPatch) 
         )
     warm.start_workers().join()
     assert begun == ["warm_pool on start-compile-workers", "wakeup on start-compile-workers"]
+
+
+def test_workers_are_given_all_that_a_step_launches(
+    tiny_flux: Any, loss_of: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """On a GPU that is not there: what forward and backward of the whole model launch is among it."""
+    from torch._inductor import async_compile
+
+    gpu = SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", 80, 32),
+        get_current_device=lambda: 78,
+        get_current_stream=lambda _: 0,
+    )
+    pool, given = ThreadPoolExecutor(1), []
+
+    def compiled(launch: Launch, cache: str, launcher: bool) -> None:
+        given.append(launch)
+        assert (cache, launcher, launch.target) == (str(tmp_path), False, ("cuda", 80, 32))
+
+    model, _ = tiny_flux(torch.bfloat16)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # ops on the CPU launch their kernels
+    monkeypatch.setattr(triton.runtime.driver, "_active", gpu)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(warm, "compile_recorded", compiled)
+    monkeypatch.setattr(async_compile, "get_compile_threads", lambda: 2)
+    monkeypatch.setattr(async_compile.AsyncCompile, "process_pool", lambda: pool)
+    tokens = FLUX_LIKE.rows((2, 4, 8, 8), {"prompt_embeds": torch.empty(2, 5, 64)})
+    warm.warm_layers(model, tokens, 2, torch.bfloat16).join()
+    count = len(given)
+    assert len(set(given)) == count
+    first = model.transformer_blocks[0]
+    first.register_forward_pre_hook(LikeLater(first), with_kwargs=True)  # as `compile_blocks` does: dx in every block
+    with recorded() as launched:
+        loss_of(model, torch.bfloat16).backward()
+    assert {launch.name for launch in launched} == {
+        "effective_weight_kernel", "gemv_kernel", "row_product_kernel", "token_quant_kernel", "w4a8_gemm_kernel"
+    }  # fmt: skip
+    assert [launch for launch in launched if launch not in given] == []
+    monkeypatch.setattr(async_compile, "get_compile_threads", lambda: 1)  # no workers: nothing is handed over
+    warm.warm_layers(model, tokens, 2, torch.bfloat16).join()
+    assert len(given) == count
+
+
+@pytest.mark.gpu
+def test_what_a_step_launches_was_compiled_elsewhere(
+    tiny_flux: Any, loss_of: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As above, with the processes and on a GPU."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    model, _ = tiny_flux(torch.bfloat16, device="cuda")
+    for build in TABLE:  # what other tests have compiled
+        build.kernel.device_caches.clear()
+    tokens = FLUX_LIKE.rows((2, 4, 8, 8), {"prompt_embeds": torch.empty(2, 5, 64)})
+    warm.warm_layers(model, tokens, 2, torch.bfloat16).join()
+    assert list(tmp_path.iterdir())
+    found: list[bool] = []
+    monkeypatch.setattr(triton.knobs.compilation, "listener", lambda *, cache_hit, **_: found.append(cache_hit))
+    first = model.transformer_blocks[0]
+    first.register_forward_pre_hook(LikeLater(first), with_kwargs=True)
+    loss_of(model, torch.bfloat16, "cuda").backward()
+    assert found
+    assert all(found)
+
+
+@pytest.mark.gpu
+def test_flash_attention_4_is_compiled_for_every_length() -> None:
+    interface = pytest.importorskip("flash_attn.cute.interface")
+    warm.start_workers("flash_attn_4", torch.device("cuda")).join()
+    caches = (interface._flash_attn_fwd.compile_cache, interface._flash_attn_bwd.compile_cache)
+    before = [len(cache) for cache in caches]
+    assert all(before)
+    x = torch.randn(2, 320, *warm.HEADS, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    attention(x, x, x, "flash_attn_4").sum().backward()
+    assert [len(cache) for cache in caches] == before
