@@ -50,7 +50,9 @@ DIVIDED_STEPS = 3
 class NoPictures(Previews):
     """Draws nothing: a preview of random weights shows nothing, and takes seconds."""
 
-    def render(self, backbone: Backbone, run: Path, step: int, *, write: bool = True) -> list[tuple[Image, str]]:
+    def render(
+        self, backbone: Backbone, run: Path, step: int, *, write: bool = True, capture: bool = False
+    ) -> list[tuple[Image, str]]:
         """No image."""
         return []
 
