@@ -159,7 +159,7 @@ def main() -> int:
         }
         for base, future in waiting.items():
             measured = {} if args.predict else in_its_own_process("measurement", base, args.eager)
-            rows[base] = row = joined(future.result(), measured, conv.get(base))
+            rows[base] = row = {**joined(future.result(), measured, conv.get(base)), "commit": args.commit}
             print(line(base, row), flush=True)
             write(args, rows, time.perf_counter() - started)
     chosen = [rows[base] for base in waiting]

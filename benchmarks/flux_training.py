@@ -343,6 +343,7 @@ def collect(parts: Path, fidelity: Path | None) -> dict[str, Any]:
         "image_20_steps_vs_bf16": ratio("bf16_image", "ours_image", "image_20_steps_seconds"),
         "image_memory_vs_bf16": ratio("ours_image", "bf16_image", "transformer_gib"),
         "reserved_gib_whole_run_1024": figure("whole_run_1024", "reserved_gib"),
+        "reserved_gib_whole_run_512": figure("whole_run_512", "reserved_gib"),
         "preflight_worst_pct": None,
         "grad_cosine_min": None if fidelity is None else json.loads(fidelity.read_text())["grad_cosine_min"],
         "ddp2_scaling": figure("ddp_2", "ddp2_scaling"),

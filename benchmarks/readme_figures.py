@@ -23,7 +23,12 @@ def figures() -> str:
     return (
         "\n".join(
             line
-            for part in (*parts, _engine(_read("int4_engine"), _read("quantizer")), _training(_read("flux_training")))
+            for part in (
+                *parts,
+                _engine(_read("int4_engine"), _read("quantizer")),
+                _training(_read("flux_training")),
+                _bases(_read("bases"), _read("conv")),
+            )
             for line in (*part, "")
         ).rstrip()
         + "\n"
@@ -172,7 +177,7 @@ def _training(result: dict[str, Any]) -> list[str]:
         f"| {name} | {parts[key]['step_ms']:.0f} | {parts[key]['peak_gib']:.1f} | {parts[key]['first_step_seconds']:.0f} |"
         for name, key in shown.items()
     ]
-    whole, versions = parts["whole_run_1024"], result["versions"]
+    whole, small, versions = parts["whole_run_1024"], parts["whole_run_512"], result["versions"]
     ours, rival = parts["ours_image"], parts["bf16_image"]
     return [
         f"**Training at FLUX.1-dev's size** ({', '.join(result['device'])}, torch {versions['torch']}, Triton {versions['triton']}; "
@@ -182,7 +187,9 @@ def _training(result: dict[str, Any]) -> list[str]:
         f"fast as compiled bf16 as people run it, {result['step_1024_vs_eager']:.2f} times as eager bf16, "
         f"{result['step_1024_vs_compiled_same_attention']:.2f} times as compiled bf16 with the same attention. Losses over 20 steps "
         f"differ from bf16 on the same weights by at most {result['loss_worst_pct']:.1f} %. A whole run of `train/lora.py` (encode, "
-        f"train, validate, sample, save; SDPA, `block`) finished under a hard cap of {whole['cap_gib']} GiB of reserved memory.",
+        f"train, validate, sample, save; SDPA, `block`) finished under a hard cap of {whole['cap_gib']} GiB of reserved memory; at "
+        f"512 px, with `adamw8bit` and `offload_activations`, under {small['cap_gib']} GiB, its first step after "
+        f"{small['first_step_seconds']:.0f} s.",
         "",
         f"An image of 1024 px, decoding included, compiled, FlashAttention-4 on both sides: 20 steps "
         f"{ours['image_20_steps_seconds']:.2f} s ({ours['grafted_image_20_steps_seconds']:.2f} with an adapter grafted) against "
@@ -193,6 +200,30 @@ def _training(result: dict[str, Any]) -> list[str]:
         "| | ms a step | peak GiB | seconds to the first step |",
         "|---|---|---|---|",
         *rows,
+    ]
+
+
+def _bases(result: dict[str, Any], conv: dict[str, Any]) -> list[str]:
+    rows = [
+        f"| `{name}` | {row['step']}, {row['pixels']} px | {row['step_ms']:.0f} | {row['peak_gib']:.2f} | {row['preflight_gib']:.2f} | "
+        f"{row['file_gb']:.2f} | {row['file_gb_16bit']:.2f} |"
+        for name, row in result["bases"].items()
+    ]
+    times = conv["batches"]["1"]
+    return [
+        f"**Every base at its true shapes** ({result['device']}, random weights, batch 1, commits {', '.join(result['commit'])}): a "
+        "training step (rank 16, `checkpointing` as its recipe has it, replayed from a CUDA graph, blocks not compiled), or a forward "
+        "pass, launched eagerly, of a base that is not trained on.",
+        "",
+        "| | | ms | peak GiB | preflight said | INT4 file, GB | 16 bits, GB |",
+        "|---|---|---|---|---|---|---|",
+        *rows,
+        "",
+        f"All 3x3 convolutions of SDXL's UNet at 1024 px (same card, commit {conv['commit'][:7]}), quantization, bias and branch of rank "
+        f"48 included: {times['convs_ms_w4a8']:.2f} ms against {times['convs_ms_bf16']:.2f} ms of cuDNN in bf16, "
+        f"{times['conv_vs_cudnn']:.2f} times as fast ({times['conv_vs_cudnn_no_branch']:.2f} without the branch; "
+        f"{times['conv_vs_cudnn_worst_shape']:.2f} at the worst shape, a stride of 2); errors against float64 of the same quantized "
+        f"operands up to {max(conv['max_rel_err'].values()):.1e}.",
     ]
 
 

@@ -289,12 +289,18 @@ def _w4a4_dgrad_space(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[
 
 def _conv_space(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[int]:
     """Joined factors, [D; A] by taps, the branch's product before its sum over taps, codes, their scales and maxima, and the
-    matrix of windows, which Hopper does without where 16 divides the output's columns."""
+    matrix of windows where one is written."""
     x, window = args[0], Window(*args[10])
     (M, C), P, R, T, size = x.shape, window.out_pixels, _rank(args[5], args[8]), window.taps, x.dtype.itemsize
     factors = _factors(x.dtype, args[5], args[8]) + _factors(x.dtype, args[6], args[9])
-    windows = 2 * args[1].shape[1] * P
-    return [*factors, T * R * C * size, M * T * R * size, _block_codes(window, C), 4 * P, 4 * M, windows]
+    windows = [2 * args[1].shape[1] * P] if _writes_windows(window) else []
+    return [*factors, T * R * C * size, M * T * R * size, _block_codes(window, C), 4 * P, 4 * M, *windows]
+
+
+def _writes_windows(window: Window) -> bool:
+    """Hopper reads windows out of the codes where it can; on a machine without a GPU the prediction is for any."""
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+    return not (hopper and blocks_of(window).columns >= 16)
 
 
 def _conv_dgrad_space(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[int]:

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from loragraft.kernels.taps import tap_columns
+from loragraft.kernels.taps import Window, tap_columns
 from loragraft.quantization.conv import SVDQuantConv2d
 from loragraft.quantization.settings import QuantSettings
+from loragraft.train import op_cost
 from loragraft.train.memory import worth_keeping
 from loragraft.train.op_cost import OpCost, cost_of, workspace
 
@@ -48,6 +49,17 @@ def test_operations_are_those_of_the_convolution(seen: dict[str, tuple[OpCost, l
     (forward,) = (part.flops for part in seen["w4a8_conv"][0].parts if part.unit == "int8")
     (backward,) = (part.flops for part in seen["w4a8_conv_dgrad"][0].parts if part.unit == "conv")
     assert forward == backward == 2 * P * N * 9 * C
+
+
+def test_hopper_writes_no_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide, narrow = Window(1, 32, 32, 3, 1, 1), Window(1, 32, 20, 3, 1, 1)
+    assert op_cost._writes_windows(wide)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert not op_cost._writes_windows(wide)
+    assert op_cost._writes_windows(narrow), "20 columns are divided into fours"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
+    assert op_cost._writes_windows(wide)
 
 
 def test_workspace_by_hand(seen: dict[str, tuple[OpCost, list[int]]]) -> None:

@@ -218,4 +218,4 @@ def test_offloading_gives_the_same_gradients_in_less_memory(tiny_flux: Any, loss
         seen.append((torch.cuda.memory_allocated() - before, torch.autograd.grad(loss, parameters)))
     assert seen[1][0] < seen[0][0]
     for one, two in zip(seen[0][1], seen[1][1], strict=True):
-        assert torch.allclose(one, two, rtol=1e-2, atol=1e-4)  # flash's backward is not deterministic
+        assert relative_rms(one, two) < 1e-2  # flash's backward is not deterministic
