@@ -3,6 +3,8 @@
     python benchmarks/bases.py --out benchmarks/results/bases.json --conv benchmarks/results/conv.json --commit $(git rev-parse HEAD)
     python benchmarks/bases.py --out bases.json --only sdxl          one base; the others' rows in the file stay
     python benchmarks/bases.py --out bases.json --predict            sizes and preflight alone, anywhere
+    python benchmarks/bases.py --out bases.json --write /tmp/bases   adds file_gb_written to the rows of the file: each base's INT4 file,
+                                                                     written with random codes, weighed and removed; anywhere
 
 A step is the one of `base=<name>` with one picture of the base's native resolution: forward, loss, backward, clipping, AdamW, replayed
 from a CUDA graph, its blocks not compiled. A base that is not trained on runs forward instead ("step": "forward"). Each base has
@@ -20,11 +22,13 @@ failed or its peak is not within max(10 %, 300 MiB) of preflight.
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,10 +36,12 @@ from typing import Any
 import torch
 from preflight import GIB, Configuration, Model, compare, measure, predict
 
+from loragraft.backbones.architectures import folder_settings
 from loragraft.backbones.file_size import base_bytes
 from loragraft.backbones.load import find_spec, list_bases
-from loragraft.backbones.skeleton import meta_transformer
+from loragraft.backbones.skeleton import meta_transformer, plan_architecture, randomize
 from loragraft.disk import write_atomic
+from loragraft.quantization.checkpoint import WEIGHTS_NAME, save_quantized
 from loragraft.recipes.load import load_recipe
 
 KEYS = ("params", "file_gb", "step_ms", "peak_gib", "preflight_gib", "conv_vs_cudnn")
@@ -78,6 +84,22 @@ def prediction(base: str, eager: bool = False) -> dict[str, Any]:
         "unknown_ops": list(run.unknown), "pixels": chosen.pixels, "step": "train" if chosen.trains else "forward",
         "checkpointing": chosen.checkpointing, "captured": chosen.captured,
     }  # fmt: skip
+
+
+def written_gb(base: str, folder: Path) -> float:
+    """Size of the INT4 file of random codes, written into `folder` and removed. Raises ValueError if it is not the predicted one."""
+    spec = find_spec(base)
+    assert spec.external is not None  # `bases` names no other
+    plan = partial(plan_architecture, spec, folder_settings("native", calibrated=False))
+    model = randomize(
+        meta_transformer(spec.transformer_class, spec.external.config, plan), torch.device("cpu"), torch.bfloat16
+    )
+    saved = save_quantized(model, folder / base, overwrite=True)
+    size = (saved / WEIGHTS_NAME).stat().st_size
+    shutil.rmtree(saved)
+    if size != base_bytes(spec, "native"):
+        raise ValueError(f"{base}: the file has {size} bytes, its configuration says {base_bytes(spec, 'native')}")
+    return size / 1e9
 
 
 def measurement(base: str, eager: bool = False) -> dict[str, Any]:
@@ -137,6 +159,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", action="append", default=[], metavar="BASE", help="may be given several times")
     parser.add_argument("--predict", action="store_true", help="sizes and preflight alone: needs no GPU")
+    parser.add_argument("--write", type=Path, metavar="FOLDER", help="write, weigh and remove every INT4 file here")
     parser.add_argument("--eager", action="store_true", help="steps launched kernel by kernel, not captured")
     parser.add_argument("--conv", type=Path, help="JSON of benchmarks/conv.py, for conv_vs_cudnn")
     parser.add_argument("--commit", default="", help="commit of the code that runs")
@@ -151,6 +174,8 @@ def main() -> int:
         return 0
     if args.out is None:
         parser.error("give --out")
+    if args.write is not None:
+        return weigh(args)
     conv, started = conv_figures(args.conv), time.perf_counter()
     rows = json.loads(args.out.read_text())["bases"] if args.only and args.out.exists() else {}
     with ThreadPoolExecutor(BESIDE if not args.predict else 1) as pool:
@@ -164,6 +189,16 @@ def main() -> int:
             write(args, rows, time.perf_counter() - started)
     chosen = [rows[base] for base in waiting]
     return 0 if all("error" not in row and row.get("memory_holds", True) for row in chosen) else 1
+
+
+def weigh(args: argparse.Namespace) -> int:
+    """Adds the written files' sizes to a result that is there."""
+    result = json.loads(args.out.read_text())
+    for base in bases(args.only):
+        result["bases"][base]["file_gb_written"] = size = written_gb(base, args.write)
+        print(f"{base:14s} {size:6.2f} GB written", flush=True)
+        write_atomic(args.out, (json.dumps(result, indent=1) + "\n").encode())
+    return 0
 
 
 def write(args: argparse.Namespace, rows: dict[str, Any], seconds: float) -> None:

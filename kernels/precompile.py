@@ -31,14 +31,14 @@ PTXAS = "TRITON_PTXAS_PATH"
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel as it was launched: where it is defined, for what it is specialized (Triton's own JSON), the GPU, and the
-    assembler, None for Triton's own."""
+    """A kernel as it was launched: where it is defined, for what it is specialized (Triton's own JSON), the GPU, and what the
+    launching process takes for its assembler's version: it remembers its first answer, whatever Inductor sets afterwards."""
 
     module: str
     name: str
     specialization: str
     target: tuple[str, Any, int]
-    ptxas: str | None
+    assembler: str
 
 
 @contextmanager
@@ -56,7 +56,7 @@ def recorded() -> Iterator[list[Launch]]:
             return None if before is None else before(fn=fn, compile=compile, **others)
         target = driver.active.get_current_target()
         gpu = (target.backend, target.arch, target.warp_size)
-        launches[Launch(fn.module, fn.name, compile["specialization_data"], gpu, os.environ.get(PTXAS))] = None
+        launches[Launch(fn.module, fn.name, compile["specialization_data"], gpu, get_ptxas_version(target.arch))] = None
         return True  # Triton then neither compiles nor launches
 
     listed: list[Launch] = []
@@ -79,18 +79,21 @@ def compile_recorded(launch: Launch, cache: str, launcher: bool = False) -> None
     options = {name: _tuples(value) for name, value in found["options"].items()}
     make = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
     source = make(kernel, found["signature"], constants, attributes)
-    with _assembler(launch.ptxas):
+    with _assembler(launch):
         made = triton.compile(source, target=GPUTarget(*launch.target), options=options)
     if launcher and hasattr(nvidia, "make_launcher"):
         nvidia.CudaLauncher(made.src, made.metadata)
 
 
 @contextmanager
-def _assembler(path: str | None) -> Iterator[None]:
-    """Its version is part of the cache's key, and Inductor's workers have torch's own."""
+def _assembler(launch: Launch) -> Iterator[None]:
+    """Its version is part of the cache's key; Inductor's workers have torch's own, and the launching process may have Triton's."""
     before = os.environ.get(PTXAS)
-    _set_assembler(path)
     try:
+        for path in (before, None):
+            _set_assembler(path)
+            if get_ptxas_version(launch.target[1]) == launch.assembler:
+                break
         yield
     finally:
         _set_assembler(before)

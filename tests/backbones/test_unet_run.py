@@ -124,19 +124,20 @@ def test_the_stock_pipeline_loads_the_adapter(
     assert np.abs(draw(backbone, ["promo tile"]) - ours).max() <= 1
 
 
+@pytest.mark.parametrize("profile", ["16bit", "native"])
 def test_an_adapter_of_sdxl_draws_on_turbo_unchanged(
-    trained: Callable[[str], Path], unet_folder: Folder, at_place: Path, opened: Open
+    profile: str, trained: Callable[[str], Path], unet_folder: Folder, at_place: Path, opened: Open
 ) -> None:
     run = trained("sdxl")
     command = ["generate", "--adapter", str(run), "--base", "sdxl-turbo", "--weights", str(unet_folder("sdxl-turbo"))]
-    command += ["--profile", "16bit"]
+    command += ["--profile", profile]
     assert cli.main([*command, "--out", "refused"]) == 2, "it is another base, which must be said"
     assert cli.main([*command, "--out", "fast", "--any-base"]) == 0
     with Image.open("fast/0000.png") as image:
         about = json.loads(image.info["loragraft"])
         assert image.size == (64, 64)
     assert (about["base"], about["steps"], about["guidance"]) == ("sdxl-turbo", 4, 1.0)
-    adapter, turbo = load_adapter(run / "adapter"), opened("sdxl-turbo", "16bit")
+    adapter, turbo = load_adapter(run / "adapter"), opened("sdxl-turbo", profile)
     before = turbo.fingerprint()
     graft(turbo.transformer, adapter, any_base=True)
     ungraft(turbo.transformer, adapter.name)

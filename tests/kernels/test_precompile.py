@@ -10,6 +10,7 @@ import pytest
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas_version
 from triton.runtime import driver
 
 from loragraft.kernels.hopper_quant import hopper_quantize_down
@@ -65,17 +66,31 @@ def compute() -> None:
     hopper_quantize_down(x, None, True, x[:0])
 
 
-def test_what_was_recorded_is_found(gpu: Driver, tmp_path: Path) -> None:
+@pytest.fixture
+def another_assembler(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Says that it is of another release, and assembles nothing."""
+    file = tmp_path_factory.mktemp("bin") / "ptxas"
+    file.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 99.9, V99.9.1'\n")
+    file.chmod(0o755)
+    return str(file)
+
+
+def test_what_was_recorded_is_found(
+    gpu: Driver, tmp_path: Path, another_assembler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with recorded() as launches:
         compute()
         compute()
     assert (gpu.launches, list(tmp_path.iterdir())) == (0, [])
     assert [launch.name for launch in launches] == ["row_product_kernel"] * 2 + ["hopper_quant_kernel"] * 2
-    with pytest.MonkeyPatch.context() as worker:
-        worker.setenv("TRITON_PTXAS_PATH", "/another/assembler")
-        for launch in launches:
-            compile_recorded(launch, str(tmp_path))
-        assert os.environ["TRITON_PTXAS_PATH"] == "/another/assembler"
+    monkeypatch.setenv("TRITON_PTXAS_PATH", another_assembler)  # Inductor's doing, in its workers and later on here
+    for launch in launches:
+        compile_recorded(launch, str(tmp_path))
+    assert os.environ["TRITON_PTXAS_PATH"] == another_assembler
+    get_ptxas_version.cache_clear()
+    monkeypatch.delenv("TRITON_PTXAS_PATH")
+    get_ptxas_version(90)  # what the launching process remembers since it recorded
+    monkeypatch.setenv("TRITON_PTXAS_PATH", another_assembler)
     hits: list[bool] = []
     with triton.knobs.compilation.scope():
         triton.knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
