@@ -31,7 +31,7 @@ MOST_KINDS = 8
 COMPILE_FROM = 1000
 """Passes of a large model from which drawing is taken to repay compiling; `benchmarks/generate.py` measures it."""
 LARGE = 5e8
-"""Bytes of a model on which the GPU, and not Python, is what a compiled pass waits for."""
+"""Bytes of a model from which the GPU, and not Python, is what a compiled pass waits for, and compiling for a minute pays."""
 NEEDS_GPU = "--compile needs a CUDA GPU; on a CPU the layers run as they are: leave it out"
 SHAPES = 4
 """Of what is drawn: a last, smaller batch is one of its own, and so are branches with and without adapters."""
@@ -79,17 +79,21 @@ def _pure(target: Any) -> bool:
     )
 
 
+def fills_card(model: nn.Module) -> bool:
+    """More than `LARGE`."""
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) > LARGE
+
+
 def compile_to_draw(backbone: Backbone, images: int, steps: int, guided: Guided, wanted: bool | None = None) -> bool:
     """Compiles the blocks before so many images are drawn on a GPU, if `wanted`, or (None) if that repays; returns whether it did.
 
-    It repays from `COMPILE_FROM` passes of a `LARGE` model on. Raises ValueError for what is wanted and cannot be had.
+    It repays from `COMPILE_FROM` passes of a model that `fills_card` on. Raises ValueError for what is wanted and cannot be had.
     """
     model, cuda = backbone.transformer, backbone.device.type == "cuda"
     if wanted and not cuda:
         raise ValueError(NEEDS_GPU)
     if wanted is None:
-        size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-        wanted = cuda and size > LARGE and _passes(backbone, images, steps, guided) >= COMPILE_FROM
+        wanted = cuda and fills_card(model) and _passes(backbone, images, steps, guided) >= COMPILE_FROM
         return wanted and compile_blocks(model, SHAPES) > 0
     if wanted and not compile_blocks(model, SHAPES):
         raise ValueError(

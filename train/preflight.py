@@ -27,6 +27,7 @@ from loragraft.adapters.inject import inject_adapter
 from loragraft.adapters.joined import JoinedFactors
 from loragraft.backbones import attention
 from loragraft.backbones.architectures import stand_in_settings
+from loragraft.backbones.compiled import fills_card
 from loragraft.backbones.load import find_spec, load_backbone
 from loragraft.backbones.skeleton import meta_transformer, plan_architecture
 from loragraft.backbones.spec import BaseSpec
@@ -37,7 +38,6 @@ from loragraft.train.dry_run import DryRun, dry_infer, dry_train
 from loragraft.train.op_cost import OpCost
 from loragraft.train.optim import choose_optimizer
 from loragraft.train.previews import DEFAULT_PROMPTS, previewed_together
-from loragraft.train.step import fills_card
 from loragraft.train.text_stage import text_stage
 
 GIB = 2**30

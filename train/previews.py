@@ -7,14 +7,13 @@ from diffusers.utils import make_image_grid
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from loragraft.backbones.compiled import uncompiled
+from loragraft.backbones.compiled import fills_card, uncompiled
 from loragraft.backbones.sampler import build_pipeline, drawn_together, generate_from_text, unread
 from loragraft.backbones.spec import Backbone
 from loragraft.data.dataset import LatentCache
 from loragraft.data.images import png_bytes
 from loragraft.disk import write_atomic
 from loragraft.recipes.schema import SampleConfig
-from loragraft.train.step import fills_card
 
 DEFAULT_PROMPTS = 8
 COLUMNS = 4

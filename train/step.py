@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from loragraft.adapters.joined import JoinedFactors
-from loragraft.backbones.compiled import MOST_KINDS, compile_blocks
+from loragraft.backbones.compiled import MOST_KINDS, compile_blocks, fills_card
 from loragraft.backbones.family import Family
 from loragraft.backbones.flow import FLUX_LIKE
 from loragraft.recipes.schema import TrainConfig
@@ -234,8 +234,3 @@ def prepare_layers(transformer: nn.Module, family: Family, tensors: dict[str, Te
     """Has the layers' kernels compiled beside the blocks (`warm_layers`)."""
     latents = tensors["latents"]
     return warm_layers(transformer, family.rows(tuple(latents.shape), tensors), len(latents), latents.dtype)
-
-
-def fills_card(model: nn.Module) -> bool:
-    """From about 0.5 GB on, compiling for a minute pays."""
-    return sum(t.nbytes for t in (*model.parameters(), *model.buffers())) > 5e8
