@@ -19,7 +19,13 @@ START, END = "<!-- figures: benchmarks/readme_figures.py -->\n", "<!-- end of fi
 def figures() -> str:
     """Markdown."""
     job = _read("main_job")
-    parts = (_main_job(job), _domains(job), _base(job["pocket"]), _precision(job["precision"]), _graft(_read("graft")))
+    parts = (
+        _main_job(job),
+        _domains(job),
+        _base(job["pocket"]),
+        _precision(job["precision"]),
+        _graft(_read("adapters")),
+    )
     return (
         "\n".join(
             line
@@ -148,13 +154,25 @@ def _precision(result: dict[str, Any]) -> list[str]:
 
 
 def _graft(result: dict[str, Any]) -> list[str]:
+    pocket, shapes, switch = result["graft"]["pocket"], result["graft"]["flux_shapes"], result["switch"]
+    first = next(iter(shapes.values()))
+    parts = [pocket, *shapes.values()]
+    grafted, apart = (max(part[f"bf16_{kind}_vs_float64_worst"] for part in parts) for kind in ("grafted", "apart"))
+    times = (
+        f"Switching among {switch['adapters']} resident adapters of rank {switch['rank']} on `{switch['base']}`: "
+        f"{switch['switch_ms']:.1f} ms (median; slowest {switch['switch_ms_slowest']:.1f}) on {switch['device']}, "
+        f"{switch['layers']} layers, {switch['resident_gib']:.1f} GiB resident."
+        if switch["switch_ms"] is not None
+        else f"Switching: {switch['why']}."
+    )
     return [
-        f"**The graft** (trained `marketing` adapter, {len(result['layers'])} layers on their real inputs, commit "
-        f"{result['commit']}): it changes the predicted velocity by {100 * result['velocity_change']:.0f} %. Worst layer, "
-        f"grafted against the adapter kept apart, same bf16 factors: {result['fp32_worst']:.1e} in float32, "
-        f"{result['bf16_worst']:.1e} in bf16; against float64 in bf16 {result['bf16_grafted_vs_float64_worst']:.1e} grafted, "
-        f"{result['bf16_apart_vs_float64_worst']:.1e} apart. Taking it off restores every byte: "
-        f"{'yes' if result['undo_restores_every_byte'] else 'NO'}.",
+        f"**The graft** (commit {result['commit'][:7]}): the trained `{pocket['recipe']}` adapter on `pocket`, {pocket['layers']} layers on "
+        f"their real inputs, moves the predicted velocity by {100 * pocket['velocity_change']:.0f} %; and on {first['layers']} layers of "
+        f"FLUX.1's shapes (width {first['width']}, {' and '.join(f'`{name}`' for name in shapes)}) an adapter of rank {first['rank']} that "
+        f"was trained there. Worst layer, grafted against the adapter kept apart, same bf16 factors: "
+        f"{result['graft_rel_dev_fp32']:.1e} in float32, {result['graft_rel_dev_bf16']:.1e} in bf16; against float64 in bf16 "
+        f"{grafted:.1e} grafted, {apart:.1e} apart. Taking it off restores every byte: "
+        f"{'yes' if all(part['undo_restores_every_byte'] for part in parts) else 'NO'}. {times}",
     ]
 
 
