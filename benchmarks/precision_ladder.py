@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
@@ -262,10 +263,14 @@ def measure_all(args: argparse.Namespace) -> None:
         base, adapted = features[precision, "base"], features[precision, "adapted"]
         row["kid_base"] = asdict(kernel_distance_interval(base, real))
         row["kid_adapted"] = asdict(kernel_distance_interval(adapted, real))
-        if precision != REFERENCE:
-            row["to_16bit"] = measure.measure_pairs(paths[REFERENCE, "base"], paths[precision, "base"], store)
-            change = kernel_distance_change(features[REFERENCE, "adapted"], adapted, real)
-            row["kid_adapted_change_to_16bit"] = asdict(change)
+        drawn = {kind: rendered_on(paths[precision, kind]) for kind in ("base", "adapted")}
+        row |= {"trained_on": trained_on(args.work, args.recipe, [precision]), "drawn_on": drawn}
+        if precision != REFERENCE:  # of another device the noise is another: nothing is paired with that
+            alike = {kind: drawn[kind] == rendered_on(paths[REFERENCE, kind]) for kind in drawn}
+            pairs = partial(measure.measure_pairs, paths[REFERENCE, "base"], paths[precision, "base"], store)
+            change = partial(kernel_distance_change, features[REFERENCE, "adapted"], adapted, real)
+            row["to_16bit"] = pairs() if alike["base"] else None
+            row["kid_adapted_change_to_16bit"] = asdict(change()) if alike["adapted"] else None
     result = {
         "base": BASE,
         "recipe": args.recipe,
