@@ -29,6 +29,7 @@ from loragraft.backbones import attention
 from loragraft.backbones.architectures import stand_in_settings
 from loragraft.backbones.compiled import fills_card
 from loragraft.backbones.load import find_spec, load_backbone
+from loragraft.backbones.sampler import drawn_together
 from loragraft.backbones.skeleton import meta_transformer, plan_architecture
 from loragraft.backbones.spec import BaseSpec
 from loragraft.quantization.linear import SVDQuantLinear
@@ -244,7 +245,7 @@ def sample_runs(recipe: Recipe, subject: Subject, edge: int) -> tuple[DryRun, Dr
     h, w = subject.batch(1, edge)[0].shape[-2:]
     wanted = (len(recipe.sample.prompts) or DEFAULT_PROMPTS) * recipe.sample.per_prompt
     model = subject.transformer()
-    count = min(wanted, previewed_together(model, subject.spec.family.tokens(h, w)))
+    count = min(wanted, previewed_together(model) or drawn_together(subject.spec.family.tokens(h, w)))
     nn.Module.to(model, dtype=DTYPE)
 
     def call() -> Tensor:

@@ -8,7 +8,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from loragraft.backbones.compiled import fills_card, uncompiled
-from loragraft.backbones.sampler import build_pipeline, drawn_together, generate_from_text, unread
+from loragraft.backbones.sampler import build_pipeline, generate_from_text, unread
 from loragraft.backbones.spec import Backbone
 from loragraft.data.dataset import LatentCache
 from loragraft.data.images import png_bytes
@@ -19,9 +19,9 @@ DEFAULT_PROMPTS = 8
 COLUMNS = 4
 
 
-def previewed_together(model: nn.Module, tokens: int) -> int:
-    """Pictures of so many image tokens that are drawn in one batch between steps: one, where the model leaves little of a card."""
-    return 1 if fills_card(model) else drawn_together(tokens)
+def previewed_together(model: nn.Module) -> int | None:
+    """Pictures that are drawn in one batch between steps: one, where the model leaves little of a card; None: the sampler's choice."""
+    return 1 if fills_card(model) else None
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Previews:
             steps=self.config.steps,
             **backbone.spec.guided(self.config.guidance, self.config.true_guidance, self.config.negative_prompt),
             replay=backbone.replay if capture else None,
-            together=previewed_together(backbone.transformer, (backbone.resolution // backbone.spec.grain) ** 2),
+            together=previewed_together(backbone.transformer),
         )
         backbone.replay.clear()
         if not write:

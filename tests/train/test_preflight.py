@@ -88,10 +88,9 @@ def test_between_captured_steps_a_card_that_is_full_is_tidied(
 def test_on_a_card_that_is_full_previews_are_drawn_one_at_a_time(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    subject = open_subject(recipe, tmp_path)
-    together = sample_runs(recipe, subject, 128)
+    together = sample_runs(recipe, open_subject(recipe, tmp_path), 128)
     monkeypatch.setattr("loragraft.train.previews.fills_card", lambda model: True)
-    alone = sample_runs(recipe, subject, 128)
+    alone = sample_runs(recipe, open_subject(recipe, tmp_path), 128)
     assert (together[2], alone[2]) == (8, 1)
     assert alone[0].peak < together[0].peak
 
