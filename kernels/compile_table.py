@@ -213,7 +213,7 @@ def _hopper() -> list[Build]:
         "p_codes": "*i8",
         "p_scale": "*fp32",
     }
-    shape = {"SPLITS": 8, "TILES": 6, "RING": 6, "DOWN": True, "DOWN_BY_RANK": True, "BH": 8}
+    shape = {"SPLITS": 8, "TILES": 6, "RING": 6, "D_RING": 4, "DOWN": True, "DOWN_BY_RANK": True, "BH": 8}
     return [
         Build(hopper_gemm.hopper_gemm_kernel, packed, {**product, "p_words": "*i32"}, quick=True, **only),
         Build(hopper_gemm.hopper_gemm_kernel, plain, {**product, **transposed}, **only),

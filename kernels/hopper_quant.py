@@ -1,6 +1,6 @@
 """`token_quant` for Hopper (sm_90), in Gluon: every byte of x is fetched once and stays in shared memory until it is coded.
 
-A program holds SPLIT columns of BM rows, fetched by TMA in tiles of 64 columns as they are used: once by the tensor core
+A program holds some columns of 64 rows, fetched by TMA in tiles of 64 columns as they are used: once by the tensor core
 (h^T = D x^T), once from registers for the rows' maxima, and after all programs of these rows have met, once more for the
 codes. The meeting is token_quant's: tickets in order of start, integer counters, partial h added in a fixed order.
 """
@@ -22,26 +22,32 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from loragraft.kernels.hopper import on_hopper, thread_barrier, tma_load
 from loragraft.kernels.layout import on_device, padded, rank_rows
 
-BM, TILE = 64, 64
+ROWS, TILE = 64, 64
 RECIPROCAL = gl.constexpr("rcp.approx.ftz.f32 $0, $1;")  # to 1 ulp, in one instruction
 NAN = gl.constexpr(tl.PropagateNan.ALL)
 
 
 @gluon.jit
+def _smooth(p_smooth, k, K, LAYOUT: gl.constexpr):
+    """Smoothing of 64 columns; 1 beyond K."""
+    o_k = k + gl.arange(0, 64, layout=LAYOUT)
+    return gl.load(p_smooth + o_k, mask=o_k < K, other=1.0)
+
+
+@gluon.jit
 def _prepared(
-    buffer, p_smooth, k, K, hadamard, HAS_SMOOTH: gl.constexpr, HADAMARD: gl.constexpr, LAYOUT: gl.constexpr
+    buffer, b_smooth, hadamard, HAS_SMOOTH: gl.constexpr, HADAMARD: gl.constexpr, LAYOUT: gl.constexpr
 ):  # fmt: skip
-    """x' of one 64 x 64 tile in float32, in registers."""
+    """x' of one tile in float32, in registers. A rotation alone is still under way."""
     READ: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     if HADAMARD and not HAS_SMOOTH:  # entries of H are +-1/8: 16-bit products are exact, and x needs no register
-        return warpgroup_mma(buffer, hadamard, gl.zeros([64, 64], gl.float32, layout=LAYOUT), use_acc=False)
+        b_zero = gl.zeros([64, 64], gl.float32, layout=LAYOUT)
+        return warpgroup_mma(buffer, hadamard, b_zero, use_acc=False, is_async=True)
     else:
         b_x = buffer.load(READ).to(gl.float32)
         if HAS_SMOOTH:
-            o_k = k + gl.arange(0, 64, layout=gl.SliceLayout(0, READ))
-            b_smooth = gl.load(p_smooth + o_k, mask=o_k < K, other=1.0).to(gl.float32)
             b_inverse = gl.inline_asm_elementwise(
-                RECIPROCAL, "=f,f", [b_smooth], dtype=gl.float32, is_pure=True, pack=1
+                RECIPROCAL, "=f,f", [b_smooth.to(gl.float32)], dtype=gl.float32, is_pure=True, pack=1
             )
             b_x *= b_inverse[None, :]
         if HADAMARD:
@@ -58,28 +64,49 @@ def _prepared(
 
 
 @gluon.jit
+def _larger(a, b):
+    return gl.maximum(a, b, propagate_nan=NAN)
+
+
+@gluon.jit
+def _columns_max(b_x, HADAMARD: gl.constexpr):
+    """max |x'| over those of 64 columns that one thread holds, NaN if one is."""
+    b_x = gl.abs(b_x)
+    if HADAMARD:  # a thread of a tensor core's result has 2 of every 8 columns
+        return gl.reduce(gl.reduce(b_x.reshape([64, 8, 4, 2]), 3, _larger), 1, _larger)
+    else:
+        return gl.reduce(b_x.reshape([64, 8, 8]), 2, _larger)
+
+
+@gluon.jit
 def hopper_quant_kernel(
     x_desc, d_desc, p_smooth, p_counters, p_rows, p_part, p_codes, p_scale, p_h, M, K, KP, R, s_hm,
-    SPLITS: gl.constexpr, TILES: gl.constexpr, RING: gl.constexpr, DOWN: gl.constexpr, DOWN_BY_RANK: gl.constexpr,
-    HAS_SMOOTH: gl.constexpr, HADAMARD: gl.constexpr, BH: gl.constexpr,
+    SPLITS: gl.constexpr, TILES: gl.constexpr, RING: gl.constexpr, D_RING: gl.constexpr,
+    DOWN: gl.constexpr, DOWN_BY_RANK: gl.constexpr, HAS_SMOOTH: gl.constexpr, HADAMARD: gl.constexpr, BH: gl.constexpr,
 ):  # fmt: skip
-    """TILES of 64 columns a program, RING of them in shared memory at a time (TILES a multiple of RING).
+    """TILES of 64 columns a program, RING of them in shared memory at a time (TILES a multiple of RING), D_RING of D.
 
     DOWN: whether there is a branch, of at most 64 ranks. DOWN_BY_RANK: D is [R, K], else [K, R]. BH: rows of h that a program adds up.
     """
-    WRITE: gl.constexpr = gl.BlockedLayout([1, 16], [8, 4], [4, 1], [1, 0])
     FLOAT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    ROWS: gl.constexpr = FLOAT if HADAMARD else gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    BLOCKED: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    ROWS: gl.constexpr = FLOAT if HADAMARD else BLOCKED
+    WRITE: gl.constexpr = gl.BlockedLayout([1, 16], [8, 4], [4, 1], [1, 0]) if HADAMARD else BLOCKED
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, BLOCKED)
+    ALONE: gl.constexpr = HADAMARD and not HAS_SMOOTH
     xs = gl.allocate_shared_memory(x_desc.dtype, [RING, 64, 64], x_desc.layout)
-    ds = gl.allocate_shared_memory(x_desc.dtype, [3, 64, 64], d_desc.layout)
     x_full = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
-    d_full = gl.allocate_shared_memory(gl.int64, [3, 1], mbarrier.MBarrierLayout())
     for tile in gl.static_range(RING):
         mbarrier.init(x_full.index(tile), count=1)
-    for tile in gl.static_range(3):
-        mbarrier.init(d_full.index(tile), count=1)
+    ds, d_full = xs, x_full
+    # A barrier that nothing waits for would share memory with the ticket's broadcast, and its init may land after it.
+    if DOWN:
+        ds = gl.allocate_shared_memory(x_desc.dtype, [D_RING, 64, 64], d_desc.layout)
+        d_full = gl.allocate_shared_memory(gl.int64, [D_RING, 1], mbarrier.MBarrierLayout())
+        for tile in gl.static_range(D_RING):
+            mbarrier.init(d_full.index(tile), count=1)
     fence_async_shared()
-    hadamard = ds.index(0)
+    hadamard = xs.index(0)
     if HADAMARD:
         hadamard = _hadamard_tile(gl.float32 if HAS_SMOOTH else x_desc.dtype)
     # Tickets follow the order of start, so the programs that one waits for have started or are next: no deadlock.
@@ -88,32 +115,41 @@ def hopper_quant_kernel(
     first = split * (TILES * 64)
     for tile in gl.static_range(RING):
         _fetch_x(x_desc, x_full, xs, tile, block, first + tile * 64)
+    if DOWN:
+        for tile in gl.static_range(min(D_RING, TILES)):
+            _fetch_down(d_desc, d_full, ds, tile, tile, first, DOWN_BY_RANK)
     o_row = gl.arange(0, 64, layout=gl.SliceLayout(1, ROWS))
     o_m = block * 64 + o_row
-    b_max = gl.zeros([64, 64], gl.float32, layout=ROWS)  # per element: one reduction across threads, at the end
+    b_max = _columns_max(gl.zeros([64, 64], gl.float32, layout=ROWS), HADAMARD)
     acc = gl.zeros([64, 64], gl.float32, layout=FLOAT)
-    if DOWN:
-        for tile in gl.static_range(min(2, TILES)):
-            _fetch_down(d_desc, d_full, ds, tile, first, DOWN_BY_RANK)
+    b_next = gl.zeros([64], p_codes.dtype.element_ty, layout=COLUMNS)
+    if HAS_SMOOTH:
+        b_next = _smooth(p_smooth, first, K, COLUMNS)
     for tile in range(TILES):
+        b_smooth = b_next
+        if HAS_SMOOTH:  # of the next tile: its latency is this one's time
+            b_next = _smooth(p_smooth, first + gl.minimum(tile + 1, TILES - 1) * 64, K, COLUMNS)
         x_tile = xs.index(tile % RING)
         mbarrier.wait(x_full.index(tile % RING), (tile // RING) & 1)
         if DOWN:
-            if tile + 2 < TILES:  # the product before last, which read this buffer, has been waited for
-                _fetch_down(d_desc, d_full, ds, tile + 2, first, DOWN_BY_RANK)
-            mbarrier.wait(d_full.index(tile % 3), (tile // 3) & 1)
-            d_tile = ds.index(tile % 3)
+            mbarrier.wait(d_full.index(tile % D_RING), (tile // D_RING) & 1)
+            d_tile = ds.index(tile % D_RING)
             if not DOWN_BY_RANK:
                 d_tile = d_tile.permute((1, 0))
             acc = warpgroup_mma(d_tile, x_tile.permute((1, 0)), acc, is_async=True)
-        b_x = _prepared(x_tile, p_smooth, first + tile * 64, K, hadamard, HAS_SMOOTH, HADAMARD, ROWS)
-        b_max = gl.maximum(b_max, gl.abs(b_x), propagate_nan=NAN)
-        if DOWN:
+        b_x = _prepared(x_tile, b_smooth, hadamard, HAS_SMOOTH, HADAMARD, ROWS)
+        if ALONE:
+            b_x, acc = warpgroup_mma_wait(0, deps=(b_x, acc))
+        b_max = _larger(b_max, _columns_max(b_x, HADAMARD))
+        if DOWN and not ALONE:
             acc = warpgroup_mma_wait(0, deps=(acc,))
         thread_barrier()
+        if DOWN and tile + D_RING < TILES:
+            _fetch_down(d_desc, d_full, ds, tile % D_RING, tile + D_RING, first, DOWN_BY_RANK)
         if tile + RING < TILES:
             _fetch_x(x_desc, x_full, xs, tile % RING, block, first + (tile + RING) * 64)
-    b_row = gl.max(b_max, axis=1) + gl.sum(b_max * 0.0, axis=1)  # a reduction drops NaN, and codes would hide it
+    b_row = gl.reduce(b_max, 1, _larger)
+    b_row = gl.convert_layout(b_row, gl.SliceLayout(1, ROWS))
     o_rank = gl.arange(0, 64, layout=gl.SliceLayout(1, FLOAT))
     o_token = block * 64 + gl.arange(0, 64, layout=gl.SliceLayout(0, FLOAT))
     m_own = (o_rank < R)[:, None] & (o_token < M)[None, :]
@@ -146,12 +182,18 @@ def hopper_quant_kernel(
     if split == 0:
         gl.store(p_scale + o_m, b_row / 127.0, mask=o_m < M)
     b_inverse = 127.0 / b_row
+    if HAS_SMOOTH:
+        b_next = _smooth(p_smooth, first + (TILES - RING) * 64, K, COLUMNS)
     for i in range(TILES):  # the last RING tiles are still here; the others come once more, from L2
-        tile = (TILES - RING + i) % TILES
-        k = first + tile * 64
+        k = first + (TILES - RING + i) % TILES * 64
+        b_smooth = b_next
+        if HAS_SMOOTH:
+            b_next = _smooth(p_smooth, first + (TILES - RING + i + 1) % TILES * 64, K, COLUMNS)
         if i >= RING:
             mbarrier.wait(x_full.index(i % RING), (TILES // RING + (i - RING) // RING) & 1)
-        b_x = _prepared(xs.index(i % RING), p_smooth, k, K, hadamard, HAS_SMOOTH, HADAMARD, ROWS)
+        b_x = _prepared(xs.index(i % RING), b_smooth, hadamard, HAS_SMOOTH, HADAMARD, ROWS)
+        if ALONE:
+            b_x = warpgroup_mma_wait(0, deps=(b_x,))
         # Ties to even: adding 1.5 * 2^23 leaves the integer in the low byte.
         b_codes = (b_x * b_inverse[:, None] + 12582912.0).to(gl.int32, bitcast=True).to(gl.int8)
         b_codes = gl.convert_layout(b_codes, WRITE)
@@ -171,13 +213,13 @@ def _fetch_x(x_desc, x_full, xs, slot, block, k):
 
 
 @gluon.jit
-def _fetch_down(d_desc, d_full, ds, tile, first, BY_RANK: gl.constexpr):
-    barrier = d_full.index(tile % 3)
+def _fetch_down(d_desc, d_full, ds, slot, tile, first, BY_RANK: gl.constexpr):
+    barrier = d_full.index(slot)
     mbarrier.expect(barrier, 64 * 64 * 2)
     if BY_RANK:
-        tma_load(d_desc, [0, first + tile * 64], barrier, ds.index(tile % 3))
+        tma_load(d_desc, [0, first + tile * 64], barrier, ds.index(slot))
     else:
-        tma_load(d_desc, [first + tile * 64, 0], barrier, ds.index(tile % 3))
+        tma_load(d_desc, [first + tile * 64, 0], barrier, ds.index(slot))
 
 
 @gluon.jit
@@ -205,41 +247,39 @@ def hopper_quant_runs(x_MK: Tensor, down_RK: Tensor) -> bool:
     return on_hopper(x_MK, x_MK.dtype) and K % 8 == 0 and R <= 64 and unit and step % 8 == 0 and fetched
 
 
-def _tiles(blocks: int, KP: int) -> tuple[int, int]:
-    """(tiles of 64 columns a program, of which in shared memory), as they measured fastest on an H100.
+def _config(M: int, KP: int) -> dict[str, int]:
+    """Tiles of 64 columns a program, and of x and of D in shared memory, as they measured fastest on an H100.
 
     Many columns a program mean few partial h to write and add, few mean programs enough for a card where rows are few.
     """
-    if blocks < 16:
-        return (4, 4) if KP <= 4096 else (6, 6)
-    return (12, 4) if KP <= 4096 else (8, 4)
+    if M <= 1024:
+        return {"TILES": 3, "RING": 3, "D_RING": 3} if KP <= 4096 else {"TILES": 6, "RING": 6, "D_RING": 4}
+    return {"TILES": 8, "RING": 2, "D_RING": 2} if KP <= 4096 else {"TILES": 8, "RING": 4, "D_RING": 3}
 
 
 def hopper_quantize_down(
-    x_MK: Tensor, smooth_K: Tensor | None, hadamard: bool, down_RK: Tensor, tiles: int | None = None, ring: int | None = None
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """`token_quant.quantize_down`, where `hopper_quant_runs`. tiles, ring: see `_tiles`, which chooses them otherwise."""
+    x_MK: Tensor, smooth_K: Tensor | None, hadamard: bool, down_RK: Tensor, config: dict[str, int] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`token_quant.quantize_down`, where `hopper_quant_runs`. config: see `_config`, which chooses it otherwise."""
     (M, K), R, KP = x_MK.shape, down_RK.shape[0], padded(x_MK.shape[1])
     codes_MK = x_MK.new_empty((M, KP), dtype=torch.int8)
     scale_M1 = x_MK.new_empty((M, 1), dtype=torch.float32)
     h_MR = rank_rows(x_MK, R)
-    blocks = triton.cdiv(M, BM)
-    if tiles is None or ring is None:
-        tiles, ring = _tiles(blocks, KP)
-    splits = triton.cdiv(KP, tiles * TILE)
+    config = config or _config(M, KP)
+    blocks, splits = triton.cdiv(M, ROWS), triton.cdiv(KP, config["TILES"] * TILE)
     alone = splits == 1
     # A ticket, an arrival counter per block of rows, the maximum of every row.
     counters = None if alone else torch.zeros(1 + blocks + M, dtype=torch.int32, device=x_MK.device)
     rows_M = None if counters is None else counters[1 + blocks :]
     part_SMR = None if alone else x_MK.new_empty((splits, M, R), dtype=torch.float32)
     box = gl.NVMMASharedLayout(128, 16)
-    x_desc = TensorDescriptor.from_tensor(x_MK, [BM, TILE], box)
+    x_desc = TensorDescriptor.from_tensor(x_MK, [ROWS, TILE], box)
     by_rank = down_RK.stride(1) == 1
     d_desc = TensorDescriptor.from_tensor(down_RK if by_rank else down_RK.T, [64, 64], box) if R else x_desc
     with on_device(x_MK):
         hopper_quant_kernel[(blocks * splits,)](
             x_desc, d_desc, smooth_K, counters, rows_M, part_SMR, codes_MK, scale_M1, h_MR, M, K, KP, R, h_MR.stride(0),
-            SPLITS=splits, TILES=tiles, RING=ring, DOWN=R > 0, DOWN_BY_RANK=by_rank, HAS_SMOOTH=smooth_K is not None,
-            HADAMARD=hadamard, BH=max(8, triton.next_power_of_2(triton.cdiv(BM, splits))), num_warps=4,
+            SPLITS=splits, DOWN=R > 0, DOWN_BY_RANK=by_rank, HAS_SMOOTH=smooth_K is not None, HADAMARD=hadamard,
+            BH=max(8, triton.next_power_of_2(triton.cdiv(ROWS, splits))), **config, num_warps=4,
         )  # fmt: skip
     return codes_MK, scale_M1, h_MR

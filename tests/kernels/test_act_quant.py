@@ -10,6 +10,7 @@ from loragraft.kernels.act_quant import (
     smooth_and_rotate,
 )
 from loragraft.kernels.layout import apply_hadamard, padded, relative_rms
+from loragraft.kernels.token_quant import quantize_down
 
 
 def random_x(M, K, seed=0):
@@ -152,3 +153,20 @@ def test_refuses_what_it_cannot_do():
         quantize_activation(x, None, False, bits=8, unsigned=True)
     with pytest.raises(ValueError, match="hadamard = True"):
         quantize_activation(x[:, :64], None, True, bits=4, unsigned=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("hadamard", [False, True])
+@pytest.mark.parametrize("rank", [0, 48])
+def test_thousands_of_programs_meet_and_none_is_lost(hadamard, rank):
+    """K = 15360 takes 30 programs a block of rows; one that draws a wrong ticket keeps the others waiting for ever."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    x = torch.randn(4608, 15360, device="cuda", generator=generator).bfloat16()
+    down = torch.randn(rank, 15360, device="cuda", generator=generator).bfloat16()
+    smooth = None if hadamard else torch.rand(15360, device="cuda", generator=generator).bfloat16() + 0.5
+    ref_codes, ref_scale = quantize_reference(smooth_and_rotate(x.double(), smooth, hadamard), bits=8)
+    for _ in range(20):
+        codes, scale, h = quantize_down(x, smooth, hadamard, down)
+        assert torch.allclose(scale.double(), ref_scale, rtol=1e-4, atol=0)
+        assert (codes.int() - ref_codes.int()).abs().max() <= 1
+        assert rank == 0 or relative_rms(h[:, :rank].double(), x.double() @ down.double().T) < 5e-3
