@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from accelerate import init_empty_weights
@@ -43,9 +44,10 @@ from loragraft.backbones.architectures import FLUX, Architecture, folder_setting
 from loragraft.disk import write_atomic
 from loragraft.quantization import svdquant
 from loragraft.quantization.calibrate import StatsFile
+from loragraft.quantization.candidates import candidate_errors
 from loragraft.quantization.checkpoint import WEIGHTS_NAME
 from loragraft.quantization.partial_file import JOURNAL
-from loragraft.quantization.split import Layer, Split, Transform
+from loragraft.quantization.split import Layer, Split, Transform, split_layer
 from loragraft.quantization.stream import quantize_stream
 from loragraft.quantization.weight_source import TensorInfo, WeightSource
 
@@ -166,26 +168,25 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
 def timed_parts() -> Iterator[dict[str, float]]:
     """Seconds in the parts of the layers' searches. Each of them ends by fetching an error: the host's clock is right."""
     seconds = {"candidates": 0.0, "finalists": 0.0, "alternation": 0.0, "plain rounding": 0.0}
-    rank, split = svdquant.candidate_errors, svdquant.split_layer
 
     def timed_rank(layer: Layer, transforms: Sequence[Transform]) -> list[float]:
         started = time.monotonic()
-        found = rank(layer, transforms)
+        found = candidate_errors(layer, transforms)
         seconds["candidates"] += time.monotonic() - started
         return found
 
     def timed_split(layer: Layer, transform: Transform, rounds: int, *, weighted: bool = False) -> Split:
         started = time.monotonic()
-        found = split(layer, transform, rounds, weighted=weighted)
+        found = split_layer(layer, transform, rounds, weighted=weighted)
         part = {1: "plain rounding", svdquant.FINALIST_ROUNDS: "finalists"}.get(rounds, "alternation")
         seconds[part] += time.monotonic() - started
         return found
 
-    svdquant.candidate_errors, svdquant.split_layer = timed_rank, timed_split
-    try:
+    with (
+        patch.object(svdquant, "candidate_errors", timed_rank),
+        patch.object(svdquant, "split_layer", timed_split),
+    ):
         yield seconds
-    finally:
-        svdquant.candidate_errors, svdquant.split_layer = rank, split
 
 
 def start_child(args: argparse.Namespace, name: str, *options: str) -> subprocess.Popen[str]:
