@@ -50,3 +50,19 @@ def test_a_layer_of_zeros_has_no_error(outlier_layer: tuple[nn.Linear, Activatio
     nothing = replace(layer, weight_NK=0 * layer.weight_NK, target_SN=0 * layer.target_SN)
     assert candidate_errors(nothing, GRID) == [0.0] * len(GRID)
     assert candidate_errors(replace(layer, target_SN=0 * layer.target_SN), GRID[:1]) == [torch.inf]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rank", [0, 32])
+def test_a_gpu_ranks_as_a_cpu_does(rank: int) -> None:
+    """[1024, 3072] in stacks of ten and a single one left over; the fused rounding may take another of two equal scales."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(1024, 3072, generator=generator) / 3072**0.5
+    weight[:, ::128] *= 10
+    rows = torch.randn(128, 3072, generator=generator)
+    rows[:, 5::64] *= 8
+    settings = QuantSettings(rank=rank, search="subsampled")
+    layer = Layer(weight, rows.abs().amax(0), weight.abs().amax(0), rows, rows @ weight.T, settings, measured=True)
+    tensors = {name: value.cuda() for name, value in vars(layer).items() if isinstance(value, torch.Tensor)}
+    grid = [Transform(a / 5, b / 2, turned) for a in range(5) for b in range(2) for turned in (False, True)] + GRID[1:2]
+    assert candidate_errors(replace(layer, **tensors), grid) == pytest.approx(candidate_errors(layer, grid), rel=5e-3)
