@@ -246,10 +246,16 @@ def prepare(args: argparse.Namespace) -> float:
     for name in ("whole", "killed", "calibrated", ".whole.unfinished", ".killed.unfinished", ".calibrated.unfinished"):
         shutil.rmtree(args.work / name, ignore_errors=True)
     started = time.monotonic()
-    if not args.no_input_file and not (args.work / "model" / "config.json").exists():
+    if not args.no_input_file and not is_made(args):
         shutil.rmtree(args.work / "model", ignore_errors=True)
         write_model(GeneratedSource(flux_config(args.scale), args.seed, DEVICE), args.work / "model")
     return started
+
+
+def is_made(args: argparse.Namespace) -> bool:
+    """Whether the folder of this scale is there, whole: its configuration is written last."""
+    path = args.work / "model" / "config.json"
+    return path.exists() and json.loads(path.read_text()) == flux_config(args.scale)
 
 
 def digest(path: Path) -> str:
@@ -344,7 +350,7 @@ def lacking_room(args: argparse.Namespace) -> str | None:
     args.work.mkdir(parents=True, exist_ok=True)
     config = flux_config(args.scale)
     weights = sum(2 * math.prod(info.shape) for info in GeneratedSource(config, args.seed, "cpu").tensors.values())
-    made = args.no_input_file or (args.work / "model" / "config.json").exists()
+    made = args.no_input_file or is_made(args)
     statistics_bytes = 0.1 * weights if args.what == "calibrated" else 0  # 512 rows of every layer's input in bfloat16
     files = 1 if args.kill is False or (args.kill is None and args.what == "calibrated") else 2
     needed = int((0 if made else weights) + statistics_bytes + files * 0.3 * weights)

@@ -51,6 +51,8 @@ def test_folder_and_generator_hold_the_same_weights_and_give_the_same_file(
     source = streaming.GeneratedSource(streaming.flux_config(0.02), 0, "cpu")
     streaming.write_model(source, tmp_path / "model", shard_bytes=2e5)
     assert len(list((tmp_path / "model").glob("*.safetensors"))) > 2
+    assert streaming.is_made(_arguments(tmp_path))
+    assert not streaming.is_made(_arguments(tmp_path, scale=0.08))
     read, _, config = open_model(tmp_path / "model")
     assert config == json.loads(json.dumps(source.config))
     assert all(torch.equal(read.read(name), source.read(name)) for name in source.tensors)
