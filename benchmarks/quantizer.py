@@ -283,6 +283,8 @@ def calibrated(args: argparse.Namespace, note: Note) -> dict[str, Any]:
     add({"statistics_seconds": time.monotonic() - began})
     options = ["--stats", str(stats), *(["--gptq"] if args.gptq else [])]
     add(finish_child(start_child(args, "calibrated", *options), watch(args, "calibrated", add)))
+    for name in ("quantize_wall_so_far", "pieces_written"):  # of a run that was ended
+        result.pop(name, None)
     add({"wall_seconds": time.monotonic() - began})  # with the start of a second Python
     add({"total_seconds": result["statistics_seconds"] + result["seconds"]})
     add({"file_gb": (args.work / "calibrated" / WEIGHTS_NAME).stat().st_size / 1e9})
@@ -330,8 +332,9 @@ def main() -> int:
         return 0
     if reason := lacking_room(args):
         parser.error(reason)
+    words = [args.out.name if args.out and word == str(args.out) else word for word in sys.argv]  # no local path
     about = {"device": torch.cuda.get_device_name() if DEVICE == "cuda" else platform.processor() or platform.machine()}
-    about |= {"torch": torch.__version__, "commit": args.commit, "command": " ".join(sys.argv)}
+    about |= {"torch": torch.__version__, "commit": args.commit, "command": " ".join(words)}
 
     def note(result: dict[str, Any], complete: bool = False) -> None:
         if args.out:

@@ -105,6 +105,7 @@ def test_a_run_leaves_its_figures_where_it_was_ended(
     assert found["excluded"][-1] == "reading the 16-bit weights from a file"
     assert found["statistics_seconds"] > found["passes_seconds"] > 0
     assert "total_seconds" not in found
+    assert "--out out.json" in found["command"]
     assert not (tmp_path / "work" / "model").exists()
 
 
