@@ -1,6 +1,8 @@
 """The verb `loragraft quantize`: its options, and what they mean for a base and for weights on disk."""
 
 import argparse
+import glob
+import hashlib
 import json
 from pathlib import Path
 
@@ -67,7 +69,8 @@ def _files(args: argparse.Namespace, source: Path, out: Path, device: str) -> li
 
 
 def _pipeline_stats(args: argparse.Namespace, source: Path, out: Path, device: str) -> Path:
-    """A hidden file beside `out`; an interrupted command finds it and does not calibrate again."""
+    """A hidden file beside `out`; the same command, interrupted, finds it and does not calibrate again. Those of commands with
+    other weights, layers, prompts or pixels are deleted."""
     from loragraft.backbones.pipeline_stats import PROMPTS, collect_pipeline_stats
 
     if not (source / "model_index.json").is_file():
@@ -79,12 +82,15 @@ def _pipeline_stats(args: argparse.Namespace, source: Path, out: Path, device: s
     if args.prompts:
         lines = Path(args.prompts).read_text(encoding="utf-8").splitlines()
         prompts = tuple(line.strip() for line in lines if line.strip())
-    path = out.with_name(f".{out.name}.stats.safetensors")
+    weights, architecture, _ = open_model(source)
+    main = folder_settings(args.profile, calibrated=True, rank=args.rank, group_size=args.group_size)
+    plan = plan_model(weights, architecture, main)  # what cannot be quantized is refused before the model runs
+    layers = [layer for layer, settings in plan.items() if settings.numerics != "w4a16"]
+    decisive = json.dumps([weights.identity, layers, prompts, args.resolution]).encode()
+    path = out.with_name(f".{out.name}.{hashlib.sha256(decisive).hexdigest()[:16]}.stats.safetensors")
     if not path.exists():
-        weights, architecture, _ = open_model(source)
-        main = folder_settings(args.profile, calibrated=True, rank=args.rank, group_size=args.group_size)
-        plan = plan_model(weights, architecture, main)  # what cannot be quantized is refused before the model runs
-        layers = [layer for layer, settings in plan.items() if settings.numerics != "w4a16"]
         out.parent.mkdir(parents=True, exist_ok=True)
+        for other in out.parent.glob(f".{glob.escape(out.name)}.*.stats.safetensors"):
+            other.unlink()
         collect_pipeline_stats(source, layers, path, device, prompts=prompts, resolution=args.resolution)
     return path

@@ -29,7 +29,7 @@ class ActivationStats:
     absmax_K: Tensor
     """[K] float32: largest magnitude seen per in feature."""
     samples_SK: Tensor
-    """[S, K] float32: a uniform sample of input rows."""
+    """[S, K] a uniform sample of input rows, in the dtype that the layer received."""
 
 
 class _Collector:

@@ -23,7 +23,7 @@ class Rows(Protocol):
         ...
 
     def draw(self, index: Tensor) -> Tensor:
-        """[S, K] float32: the rows of these numbers."""
+        """[S, K] in x's dtype: the rows of these numbers."""
         ...
 
 
@@ -38,7 +38,7 @@ class TokenRows:
         return self._x_MK.abs().amax(0).float()
 
     def draw(self, index: Tensor) -> Tensor:
-        return self._x_MK[index.to(self._x_MK.device)].float()
+        return self._x_MK[index.to(self._x_MK.device)]
 
 
 class PatchRows:
@@ -61,7 +61,7 @@ class PatchRows:
         left = index % window.out_width * window.stride
         k = window.kernel
         taps = [self._x_BHWC[image, top + tap // k, left + tap % k] for tap in range(window.taps)]
-        return self._columns(torch.cat(taps, dim=1).float())
+        return self._columns(torch.cat(taps, dim=1))
 
     def _columns(self, rows: Tensor) -> Tensor:
         return rows if self._window.taps == 1 else pad_taps(rows, self._channels)

@@ -11,7 +11,7 @@ from torch import Tensor
 from loragraft.kernels.act_quant import dequantize_activation, quantize_activation
 from loragraft.kernels.layout import apply_hadamard, relative_rms, uses_triton
 from loragraft.quantization.fused_rounding import round_progressive_fused
-from loragraft.quantization.low_rank import POWER_ITERATIONS, InputMetric, Subspace, low_rank
+from loragraft.quantization.low_rank import InputMoment, Subspace, low_rank
 from loragraft.quantization.settings import QuantSettings
 from loragraft.quantization.weight_quant import RoundedWeight, round_affine, round_progressive, round_symmetric
 
@@ -76,11 +76,11 @@ class Split:
     error: float
     iterations: int
     weighted: bool = False
-    """Whether the branch was fitted to the inputs (`InputMetric`)."""
+    """Whether the branch was fitted to the inputs (`InputMoment`)."""
 
 
-def smoothing_vector(absmax_x_K: Tensor, absmax_w_K: Tensor, alpha: float, beta: float) -> Tensor:
-    """s = max|x|^alpha / max|W|^beta, [K] in bfloat16, geometric mean 1.
+def smoothing_vector(absmax_x_K: Tensor, absmax_w_K: Tensor, alpha: float | Tensor, beta: float | Tensor) -> Tensor:
+    """s = max|x|^alpha / max|W|^beta, [K] in bfloat16, geometric mean 1; [C, K] for exponents [C, 1].
 
     Only the ratios matter: a common factor cancels between x / s and W s. Channels that (almost) never fire are held
     at 1e-5 of the largest, so that a stray value at run time is not blown up.
@@ -88,16 +88,13 @@ def smoothing_vector(absmax_x_K: Tensor, absmax_w_K: Tensor, alpha: float, beta:
     absmax_x = absmax_x_K.clamp(min=1e-5 * absmax_x_K.max().clamp(min=1e-30))
     absmax_w = absmax_w_K.clamp(min=1e-5 * absmax_w_K.max().clamp(min=1e-30))
     log_s = alpha * absmax_x.log() - beta * absmax_w.log()
-    return (log_s - log_s.mean()).exp().to(torch.bfloat16)
+    return (log_s - log_s.mean(-1, keepdim=True)).exp().to(torch.bfloat16)
 
 
-def split_layer(
-    layer: Layer, transform: Transform, rounds: int, *, weighted: bool = False, cold_iterations: int = POWER_ITERATIONS
-) -> Split:
+def split_layer(layer: Layer, transform: Transform, rounds: int, *, weighted: bool = False) -> Split:
     """Branch and codes for one transform, alternating for at most `rounds` rounds; the best round is returned.
 
-    Of a subsampled search only: `weighted` fits the branch to the inputs `layer.fitted_SK`, and `cold_iterations` are the
-    power iterations of the first SVD.
+    weighted, of a subsampled search only: the branch is fitted to the inputs `layer.fitted_SK`.
     """
     settings, weight = layer.settings, layer.weight_NK
     smooth = smoothing_vector(layer.absmax_K, layer.weight_absmax_K, transform.alpha, transform.beta)
@@ -106,10 +103,10 @@ def split_layer(
     target = rotate(weight if plain else weight * smooth.float(), transform.hadamard)
     inputs = quantized_inputs(layer, smooth, transform.hadamard)
     subsampled = settings.search == "subsampled"
-    metric = None
+    moment = None
     if weighted and layer.fitted_SK is not None:
-        metric = InputMetric(rotate(layer.fitted_SK / smooth.float(), transform.hadamard))
-    subspace = Subspace(settings.branch_rank, settings.seed, cold_iterations, metric)
+        moment = InputMoment(rotate(layer.fitted_SK / smooth.float(), transform.hadamard))
+    subspace = Subspace(settings.branch_rank, settings.seed, moment=moment)
     best: Split | None = None
     for iteration in range(1, rounds + 1):
         residual = target if best is None else target - best.rounded.dense_NK
@@ -120,7 +117,7 @@ def split_layer(
         del residual
         down = (rotate(right, transform.hadamard) / smooth.float()).to(torch.bfloat16)
         up = up.to(torch.bfloat16)
-        rounded = round_weight(_without_branch(target, down, up, smooth, transform.hadamard), settings)
+        rounded = round_weight(without_branch(target, down, up, smooth, transform.hadamard), settings)
         output = inputs @ rounded.dense_NK.T + (layer.rows_SK @ down.float().T) @ up.float().T
         error = relative_rms(output, layer.target_SN)
         if best is not None and error >= best.error:
@@ -144,9 +141,9 @@ def transformed_branch(down_RK: Tensor, up_NR: Tensor, smooth_K: Tensor, hadamar
     return up_NR.float() @ rotate(down_RK.float() * smooth_K.float(), hadamard)
 
 
-def _without_branch(target_NK: Tensor, down_RK: Tensor, up_NR: Tensor, smooth_K: Tensor, hadamard: bool) -> Tensor:
+def without_branch(target_NK: Tensor, down_RK: Tensor, up_NR: Tensor, smooth_K: Tensor, hadamard: bool) -> Tensor:
     """W' - U D diag(s) H: what is left to the codes; W' itself without a branch. Not to be written to."""
-    if not len(down_RK):
+    if not down_RK.shape[-2]:
         return target_NK
     branch_NK = transformed_branch(down_RK, up_NR, smooth_K, hadamard)
     return torch.sub(target_NK, branch_NK, out=branch_NK)

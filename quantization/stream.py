@@ -36,7 +36,7 @@ from loragraft.quantization.weight_source import TensorInfo, WeightSource
 
 AHEAD = 2
 """Layers that may wait between two threads."""
-ALGORITHM = 1
+ALGORITHM = 2
 """Part of the key of a half-done quantization: raised whenever the same layer would come out with other bits."""
 REPORT_NAME = "quantization_report.json"
 OnWait = Callable[[str, float], None]

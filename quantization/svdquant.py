@@ -11,9 +11,9 @@ s = max|x|^a / max|W|^b over (0, 0), (i/n, 0), (i/n, 1 - i/n), i = 1..n, judged 
 L_i = SVD_R(W' - deq(q_{i-1})), q_i = round(W' - L_i) is DeepCompressor's `calib/lowrank.py` (LoftQ, arXiv:2310.08659,
 for one layer); it stops at the first round whose y is worse. The SVD is randomized (`low_rank`), seeded.
 
-A subsampled search on measured activations also tries the branch that approximates in the metric of the inputs
-(`low_rank.InputMetric`): L_i C = SVD_R((W' - deq(q_{i-1})) C), C = (x'^T x' / S + damping)^(1/2), fitted to three quarters of the rows
-and judged on the others.
+A subsampled search ranks its candidates in stacks (`candidates`). On measured activations it also tries the branch that
+approximates in the metric of the inputs (`low_rank.InputMoment`): L_i C = SVD_R((W' - deq(q_{i-1})) C), C C^T = x'^T x' / S + damping,
+fitted to three quarters of the rows and judged on the others.
 
 s, D and U are rounded to bfloat16 *before* the residual is formed: the codes absorb the branch's own rounding.
 All arithmetic is float32; only the orthonormal bases of `low_rank.Subspace` are made in float64.
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from loragraft.kernels.layout import pack_int4, relative_rms
 from loragraft.quantization.calibrate import ActivationStats
+from loragraft.quantization.candidates import candidate_errors
 from loragraft.quantization.format_quant import quantize_to_format
 from loragraft.quantization.formats import FORMATS
 from loragraft.quantization.gptq import HELD_OUT, gptq_codes
@@ -206,7 +207,7 @@ def _search(layer: Layer) -> Split:
     if len(candidates) == 1 and layer.fitted_SK is None:
         return split_layer(layer, candidates[0], rounds)
     small = layer.part(SUBSAMPLED_ROWS, SUBSAMPLED_OUTPUTS)
-    ranked = sorted((split_layer(small, c, 1, cold_iterations=1).error, i) for i, c in enumerate(candidates))
+    ranked = sorted((error, i) for i, error in enumerate(candidate_errors(small, candidates)))
     ways = (False, True) if layer.fitted_SK is not None and settings.branch_rank > 0 else (False,)
     finalists = [(candidates[i], weighted) for _, i in ranked[:FINALISTS] for weighted in ways]
     tried = min(rounds, FINALIST_ROUNDS)

@@ -92,11 +92,15 @@ def test_the_command_calibrates_once_and_leaves_nothing_beside_the_checkpoint(
     assert cli.main([*command, "--profile", "interchange", "--group-size", "128"]) == 2
     assert collected == []  # refused before the model runs
     monkeypatch.setattr(architectures, "quantize_stream", _interrupted)
+    (tmp_path / "before").write_text("a zebra\n")
+    with pytest.raises(RuntimeError, match="interrupted"):
+        cli.main([*command, "--prompts", str(tmp_path / "before")])
     with pytest.raises(RuntimeError, match="interrupted"):
         cli.main(command)
+    assert len(list(out.parent.glob(".out.*"))) == 1
     monkeypatch.setattr(architectures, "quantize_stream", quantize_stream)
     assert cli.main(command) == 0
-    assert collected == [("a cat", "a dog")]
+    assert collected == [("a zebra",), ("a cat", "a dog")]  # other prompts are not those of the file, equal ones are
     assert [path.name for path in out.parent.iterdir()] == ["out"]
     report = json.loads((out / "quantization_report.json").read_text())
     assert any(layer["alpha"] > 0 for layer in report["layers"])

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -15,8 +17,8 @@ from loragraft.quantization.settings import QuantSettings
 
 
 @pytest.fixture(scope="module")
-def streaming(benchmark_module: Callable[[str], ModuleType]) -> ModuleType:
-    return benchmark_module("quantizer")
+def streaming(benchmark_module: Callable[..., ModuleType]) -> ModuleType:
+    return benchmark_module("quantizer", beside="flux_calibration")
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +51,8 @@ def test_folder_and_generator_hold_the_same_weights_and_give_the_same_file(
     source = streaming.GeneratedSource(streaming.flux_config(0.02), 0, "cpu")
     streaming.write_model(source, tmp_path / "model", shard_bytes=2e5)
     assert len(list((tmp_path / "model").glob("*.safetensors"))) > 2
+    assert streaming.is_made(_arguments(tmp_path))
+    assert not streaming.is_made(_arguments(tmp_path, scale=0.08))
     read, _, config = open_model(tmp_path / "model")
     assert config == json.loads(json.dumps(source.config))
     assert all(torch.equal(read.read(name), source.read(name)) for name in source.tensors)
@@ -63,10 +67,63 @@ def test_folder_and_generator_hold_the_same_weights_and_give_the_same_file(
 
 
 def test_statistics_of_random_passes_calibrate(streaming: ModuleType, tmp_path: Path) -> None:
+    """From the folder and from the generator: the same statistics to the byte, noted phase by phase."""
     streaming.write_model(streaming.GeneratedSource(streaming.flux_config(0.02), 0, "cpu"), tmp_path / "model")
-    streaming.collect_stats(_arguments(tmp_path), tmp_path / "stats.safetensors")
-    result = streaming.child(_arguments(tmp_path, stats=tmp_path / "stats.safetensors"))
+    noted: dict[str, object] = {}
+    for name in ("folder", "generated"):
+        source, architecture, _ = streaming.open_source(_arguments(tmp_path, no_input_file=name == "generated"))
+        layers = list(plan_model(source, architecture, QuantSettings(search="subsampled")))
+        layers = [layer for layer in layers if "norm" not in layer]
+        streaming.collect_stats(
+            source, layers, tmp_path / f"{name}.safetensors", scale=0.02, passes=2, seed=0, note=noted.update
+        )
+    assert streaming.digest(tmp_path / "folder.safetensors") == streaming.digest(tmp_path / "generated.safetensors")
+    assert noted["passes_done"] == 2
+    assert all(noted[f"{phase}_seconds"] > 0 for phase in ("load", "pass", "passes", "save"))  # type: ignore[operator]
+    result = streaming.child(_arguments(tmp_path, stats=tmp_path / "folder.safetensors"))
     assert result["smoothed"] > 10
+    assert result["fitted_to_inputs"] > 10
+    assert result["mean_output_error"] < 0.5 * result["mean_plain_error"]
+    assert all(seconds > 0 for seconds in result["part_seconds"].values())
+    assert sum(result["part_seconds"].values()) < result["seconds"]
+
+
+def test_a_run_leaves_its_figures_where_it_was_ended(
+    streaming: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The JSON of a calibrated run whose quantizer fails: what was measured until then, marked as incomplete."""
+    monkeypatch.setattr(
+        streaming, "start_child", lambda *_: subprocess.Popen(["false"], stdout=subprocess.PIPE, text=True)
+    )
+    out = tmp_path / "out.json"
+    line = f"quantizer.py calibrated --work {tmp_path / 'work'} --out {out} --scale 0.02 --passes 1 --no-input-file"
+    monkeypatch.setattr("sys.argv", line.split())
+    with pytest.raises(RuntimeError, match="ended with 1"):
+        streaming.main()
+    found = json.loads(out.read_text())
+    assert not found["complete"]
+    assert found["excluded"][-1] == "reading the 16-bit weights from a file"
+    assert found["statistics_seconds"] > found["passes_seconds"] > 0
+    assert "total_seconds" not in found
+    assert "--out out.json" in found["command"]
+    assert not (tmp_path / "work" / "model").exists()
+
+
+def test_a_work_folder_without_room_is_named(
+    streaming: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(40e9, 10e9, 30e9))  # type: ignore[attr-defined]
+    given = {"what": "calibrated", "scale": 1.0, "kill": None}
+    reason = streaming.lacking_room(_arguments(tmp_path, **given))
+    assert f"{tmp_path} has 30.0 GB free, this run writes 33.3" in reason
+    assert streaming.lacking_room(_arguments(tmp_path, **given, no_input_file=True)) is None
+
+
+def test_a_child_is_watched(streaming: ModuleType) -> None:
+    looks: list[int] = []
+    process = subprocess.Popen(["sh", "-c", "sleep 1.2; echo '{}'"], stdout=subprocess.PIPE, text=True)
+    assert streaming.finish_child(process, lambda: looks.append(1)) == {}
+    assert looks == [1]
 
 
 def test_exact_low_rank_is_the_svd(accuracy: ModuleType) -> None:

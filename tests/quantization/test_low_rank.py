@@ -1,11 +1,11 @@
-"""The warm-started subspace: as good as the full SVD, robust to degenerate matrices, and its metric is what it says."""
+"""The warm-started subspace: as good as the full SVD, robust to degenerate matrices, and its input moment is what it says."""
 
 import pytest
 import torch
 from torch import Tensor
 
 from loragraft.kernels.layout import relative_rms
-from loragraft.quantization.low_rank import InputMetric, Subspace, orthonormal
+from loragraft.quantization.low_rank import InputMoment, Subspace, orthonormal
 
 
 def _decaying(N: int = 96, K: int = 128, seed: int = 0) -> Tensor:
@@ -66,21 +66,31 @@ def test_same_seed_same_bits_and_the_global_generator_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize("S", [16, 200])
-def test_metric_is_the_root_of_the_damped_second_moment(S: int) -> None:
+def test_moment_is_damped(S: int) -> None:
     x = _decaying(S, 40, seed=5)
-    metric = InputMetric(x, damping=0.5)
-    C = metric.apply(torch.eye(40)).double()
     moment = (x.double().T @ x.double()) / S
     expected = moment + 0.5 * moment.diagonal().mean() * torch.eye(40)
-    assert relative_rms(C @ C, expected) < 1e-5
-    assert relative_rms(metric.undo(metric.apply(x)), x) < 1e-5
+    assert relative_rms(InputMoment(x, damping=0.5).apply(torch.eye(40)), expected) < 1e-6
+
+
+def test_a_stack_is_its_matrices_one_by_one() -> None:
+    stack = torch.stack([_decaying(seed=seed) for seed in range(3)])
+    x = _decaying(300, 128, seed=9)
+    for moment in (None, InputMoment(x)):
+        together, alone = Subspace(8, 0, moment=moment), [Subspace(8, 0, moment=moment) for _ in stack]
+        for _ in range(2):  # cold and warm
+            up, right = together.factors(stack)
+            for found, subspace, matrix in zip(up @ right, alone, stack, strict=True):
+                up_alone, right_alone = subspace.factors(matrix)
+                assert relative_rms(found, up_alone @ right_alone) < 1e-4
+    assert [tuple(t.shape) for t in Subspace(0, 0).factors(stack)] == [(3, 96, 0), (3, 0, 128)]
 
 
 def test_a_branch_in_the_metric_has_the_least_output_error() -> None:
     matrix, x = _decaying(), _decaying(300, 128, seed=9)
     x[:, :4] *= 20
     plain = Subspace(8, 0).factors(matrix)
-    fitted = Subspace(8, 0, metric=InputMetric(x, damping=1e-3)).factors(matrix)
+    fitted = Subspace(8, 0, moment=InputMoment(x, damping=1e-3)).factors(matrix)
 
     def error(factors: tuple[Tensor, Tensor]) -> float:
         return relative_rms(x @ (factors[0] @ factors[1]).T, x @ matrix.T)
@@ -89,3 +99,18 @@ def test_a_branch_in_the_metric_has_the_least_output_error() -> None:
     least = relative_rms(_best(x @ matrix.T, 8), x @ matrix.T)
     assert least <= error(fitted) < 1.02 * least
     assert error(fitted) < 0.9 * error(plain)
+
+
+def test_a_branch_in_the_metric_is_the_svd_in_that_metric() -> None:
+    """Against M C's own SVD with C the symmetric root, un-done by its inverse; loud inputs make C badly conditioned."""
+    matrix, x = _decaying(), torch.randn(300, 128, generator=torch.Generator().manual_seed(1))
+    x[:, :4] *= 30
+    moment = x.double().T @ x.double() / len(x)
+    moment += moment.diagonal().mean() * torch.eye(128)
+    values, vectors = torch.linalg.eigh(moment)
+    root = (vectors * values.sqrt()) @ vectors.T
+    U, S, Vh = torch.linalg.svd(matrix.double() @ root)
+    expected = (U[:, :8] * S[:8]) @ Vh[:8]
+    up, right = Subspace(8, 0, moment=InputMoment(x)).factors(matrix)
+    whole = matrix.double() @ root
+    assert relative_rms(up @ right @ root.float(), whole) <= 1.001 * relative_rms(expected, whole)
