@@ -83,6 +83,7 @@ VARIANTS = {
     "ours_1024_sdpa": Variant(checkpointing="gelu"),
     "ours_1024_int8_dgrad": Variant(attention="flash_attn_4", checkpointing="gelu", dgrad="int8"),
     "ours_1024_ckpt": Variant(attention="flash_attn_4", checkpointing="block"),
+    "ours_1024_ckpt_offload": Variant(attention="flash_attn_4", checkpointing="block", offload=True),
     "ours_1024_ckpt_adamw8bit": Variant(attention="flash_attn_4", checkpointing="block", optimizer="adamw8bit"),
     "ours_512": Variant(resolution=512, attention="flash_attn_4"),
     "ours_512_8gib": Variant(
@@ -338,6 +339,8 @@ def collect(parts: Path, fidelity: Path | None) -> dict[str, Any]:
         "step_512_vs_eager": ratio("bf16_eager_512", "ours_512"),
         "step_512_vs_compiled": ratio("bf16_compiled_512", "ours_512"),
         "peak_gib_ckpt_1024": figure("ours_1024_ckpt", "peak_gib"),
+        "peak_gib_ckpt_1024_offload": figure("ours_1024_ckpt_offload", "peak_gib"),
+        "step_1024_ckpt_offload_vs_ckpt": ratio("ours_1024_ckpt_offload", "ours_1024_ckpt"),
         "peak_gib_nockpt_1024": figure("ours_1024", "peak_gib"),
         "first_step_seconds": figure("ours_1024", "first_step_seconds"),
         "image_20_steps_vs_bf16": ratio("bf16_image", "ours_image", "image_20_steps_seconds"),

@@ -128,21 +128,22 @@ def _(
 @torch.library.custom_op("loragraft::w4a8_dgrad", mutates_args=())
 def _w4a8_dgrad(
     dy_MN: Tensor, up_NR: Tensor, down_RK: Tensor, qweight: Tensor, row_scale: Tensor, group_words: Tensor,
-    smooth: Tensor | None, hadamard: bool, int8: bool,
+    smooth: Tensor | None, hadamard: bool, given_MR: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dx = (dy W) H / smooth + g [D; A] and g = dy [U, B]. int8: dy s_n is quantized per token."""
+    """dx = (dy W) H / smooth + g [D; A] and g = dy [U, B]. Without g given, dy s_n is quantized per token (INT8); with it, W is
+    dequantized, and the second result is empty."""
     K = down_RK.shape[1]
+    if given_MR is not None:
+        nothing = rank_rows(dy_MN[:0], up_NR.shape[1])
+        if uses_triton(dy_MN):
+            return dy_MN @ effective_weight(qweight, group_words, row_scale, smooth, hadamard, up_NR, down_RK), nothing
+        dense_NK = dequantize_w4a8(qweight, row_scale, group_words)
+        return branch.dequantized_dx(dy_MN, dense_NK, smooth, hadamard, given_MR, down_RK), nothing
     if not uses_triton(dy_MN):
         g_MR = rank_product(dy_MN, up_NR)
-        if not int8:
-            dense_NK = dequantize_w4a8(qweight, row_scale, group_words)
-            return branch.dequantized_dx(dy_MN, dense_NK, smooth, hadamard, g_MR, down_RK), g_MR
         codes_MN, t_M1 = quantize_activation(dy_MN, 1 / row_scale, hadamard=False, bits=8)
         acc_MK = torch._int_mm(codes_MN[:, : dy_MN.shape[1]], weight_int8(qweight, group_words))
         return branch.finish_dx(acc_MK.float().mul_(t_M1), smooth, hadamard, g_MR, down_RK), g_MR
-    if not int8:
-        weight_NK = effective_weight(qweight, group_words, row_scale, smooth, hadamard, up_NR, down_RK)
-        return dy_MN @ weight_NK, rank_product(dy_MN, up_NR)
     codes_MN, t_M1, g_MR = quantize_down(dy_MN, 1 / row_scale, False, up_NR.T)
     weight_KN = transposed_int8(qweight, group_words)[:K]
     inverse_K = None if smooth is None else 1 / smooth.float()
@@ -153,8 +154,9 @@ def _w4a8_dgrad(
 
 
 @_w4a8_dgrad.register_fake
-def _(dy_MN, up_NR, down_RK, qweight, row_scale, group_words, smooth, hadamard, int8):
-    return dy_MN.new_empty((dy_MN.shape[0], down_RK.shape[1])), rank_rows(dy_MN, up_NR.shape[1])
+def _(dy_MN, up_NR, down_RK, qweight, row_scale, group_words, smooth, hadamard, given_MR=None):
+    g_MR = rank_rows(dy_MN if given_MR is None else dy_MN[:0], up_NR.shape[1])
+    return dy_MN.new_empty((dy_MN.shape[0], down_RK.shape[1])), g_MR
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -174,16 +176,23 @@ def _backward(ctx: Any, dy_MN: Tensor, *_: Tensor | None) -> tuple[Tensor | None
     h_MR, x_MK, codes_MK, scale_M1, *quantized, smooth, lora_down, lora_up = saved[:-4]
     adapter_down, adapter_up, joined_down, joined_up = saved[-4:]
     dy_MN = dy_MN.contiguous()
-    up_NR = branch.join(lora_up, adapter_up, 1, dy_MN.dtype) if joined_up is None else joined_up
     dx_MK, g_MR, grad_down, grad_up = None, None, None, None
+    weights: tuple[Any, ...] = ()
     if ctx.needs_input_grad[0]:
+        up_NR = branch.join(lora_up, adapter_up, 1, dy_MN.dtype) if joined_up is None else joined_up
         down_RK = branch.join(lora_down, adapter_down, 0, dy_MN.dtype) if joined_down is None else joined_down
-        dx_MK, g_MR = _w4a8_dgrad(dy_MN, up_NR, down_RK, *quantized, smooth, ctx.hadamard, ctx.dgrad == "int8")
-    if ctx.trains:
+        weights = up_NR, down_RK, *quantized, smooth, ctx.hadamard
+        if ctx.dgrad == "int8":
+            dx_MK, g_MR = _w4a8_dgrad(dy_MN, *weights)
+        else:
+            g_MR = dy_MN @ up_NR
+    if ctx.trains:  # before dx, in a compiled graph: codes of x are gone when dx and W are written
         g_MR = dy_MN @ adapter_up.to(dy_MN.dtype) if g_MR is None else g_MR
         grad_down, grad_up = branch.adapter_gradients(
             dy_MN, g_MR, h_MR, x_MK, codes_MK, scale_M1, smooth, ctx.hadamard, adapter_down, adapter_up
         )
+    if weights and dx_MK is None:
+        dx_MK, _ = _w4a8_dgrad(dy_MN, *weights, g_MR)
     return dx_MK, *(None,) * 7, grad_down, grad_up, *(None,) * 8
 
 

@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from loragraft.train.offloading import HostBuffers, offloaded_inputs
 
 Checkpointing = Literal["none", "gelu", "cheap", "block", "selective"]
 
@@ -95,53 +96,6 @@ def _check_offload(device: torch.device) -> None:
         raise ValueError(
             f"train.offload_activations moves GPU memory to the host; this run is on {device}: set it to false"
         )
-
-
-class HostBuffers:
-    """Host memory that is used again: for each shape and dtype the buffer that came back last. Pinned where there is a GPU.
-
-    A CUDA graph cannot allocate host memory while it is captured, but it can copy to and from buffers that an earlier run of
-    the same step has left here.
-    """
-
-    def __init__(self) -> None:
-        self._free: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
-
-    def store(self, tensor: Tensor) -> "Stored":
-        """A copy on the host. Copies go through the current stream, so the device's memory may be used again at once."""
-        free = self._free.setdefault((tensor.shape, tensor.dtype), [])
-        host = free.pop() if free else torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-        return Stored(host.copy_(tensor, non_blocking=True), tensor.device, free)
-
-
-class Stored:
-    """A tensor in a buffer that goes back when nothing refers to it any more; on one stream, reuse comes after the last read."""
-
-    def __init__(self, host: Tensor, device: torch.device, free: list[Tensor]) -> None:
-        self._host, self._device, self._free = host, device, free
-
-    def load(self) -> Tensor:
-        """The tensor, on its device."""
-        return self._host.to(self._device, non_blocking=True, copy=True)
-
-    def __del__(self) -> None:
-        self._free.append(self._host)
-
-
-def offloaded_inputs(buffers: HostBuffers) -> saved_tensors_hooks:
-    """While it is entered, what autograd saves of activations ([B, tokens, D] or [B, C, h, w]) is kept in host memory.
-
-    The step pays 28 MB each way per block of FLUX.1-dev at 1024 px (about 1 ms a copy). Small and shared arguments stay where
-    they are.
-    """
-
-    def pack(tensor: Tensor) -> Tensor | Stored:
-        return tensor if tensor.dim() < 3 else buffers.store(tensor)
-
-    def unpack(packed: Tensor | Stored) -> Tensor:
-        return packed if isinstance(packed, Tensor) else packed.load()
-
-    return saved_tensors_hooks(pack, unpack)
 
 
 def keep_what_costs(block: nn.Module, *, norms: bool) -> None:

@@ -111,19 +111,22 @@ def _w4a8(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[Part]:
     ]
 
 
+def _dequantizes(args: tuple[Any, ...]) -> bool:
+    """Whether a `w4a8_dgrad` was given dy [U, B]."""
+    return len(args) > 8 and args[8] is not None
+
+
 def _w4a8_dgrad(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[Part]:
-    """dequantized: W_eff is written, then read by one product; int8: dy is quantized, the weight transposed."""
+    """dequantized (dy [U, B] is given): W_eff is written, then read by one product; int8: dy is quantized, the weight transposed."""
     dy, _, down, qweight = args[:4]
     (M, N), (R, K) = dy.shape, down.shape
-    size = dy.dtype.itemsize
-    rank = Part("gemm", 2 * M * N * R, _bytes([dy, results[1]]))
-    if not args[8]:
-        dense = N * K * size
+    if _dequantizes(args):
+        dense = N * K * dy.dtype.itemsize
         return [
             Part("memory", 2 * N * K * R, _bytes(qweight) + dense),
             Part("gemm", 2 * M * N * K, _bytes([dy, results[0]]) + dense),
-            rank,
         ]
+    rank = Part("gemm", 2 * M * N * R, _bytes([dy, results[1]]))
     return [
         Part("memory", 0, _bytes([dy, qweight]) + M * N + N * K),
         Part("int8", 2 * M * N * K, M * N + N * K + _bytes(results[0])),
@@ -145,7 +148,10 @@ def _w4a4(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[Part]:
 
 
 def _w4a4_dgrad(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[Part]:
-    return _w4a8_dgrad((*args[:4], None, None, None, None, False), results)
+    """As a dequantized W4A8 one; dy [U, B] is computed here too."""
+    dy, up = args[:2]
+    rank = Part("gemm", 2 * dy.numel() * up.shape[1], _bytes([dy, results[1]]))
+    return [*_w4a8_dgrad((*args[:4], *(None,) * 4, results[1]), results), rank]
 
 
 def _w4a16(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[Part]:
@@ -270,7 +276,7 @@ def _w4a8_dgrad_space(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[
     """W_eff [N, K] in 16 bits, or codes of dy and of the weight's transpose."""
     dy, up, down, qweight = args[:4]
     (M, N), K = dy.shape, down.shape[1]
-    if not args[8]:
+    if _dequantizes(args):
         return [N * K * up.dtype.itemsize]
     padded_N = -(-N // 128) * 128
     return [M * padded_N, 4 * M, 2 * qweight.shape[1] * padded_N, 4 * N, 4 * K]

@@ -191,10 +191,12 @@ def test_opcheck(op, rank, device):
     torch.library.opcheck(getattr(torch.ops.loragraft, f"{op.name}_linear").default, (x, *rest))
     dy = torch.randn(7, 40, device=device)
     weights = [v for k, v in inputs.items() if k in ("qweight", "row_scale", "group_words", "wscale", "wzero")]
-    last = {"w4a8": (inputs.get("smooth"), False, True), "w4a4": (inputs.get("smooth"), False), "w4a16": ()}[op.name]
+    last = () if op.name == "w4a16" else (inputs.get("smooth"), False)
     name, left = ("dx", torch.randn(7, 16, device=device)) if op.name == "w4a16" else ("dgrad", inputs["lora_up"])
     gradient = getattr(torch.ops.loragraft, f"{op.name}_{name}").default
     torch.library.opcheck(gradient, (dy, left, inputs["lora_down"], *weights, *last))
+    if op.name == "w4a8":  # dequantized
+        torch.library.opcheck(gradient, (dy, left, inputs["lora_down"], *weights, *last, dy @ left))
 
 
 def positional(op, inputs):

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 
 from loragraft.kernels.layout import LinearCase, pack_tiles, pack_words, relative_rms
 from loragraft.kernels.registry import OPS, cast
@@ -69,6 +71,30 @@ def test_rows_of_weight_zero_do_not_spoil_int8_dgrad(device):
     dy = torch.randn(7, 40, generator=torch.Generator().manual_seed(6)).to(device)
     exact, int8 = gradients(inputs, dy, dgrad="dequantized"), gradients(inputs, dy, dgrad="int8")
     assert relative_rms(int8["x"], exact["x"]) < 1.5e-2
+
+
+@pytest.mark.not_interpreted
+def test_codes_are_read_before_the_weight_is_written(device):
+    """A compiled backward pass then frees codes [M, K] before dx and W take theirs: the peak of a checkpointed step."""
+    inputs = cast(W4A8.inputs(LinearCase(7, 40, 192, bias=False)), torch.float32, device)
+    leaves = {name: inputs[name].requires_grad_() for name in ("x", "adapter_down", "adapter_up")}
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return make_boxed_func(graph)
+
+    compiled = torch.compile(
+        lambda x: w4a8_linear(**{**inputs, "x": x * 2}), backend=aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    )
+    compiled(leaves["x"]).sum().backward()
+    ops = torch.ops.loragraft
+    order = [
+        node.target
+        for node in graphs[-1].graph.nodes
+        if node.target in (ops.row_product.default, ops.w4a8_dgrad.default)
+    ]
+    assert order == [ops.row_product.default, ops.row_product.default, ops.w4a8_dgrad.default]
 
 
 def test_unknown_modes_and_group_sizes_are_refused():
