@@ -218,20 +218,22 @@ def _consume(
         scales.store(b_a)  # a value per column: through shared memory, as a thread needs many of them
         thread_barrier()
         b_y = gl.convert_layout(acc.to(gl.float32), FLOAT)
-        b_y *= b_s[:, None] * scales.load(gl.SliceLayout(0, FLOAT))[None, :]
-        for _ in gl.static_range(RANK_STEPS):
+        b_y = b_y * (b_s[:, None] * scales.load(gl.SliceLayout(0, FLOAT))[None, :]) + b_bias[:, None]
+        for step in gl.static_range(RANK_STEPS):
             mbarrier.wait(full.index(stage), phase)
             up = _up_tile(ws.index(BOXES * stage + GROUP), up_desc.dtype, WN, UP_BY_RANK)
             if UP_BY_RANK:
                 up = up.permute((1, 0))
             h = reinterpret(xs.index(2 * stage), up_desc.dtype, [BM, 32], HALF)
             b_y = warpgroup_mma(up, h.permute((1, 0)), b_y, is_async=True)
-            b_y = warpgroup_mma_wait(0, deps=(b_y,))
-            mbarrier.arrive(empty.index(stage))
+            if step % 2 == 1 or step == RANK_STEPS - 1:  # one wait for two steps
+                b_y = warpgroup_mma_wait(0, deps=(b_y,))
+                if step % 2 == 1:
+                    mbarrier.arrive(empty.index(gl.where(stage == 0, STAGES - 1, stage - 1)))
+                mbarrier.arrive(empty.index(stage))
             stage += 1
             if stage == STAGES:
                 stage, phase = 0, phase ^ 1
-        b_y += b_bias[:, None]
         tma.store_wait(0)  # the tile before has left ys
         thread_barrier()
         ys.store(b_y.to(ys.dtype))
