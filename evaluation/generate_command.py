@@ -26,14 +26,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="PATH[@WEIGHT]",
         help="a run, an adapter folder or file; can be repeated",
     )
-    parser.add_argument("--prompt", action="append", help="can be repeated")
+    parser.add_argument(
+        "--prompt", action="append", help="what to draw; can be repeated (default: the recipe's sample prompts)"
+    )
     parser.add_argument(
         "--prompt-file",
         metavar="FILE",
         help="JSON lines with name, prompt and seed, as `loragraft prompts SET --from DIR` prints: OUT/<name>.png each, what "
         "is there is skipped",
     )
-    parser.add_argument("--negative-prompt", default="")
+    parser.add_argument(
+        "--negative-prompt", default="", help="what the picture should not show (default: the recipe's, for its base)"
+    )
     parser.add_argument("--base", help=f"one of {', '.join(list_bases())}; default: the adapter's own, else pocket")
     parser.add_argument("--profile", choices=PROFILES, help="default: the adapter's own, else native")
     parser.add_argument("--any-base", action="store_true", help="graft an adapter that was trained on another base")
@@ -41,7 +45,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--denoiser-only", action="store_true", help="of adapters that change text encoders or norms too, use the rest"
     )
     parser.add_argument("--out", default="images", help="folder for the images (default: images)")
-    parser.add_argument("--seed", type=int)
+    parser.add_argument("--seed", type=int, help="of the first image (default: the recipe's, else 0)")
     parser.add_argument("--per-prompt", type=int, default=1, help="images per prompt, at consecutive seeds")
     parser.add_argument("--steps", type=int, help="sampling steps (default: the recipe's, else the base's own)")
     parser.add_argument(
