@@ -355,7 +355,7 @@ def serve(page: Page, host: str, port: int, *, open_browser: bool) -> None:
                 css_paths=Path(__file__).with_name("page.css"), share=False, quiet=True, show_error=True, prevent_thread_lock=True,
                 footer_links=[], run_history=False, enable_monitoring=False, mcp_server=False, ssr_mode=False, pwa=False,
             )  # fmt: skip
-        except OSError as error:
+        except (OSError, OverflowError) as error:  # the latter for a port above 65535
             raise ValueError(f"{host}:{port} cannot be had ({error}); give another --port") from error
         print(f"loragraft demo: {url} (ctrl-C ends it)", flush=True)
         blocks.block_thread()

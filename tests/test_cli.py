@@ -74,6 +74,14 @@ def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
         (["recipe", "marketing", "base=flux-dev"], "Did you mean 'flux1-dev'"),
         (["generate", "--adapter", "runs/none"], "there is no runs/none: give a run folder"),
         (["generate", "--base", "pocet", "--prompt", "x"], "Did you mean 'pocket'"),
+        (["generate", "--prompt", "x", "--steps", "0"], "--steps 0: it is at least 1"),
+        (["generate", "--prompt", "x", "--per-prompt", "0"], "--per-prompt 0: it is at least 1"),
+        (["generate", "--prompt", "x", "--resolution", "100"], "multiples of 16, such as 96"),
+        (["generate", "--prompt", "x", "--out", "file"], "--out file is a file: name a folder"),
+        (["prompts", "mjhq"], "say where it lies with --from"),
+        (["quantize", "pocet", "--out", "int4"], "There is no file or folder pocet either"),
+        (["measure", "nowhere", "--metrics", "psnr", "--against", "."], "there is no folder nowhere"),
+        (["measure", ".", "--metrics", "fid"], "put the published files into a folder"),
         (["generate"], 'give --prompt "..."'),
         (["quantize", "pocket", "--out", "."], "exists already"),
         (["convert", "nowhere.safetensors", "."], "exists; name another place"),
@@ -88,6 +96,7 @@ def test_mistakes_are_one_sentence(
     tmp_path: Path,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
     assert cli.main(arguments) == 2
     error = capsys.readouterr().err.strip()
     assert message in error

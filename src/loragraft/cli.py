@@ -61,12 +61,15 @@ def _prompts(args: argparse.Namespace) -> int:
     import dataclasses
 
     from loragraft.data.cache import default_cache_root
+    from loragraft.data.prompt_sets import READERS as PUBLISHED_SETS
     from loragraft.data.prompts import evaluation_prompts, prompts_id
 
     if args.source:
         from loragraft.data.prompt_sets import show
 
         return show(args.name, Path(args.source), args.count, args.training_folder)
+    if args.name in PUBLISHED_SETS:
+        raise ValueError(f"{args.name} is a published set: say where it lies with --from DIR")
     if args.training_folder:
         raise ValueError("--training-folder serves a published set, which --from finds")
     args.count = 256 if args.count is None else args.count
