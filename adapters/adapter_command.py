@@ -18,10 +18,23 @@ DTYPES = {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16"}
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `loragraft adapter`."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    inspect = actions.add_parser("inspect", help="dialect, base, ranks, targets and metadata of a file")
+    inspect = actions.add_parser(
+        "inspect",
+        help="dialect, base, ranks, targets and metadata of a file",
+        description="Whose naming, which base, ranks, what would be lost, and what the file's header says.\n\n"
+        "loragraft adapter inspect downloaded.safetensors",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     inspect.add_argument("--json", action="store_true", help="as JSON")
-    export = actions.add_parser("export", help="write it as diffusers, kohya or ComfyUI name it")
-    export.add_argument("--style", choices=STYLES, required=True)
+    export = actions.add_parser(
+        "export",
+        help="write it as diffusers, kohya or ComfyUI name it",
+        description="Write an adapter as other programs name it, the scale in its tensors.\n\n"
+        "loragraft adapter export runs/marketing --style comfyui --out marketing.safetensors\n\n"
+        "comfyui adds marketing.workflow.json where ComfyUI knows the base (pocket it does not).",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    export.add_argument("--style", choices=STYLES, required=True, help="whose names the tensors get")
     export.add_argument("--out", required=True, help="a .safetensors file, or a folder for it; must not exist")
     export.add_argument("--dtype", choices=tuple(DTYPES), help="of the factors (default: as they are)")
     export.add_argument(

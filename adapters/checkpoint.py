@@ -39,6 +39,8 @@ COMPONENTS: tuple[Component, ...] = ("transformer", "unet")
 METADATA_KEY = "loragraft"
 PEFT_WEIGHTS = "adapter_model.safetensors"
 REQUIRED = ("base", "base_id")
+RUN_RECIPE = "recipe.yaml"
+"""In a run folder, beside `adapter`."""
 MOST_LISTED = 5
 UNKNOWN_BASE = "unknown (the file does not say)"
 
@@ -224,14 +226,21 @@ def load_adapter(path: Path | str, max_rank: int = MAX_RANK) -> Adapter:
 
 
 def adapter_file(path: Path) -> Path:
-    """The adapter file of a run or folder (diffusers' name, PEFT's, or the only one there is), or the file itself."""
+    """The adapter file of a run or folder (diffusers' name, PEFT's, or the only one there is), or the file itself.
+
+    Raises CheckpointError where there is none.
+    """
+    if not path.exists():
+        raise CheckpointError(f"there is no {path}: give a run folder, an adapter folder or a .safetensors file")
     if not path.is_dir():
         return path
-    path = path / "adapter" if (path / "adapter").is_dir() else path
+    run, path = path, path / "adapter" if (path / "adapter").is_dir() else path
     for name in (LORA_WEIGHT_NAME_SAFE, PEFT_WEIGHTS):
         if (path / name).is_file():
             return path / name
     only = sorted(file for file in path.glob("*.safetensors") if file.name != START_NAME)
+    if not only and (run / RUN_RECIPE).is_file():
+        raise CheckpointError(f"{run} is a run that is not finished: give its training command again, it goes on")
     if len(only) != 1:
         raise CheckpointError(
             f"{path} holds {len(only)} .safetensors files and none named {LORA_WEIGHT_NAME_SAFE} or {PEFT_WEIGHTS}; give the file"

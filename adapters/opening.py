@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from loragraft.adapters.checkpoint import Adapter, load_adapter
+from loragraft.adapters.checkpoint import RUN_RECIPE, Adapter, load_adapter
 from loragraft.adapters.formats.contract import START_NAME
 from loragraft.recipes.load import load_recipe
 from loragraft.recipes.schema import Recipe
@@ -22,7 +22,7 @@ def open_adapters(given: Sequence[str], *, denoiser_only: bool = False) -> list[
             value = float(weight)
         except ValueError:
             raise ValueError(f"{entry!r}: what follows @ is the adapter's weight, a number such as 0.8") from None
-        adapter = load_adapter(_file_or_folder(Path(path)))
+        adapter = load_adapter(path)
         adapter = adapter.denoiser_only() if denoiser_only else adapter
         adapter.check_whole()
         found.append((adapter, value))
@@ -32,17 +32,17 @@ def open_adapters(given: Sequence[str], *, denoiser_only: bool = False) -> list[
 def recipe_of_run(given: str) -> Recipe | None:
     """The recipe of the run folder in `PATH` or `PATH@WEIGHT`, or None where that is no run folder."""
     path, at, _ = given.rpartition("@")
-    recipe = Path(path if at else given) / "recipe.yaml"
+    recipe = Path(path if at else given) / RUN_RECIPE
     return load_recipe(str(recipe)) if recipe.is_file() else None
 
 
 def open_run(run: Path) -> tuple[Adapter, Recipe]:
     """The adapter and the recipe of a finished run folder. Raises ValueError saying what it lacks."""
-    if not (run / "recipe.yaml").exists():
+    if not (run / RUN_RECIPE).exists():
         raise ValueError(f"{run} is no run folder (it has no recipe.yaml): give the folder that training wrote")
     if not any(file.name != START_NAME for file in (run / "adapter").glob("*.safetensors")):
         raise ValueError(f"{run} is not finished: run `accelerate launch train/lora.py` with the same recipe to go on")
-    return load_adapter(run / "adapter"), load_recipe(str(run / "recipe.yaml"))
+    return load_adapter(run / "adapter"), load_recipe(str(run / RUN_RECIPE))
 
 
 def open_control(path: Path) -> Adapter:
@@ -51,9 +51,4 @@ def open_control(path: Path) -> Adapter:
         raise ValueError(
             f"--control {path} does not exist: give another run folder, an adapter folder or a .safetensors file"
         )
-    return load_adapter(_file_or_folder(path))
-
-
-def _file_or_folder(path: Path) -> Path:
-    """A run's own adapter folder, else the path itself."""
-    return path / "adapter" if (path / "adapter").is_dir() else path
+    return load_adapter(path)

@@ -11,7 +11,6 @@ empty caption's tensors are zeros, in training and when drawing. transformers' a
 text models come to the GPU with the first caption and leave it with `release_text`. Source of the conventions: diffusers' pipelines.
 """
 
-import gc
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -21,76 +20,42 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from loragraft.backbones.flux1_encoders import (
-    RELEASED,
-    KlPictures,
-    check_parts,
-    digest_of,
-    drawn_for,
-    random_vae,
-    without_warnings,
-)
 from loragraft.backbones.resting import rest
+from loragraft.backbones.text_encoders import FolderEncoders, check_parts, without_warnings
 from loragraft.backbones.unet import UNetFamily
 from loragraft.quantization.dialects.assembly import read_json
-from loragraft.quantization.tensor_file import CheckpointError
 
 CAPTIONS_TOGETHER = 32
 """Captions in one forward pass of the text models."""
 
 
-class _UNetPictures(KlPictures):
-    """With the scheduler and the parts that the family's pipelines know."""
-
-    def __init__(
-        self,
-        vae: AutoencoderKL,
-        scheduler: tuple[type[Any], Mapping[str, Any]],
-        family: UNetFamily,
-        device: torch.device,
-    ) -> None:
-        """scheduler: its class and configuration."""
-        super().__init__(vae, scheduler[1], device)
-        self._scheduler_class, self.family = scheduler[0], family
-
-    @property
-    def pipeline_parts(self) -> dict[str, Any]:
-        text = ("text_encoder", "tokenizer", *(("text_encoder_2", "tokenizer_2") if self.family.sized else ()))
-        scheduler = self._scheduler_class.from_config(dict(self._scheduler))
-        return {"vae": self.vae, "scheduler": scheduler, **dict.fromkeys(text)}
+def text_parts(family: UNetFamily) -> tuple[str, ...]:
+    """Of the family's pipelines: one text model, or two."""
+    return ("text_encoder", "tokenizer", *(("text_encoder_2", "tokenizer_2") if family.sized else ()))
 
 
-class ClipEncoders(_UNetPictures):
+class ClipEncoders(FolderEncoders):
     """From the folder of a diffusers pipeline. Raises CheckpointError where that is incomplete, ValueError for one whose UNet
     predicts something else than the family's."""
 
     def __init__(
         self, folder: Path, family: UNetFamily, scheduler_class: type[Any], device: torch.device, dtype: torch.dtype
     ) -> None:
-        self.folder, self._dtype = folder, dtype
-        text = ("text_encoder", "tokenizer", *(("text_encoder_2", "tokenizer_2") if family.sized else ()))
-        self._parts = (*text, "vae")
-        check_parts(folder, (*self._parts, "scheduler"))
+        parts = (*text_parts(family), "vae")
+        check_parts(folder, (*parts, "scheduler"))
         scheduler = scheduler_class.load_config(folder / "scheduler", local_files_only=True)
         _check_prediction(folder, family, scheduler)
         vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=dtype, local_files_only=True)
-        super().__init__(vae, (scheduler_class, scheduler), family, device)
+        super().__init__(folder, parts, vae, (scheduler_class, scheduler), device, dtype)
+        self.family = family
         self._zeros = family.sized and bool(
             read_json(folder / "model_index.json").get("force_zeros_for_empty_prompt", True)
         )
-        self._text: Any = None
-        self._released = False
 
     @cached_property
     def id(self) -> str:
         """`clip-<digest of the files>`, and what stands for the empty caption."""
-        return f"clip-{digest_of(self.folder, self._parts)}{'-zeros' if self._zeros else ''}"
-
-    @cached_property
-    def _tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(self.folder / "tokenizer", local_files_only=True)
+        return f"clip-{self._digest}{'-zeros' if self._zeros else ''}"
 
     def readable(self, caption: str) -> str:
         """The caption as far as 77 tokens reach, marks included."""
@@ -122,36 +87,19 @@ class ClipEncoders(_UNetPictures):
             tensors = {key: t.masked_fill(empty.view(-1, *[1] * (t.dim() - 1)), 0) for key, t in tensors.items()}
         return tensors
 
-    def _loaded_text(self) -> Any:
-        if self._released:
-            raise RuntimeError(RELEASED)
-        if self._text is None:
-            from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
+    def _open_text(self) -> Any:
+        from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
 
-            kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
-            parts: dict[str, Any] = {}
-            try:
-                for name in self._parts[:-1]:
-                    if name in kinds:
-                        model = kinds[name].from_pretrained(
-                            self.folder / name, dtype=self._dtype, local_files_only=True
-                        )
-                        parts[name] = nn.Module.to(model, self._device).eval().requires_grad_(False)
-                    else:
-                        parts[name] = AutoTokenizer.from_pretrained(self.folder / name, local_files_only=True)
-            except OSError as error:
-                raise CheckpointError(f"the text encoders of {self.folder} cannot be read: {error}") from error
-            own = {**self.family.options, **self.pipeline_parts, **parts, "vae": None}
-            self._text = self.family.text_to_image(unet=None, **own)
-        return self._text
-
-    def release_text(self) -> None:
-        """Frees the text models, and on a GPU what the activations of all encoders held."""
-        self._text, self._released = None, True
-        rest(self.vae)
-        gc.collect()
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+        parts: dict[str, Any] = {}
+        for name in text_parts(self.family):
+            if name in kinds:
+                model = kinds[name].from_pretrained(self.folder / name, dtype=self._dtype, local_files_only=True)
+                parts[name] = nn.Module.to(model, self._device).eval().requires_grad_(False)
+            else:
+                parts[name] = AutoTokenizer.from_pretrained(self.folder / name, local_files_only=True)
+        own = {**self.family.options, **self.pipeline_parts, **parts, "vae": None}
+        return self.family.text_to_image(unet=None, **own)
 
 
 def _check_prediction(folder: Path, family: UNetFamily, scheduler: Mapping[str, Any]) -> None:
@@ -161,44 +109,3 @@ def _check_prediction(folder: Path, family: UNetFamily, scheduler: Mapping[str, 
             f"{folder} is of a UNet that predicts {found} (scheduler/scheduler_config.json), this base's predicts "
             f"{family.process.prediction}: it would be trained and drawn wrongly"
         )
-
-
-class RandomClipEncoders(_UNetPictures):
-    """The shapes without the files. The autoencoder has random weights. There is no text encoder: a caption's embeddings are
-    normal numbers drawn from a seed that is its sha256, so equal captions agree and different ones mean nothing."""
-
-    def __init__(
-        self,
-        vae: Mapping[str, Any],
-        scheduler: tuple[type[Any], Mapping[str, Any]],
-        family: UNetFamily,
-        text: tuple[int, int, int],
-        seed: int,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
-        """`text`: (T tokens, D width of a token, P width of the pooled vector, where there is one)."""
-        super().__init__(random_vae(vae, seed, dtype), scheduler, family, device)
-        self._shape, self._seed, self._released = text, seed, False
-
-    @property
-    def id(self) -> str:
-        return f"clip-random-{self._seed}-{'x'.join(map(str, self._shape))}"
-
-    def readable(self, caption: str) -> str:
-        """All of it."""
-        return caption
-
-    def encode_text(self, captions: list[str]) -> dict[str, Tensor]:
-        """B captions -> the family's text tensors, N(0, 1), float32 on the CPU."""
-        if self._released:
-            raise RuntimeError(RELEASED)
-        tokens, width, pooled = self._shape
-        drawn = torch.stack([drawn_for(caption, self._seed, tokens * width + pooled) for caption in captions])
-        parts = (drawn[:, : tokens * width].unflatten(1, (tokens, width)), drawn[:, tokens * width :])
-        return dict(zip(self.family.text_keys, parts, strict=False))
-
-    def release_text(self) -> None:
-        """There is none to free; the autoencoder leaves the device."""
-        self._released = True
-        rest(self.vae)

@@ -104,7 +104,7 @@ def compile_to_draw(backbone: Backbone, images: int, steps: int, guided: Guided,
 
 
 def _passes(backbone: Backbone, images: int, steps: int, guided: Guided) -> int:
-    together = drawn_together((backbone.resolution // backbone.spec.grain) ** 2)
+    together = drawn_together(backbone.spec.tokens(backbone.resolution))
     return math.ceil(images / together) * steps * (2 if guided["guidance"] > 1 else 1)
 
 

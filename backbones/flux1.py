@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 
 from loragraft.backbones.architectures import FLUX
 from loragraft.backbones.flow import FLUX_LIKE
@@ -100,10 +100,11 @@ def _open(kind: Kind, folder: Path, device: torch.device, dtype: torch.dtype) ->
 
 
 def _random(kind: Kind, seed: int, device: torch.device, dtype: torch.dtype) -> Encoders:
-    from loragraft.backbones.flux1_encoders import RandomFlux1Encoders
+    from loragraft.backbones.flux1_encoders import TEXT_PARTS
+    from loragraft.backbones.text_encoders import RandomEncoders
 
-    shape = (TOKENS[kind], EMBEDDING, POOLED)
-    return RandomFlux1Encoders(VAE, flux1_scheduler(kind), shape, seed, device, dtype)
+    scheduler, shape = (FlowMatchEulerDiscreteScheduler, flux1_scheduler(kind)), (TOKENS[kind], EMBEDDING, POOLED)
+    return RandomEncoders("flux1", (AutoencoderKL, VAE), scheduler, shape, seed, device, dtype, text_parts=TEXT_PARTS)
 
 
 def flux1_spec(kind: Kind, **own: Any) -> BaseSpec:

@@ -1,6 +1,5 @@
 """A base's name to a frozen `Backbone`, quantizing on first use where no ready-made checkpoint exists."""
 
-import difflib
 import importlib
 import sys
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from loragraft.backbones.architectures import NUMERICS, SMOOTHED
-from loragraft.backbones.bases import list_bases
+from loragraft.backbones.bases import known_base, list_bases
 from loragraft.backbones.sampler import build_pipeline, generate_from_text
 from loragraft.backbones.spec import Backbone, BaseSpec, Encoders, Profile, Weights
 from loragraft.quantization.branched import BranchedLinear
@@ -37,12 +36,8 @@ def shipped_bases() -> list[str]:
 
 def find_spec(name: str) -> BaseSpec:
     """The `SPEC` of `backbones/<name>.py`. Raises ValueError naming the nearest base."""
-    wanted = name.replace("_", "-")
-    if wanted not in list_bases():
-        near = difflib.get_close_matches(wanted, list_bases(), n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown base {name!r}.{hint} Known bases: {', '.join(list_bases())}")
-    spec: BaseSpec = importlib.import_module(f"loragraft.backbones.{wanted.replace('-', '_')}").SPEC
+    module = known_base(name).replace("-", "_")
+    spec: BaseSpec = importlib.import_module(f"loragraft.backbones.{module}").SPEC
     return spec
 
 

@@ -8,36 +8,25 @@ encodes. On a GPU nothing of this stays there: the text encoder (T5-XXL 8.9 GiB,
 forward pass. `encode_text` loads it when it is first called, so a run that finds all captions in its cache never does.
 """
 
-import gc
 from bisect import bisect_right
-from collections.abc import Mapping
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from loragraft.backbones.flux1_encoders import (
-    CAPTIONS_TOGETHER,
-    RELEASED,
-    check_parts,
-    digest_of,
-    drawn_for,
-    random_vae,
-    without_warnings,
-)
-from loragraft.backbones.pictures import Pictures
+from loragraft.backbones.flux1_encoders import CAPTIONS_TOGETHER
 from loragraft.backbones.pipeline_folder import open_scheduler, variant
 from loragraft.backbones.resting import rest, stream_layers
-from loragraft.quantization.tensor_file import CheckpointError
+from loragraft.backbones.text_encoders import FolderEncoders, RandomEncoders, check_parts, without_warnings
 
 PARTS = ("text_encoder", "tokenizer", "vae")
 
 
-class MaskedEncoders(Pictures):
+class MaskedEncoders(FolderEncoders):
     """From the folder of a diffusers pipeline. Raises CheckpointError where that is incomplete."""
 
     name: str
@@ -49,25 +38,16 @@ class MaskedEncoders(Pictures):
     """T."""
 
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
-        self.folder, self._dtype = folder, dtype
         check_parts(folder, (*PARTS, "scheduler"))
         vae = self.autoencoder.from_pretrained(
             folder / "vae", dtype=dtype, variant=variant(folder / "vae"), local_files_only=True
         )
-        super().__init__(vae, open_scheduler(folder), device)
-        self._text: Any = None
-        self._released = False
+        super().__init__(folder, PARTS, vae, open_scheduler(folder), device, dtype)
 
     @cached_property
     def id(self) -> str:
         """`<name>-<digest of the files>-<tokens>`."""
-        return f"{self.name}-{digest_of(self.folder, PARTS)}-{self.tokens}"
-
-    @cached_property
-    def _tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(self.folder / "tokenizer", local_files_only=True)
+        return f"{self.name}-{self._digest}-{self.tokens}"
 
     def readable(self, caption: str) -> str:
         """The caption as far as the transformer's T tokens reach."""
@@ -108,68 +88,22 @@ class MaskedEncoders(Pictures):
         )
         return found[0], found[1]
 
-    def _loaded_text(self) -> Any:
-        if self._released:
-            raise RuntimeError(RELEASED)
-        if self._text is None:
-            try:
-                text: Any = self.pipeline.from_pretrained(
-                    self.folder, transformer=None, vae=None, dtype=self._dtype,
-                    variant=variant(self.folder / "text_encoder"), local_files_only=True,
-                )  # fmt: skip
-            except OSError as error:
-                raise CheckpointError(f"the text encoder of {self.folder} cannot be read: {error}") from error
-            if self._device.type == "cuda":
-                stream_layers(text.text_encoder, self._device)
-            self._text = text
-        return self._text
-
-    def release_text(self) -> None:
-        """Frees the text encoder, and on a GPU what the activations of both encoders held."""
-        self._text, self._released = None, True
-        rest(self.vae)
-        gc.collect()  # accelerate's hooks and the modules point at each other
+    def _open_text(self) -> Any:
+        text: Any = self.pipeline.from_pretrained(
+            self.folder, transformer=None, vae=None, dtype=self._dtype,
+            variant=variant(self.folder / "text_encoder"), local_files_only=True,
+        )  # fmt: skip
         if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+            stream_layers(text.text_encoder, self._device)
+        return text
 
 
-class RandomMaskedEncoders(Pictures):
-    """The shapes without the files. The autoencoder has random weights. There is no text encoder: a caption's embeddings are
-    normal numbers drawn from a seed that is its sha256, and it has a token for each of its words and two marks."""
-
-    def __init__(
-        self,
-        name: str,
-        autoencoder: tuple[type[Any], Mapping[str, Any]],
-        scheduler: tuple[type[SchedulerMixin], Mapping[str, Any]],
-        text: tuple[int, int],
-        seed: int,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
-        """`text`: (T tokens, D width of a token)."""
-        super().__init__(random_vae(autoencoder[1], seed, dtype, autoencoder[0]), scheduler, device)
-        self._name, self._shape, self._seed, self._released = name, text, seed, False
-
-    @property
-    def id(self) -> str:
-        return f"{self._name}-random-{self._seed}-{'x'.join(map(str, self._shape))}"
-
-    def readable(self, caption: str) -> str:
-        """All of it."""
-        return caption
+class RandomMaskedEncoders(RandomEncoders):
+    """With a mask: a caption has a token for each of its words and two marks."""
 
     def encode_text(self, captions: list[str]) -> dict[str, Tensor]:
         """B captions -> `prompt_embeds` [B, T, D], N(0, 1), and `prompt_attention_mask` [B, T], float32 on the CPU."""
-        if self._released:
-            raise RuntimeError(RELEASED)
-        tokens, width = self._shape
-        states = torch.stack([drawn_for(caption, self._seed, tokens * width) for caption in captions])
+        states = super().encode_text(captions)["prompt_embeds"]
         said = torch.tensor([len(caption.split()) + 2 for caption in captions])
-        mask = (torch.arange(tokens) < said.unsqueeze(1)).float()
-        return {"prompt_embeds": states.unflatten(1, (tokens, width)), "prompt_attention_mask": mask}
-
-    def release_text(self) -> None:
-        """There is none to free; the autoencoder leaves the device."""
-        self._released = True
-        rest(self.vae)
+        mask = (torch.arange(states.shape[1]) < said.unsqueeze(1)).float()
+        return {"prompt_embeds": states, "prompt_attention_mask": mask}

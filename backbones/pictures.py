@@ -12,15 +12,15 @@ stages attend to the whole picture, so that a tile has other latents, and they a
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, SchedulerMixin
-from torch import Tensor
+from torch import Tensor, nn
 
-from loragraft.backbones.flux1_encoders import KlPictures
+from loragraft.backbones.resting import rest_between_calls
 
 DECODING = 1_670
 """Bytes of activations that DC-AE's decoder takes for a pixel, in 16 bits."""
@@ -29,7 +29,7 @@ SHARE = 4
 GRAIN = 64
 
 
-class Pictures(KlPictures):
+class Pictures:
     """An autoencoder of either class, and the scheduler of its pipeline."""
 
     def __init__(
@@ -37,32 +37,47 @@ class Pictures(KlPictures):
         vae: AutoencoderKL | AutoencoderDC,
         scheduler: tuple[type[SchedulerMixin], Mapping[str, Any]],
         device: torch.device,
+        text_parts: Sequence[str],
     ) -> None:
-        """scheduler: its class and configuration."""
-        super().__init__(vae, scheduler[1], device)
-        self._scheduler_class = scheduler[0]
-        if isinstance(vae, AutoencoderDC):
-            vae.disable_tiling()
-            if device.type == "cuda":
-                tile_decoding(vae, tile_edge(torch.cuda.get_device_properties(device).total_memory))
+        """scheduler: its class and configuration. text_parts: what else the base's pipelines want named, and get None for."""
+        self.vae, self._scheduler, self._device, self._text_parts = vae, scheduler, device, tuple(text_parts)
+        vae.eval().requires_grad_(False)
+        vae.enable_slicing()  # one picture at a time: at 1024 px each takes 1.5 GiB of activations
+        if isinstance(vae, AutoencoderKL):
+            vae.enable_tiling()  # takes effect above the size that it was trained at
+        elif device.type == "cuda":
+            tile_decoding(vae, tile_edge(torch.cuda.get_device_properties(device).total_memory))
+        rest_between_calls(vae, device)
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
         """[B, 3, H, W] in [-1, 1] -> (z - shift) * scale, [B, C, H/f, W/f]: about unit variance.
 
-        The autoencoder stays on the device for the next picture, until `rest`.
+        The autoencoder stays on the device for the next picture; it leaves before captions are encoded, and with
+        `release_text`.
         """
-        if not isinstance(self.vae, AutoencoderDC):
-            return super().encode_images(pixels)
-        with _whole(self.vae):
-            z = self.vae.encode(pixels.to(self._device, self.vae.dtype)).latent
-        scaled: Tensor = z * self.vae.config.scaling_factor
-        return scaled
+        pixels = pixels.to(self._device, self.vae.dtype)
+        if isinstance(self.vae, AutoencoderDC):
+            with _whole(self.vae):
+                scaled: Tensor = self.vae.encode(pixels).latent * self.vae.config.scaling_factor
+            return scaled
+        mean = self.vae.encode(pixels).latent_dist.mode()
+        latents: Tensor = (mean - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
+        return latents
 
     @property
     def pipeline_parts(self) -> dict[str, Any]:
-        scheduler = self._scheduler_class.from_config(dict(self._scheduler))
-        return {"vae": self.vae, "scheduler": scheduler, "text_encoder": None, "tokenizer": None}
+        made, config = self._scheduler
+        return {"vae": self.vae, "scheduler": made.from_config(dict(config)), **dict.fromkeys(self._text_parts)}
+
+
+def random_vae(config: Mapping[str, Any], seed: int, dtype: torch.dtype, made: type[Any] = AutoencoderKL) -> Any:
+    """The shapes of an autoencoder of class `made` with values from `seed`; the global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        random = made.from_config(dict(config))
+    nn.Module.to(random, dtype=dtype)
+    return random
 
 
 def tile_edge(total: int) -> int:

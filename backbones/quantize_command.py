@@ -32,7 +32,10 @@ def run(args: argparse.Namespace, device: str) -> int:
 
 
 def _base(args: argparse.Namespace, out: Path, device: str) -> list[LayerReport]:
-    spec = find_spec(args.base)
+    try:
+        spec = find_spec(args.base)
+    except ValueError as error:
+        raise ValueError(f"{error}. There is no file or folder {args.base} either") from error
     if args.stats:
         raise ValueError(f"--stats is for weights on disk; the base {args.base!r} calibrates itself")
     return quantize_base(

@@ -92,7 +92,8 @@ def generate_from_text(
         raise ValueError(f"{count} prompts but {len(seeds)} seeds: give each image its own seed")
     if start is not None and not 0 < strength <= 1:
         raise ValueError(f"strength is {strength}: it must be above 0 (keep the picture) and at most 1 (ignore it)")
-    tokens = (resolution // (family.patch * pipeline.vae_scale_factor)) ** 2
+    edge = resolution // pipeline.vae_scale_factor
+    tokens = family.tokens(edge, edge)
     start = None if strength == 1 else start
     path, taken = family.path(pipeline, steps, tokens, None if start is None else strength)
     if start is not None:

@@ -160,6 +160,16 @@ class BaseSpec:
         if ships == (self.external is not None):
             raise ValueError(f"base {self.name!r}: give either transformer_16bit and load_encoders, or external")
 
+    @property
+    def stride(self) -> int:
+        """Pixels along the edge of one latent pixel."""
+        return self.grain // self.family.patch
+
+    def tokens(self, resolution: int) -> int:
+        """Image tokens of a square picture."""
+        edge = resolution // self.stride
+        return self.family.tokens(edge, edge)
+
     def guided(self, guidance: float, true_guidance: float = 1.0, negative_prompt: str = "") -> Guided:
         """A recipe's `guidance` in this base's kind; `true_guidance` is classifier-free guidance beside it.
 

@@ -17,7 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    UNet2DConditionModel,
+)
 
 from loragraft.backbones.architectures import UNET
 from loragraft.backbones.pipeline_stats import PROMPTS
@@ -187,11 +192,14 @@ def _open(name: str, folder: Path, device: torch.device, dtype: torch.dtype) -> 
 
 
 def _random(name: str, seed: int, device: torch.device, dtype: torch.dtype) -> Encoders:
-    from loragraft.backbones.clip_encoders import RandomClipEncoders
+    from loragraft.backbones.clip_encoders import text_parts
+    from loragraft.backbones.text_encoders import RandomEncoders
 
     kind = KINDS[name]
-    shape = (TOKENS, int(kind.unet["cross_attention_dim"]), kind.pooled)
-    return RandomClipEncoders(kind.vae, kind.scheduler, kind.family, shape, seed, device, dtype)
+    shape, parts = (TOKENS, int(kind.unet["cross_attention_dim"]), kind.pooled), text_parts(kind.family)
+    return RandomEncoders(
+        "clip", (AutoencoderKL, kind.vae), kind.scheduler, shape, seed, device, dtype, text_parts=parts
+    )
 
 
 def unet_spec(name: str, **own: Any) -> BaseSpec:

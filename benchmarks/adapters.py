@@ -27,7 +27,6 @@ draw and another measure. What follows `--` overrides the recipes in every run. 
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ from typing import Any
 import torch
 from flux_graft import flux_shapes, random_adapter
 from graft_proof import exact, on_real_inputs
-from pocket_runs import LABELS, add_shared_options, device, run_folder, train_run, trained_on
+from pocket_runs import LABELS, add_shared_options, device, run_folder, run_stages, train_run, trained_on
 from torch import nn
 from transfer import METHODS, PRECISIONS, methods, render_merged, render_transfer, score, tables
 
@@ -59,16 +58,13 @@ NO_GPU = "not measured: a switch is timed on a GPU, and there is none here"
 def main() -> int:
     """Runs the stages and writes the JSON once every part is there."""
     args = _parser().parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
     stages = {"train": train, "render": render, "measure": measure, "graft": graft, "switch": switch}
-    try:
-        for stage in [stage for stage in STAGES if stage in args.stages]:
-            stages[stage](args)
-        result = collect(args)
-    except (ValueError, FileNotFoundError, subprocess.CalledProcessError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_stages(args, stages, then=lambda: finish(args))
+
+
+def finish(args: argparse.Namespace) -> int:
+    """Writes the JSON if every part is there; the exit code."""
+    result = collect(args)
     if result is None:
         return 0
     write_atomic(args.out, (json.dumps(result, indent=1) + "\n").encode())
@@ -79,7 +75,7 @@ def main() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_shared_options(parser)
+    add_shared_options(parser, STAGES)
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--recipes", nargs="+", default=["marketing"])
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
@@ -90,7 +86,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--heads", type=int, default=24, help="width of the FLUX-shaped layers, times 128; FLUX.1 has 24"
     )
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     return parser
 
 

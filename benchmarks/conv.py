@@ -27,6 +27,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 import triton
+from int4_engine import ADAPTER, BF16, BOUND, DEVICE, RANK
 from timing import compare
 from torch import Tensor
 
@@ -45,10 +46,6 @@ from loragraft.kernels.w4a8_conv import (
     w4a8_conv_reference,
 )
 from loragraft.kernels.w4a8_linear import dequantize_w4a8
-
-DEVICE, BF16 = "cuda", torch.bfloat16
-RANK, ADAPTER = 32, 16
-BOUND = 5e-3
 
 
 @dataclass(frozen=True)

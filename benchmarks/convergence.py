@@ -17,18 +17,16 @@ On one CPU core a step takes about a second: 520 steps of four variants and 5 x 
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from pocket_runs import (
     LABELS,
     SIXTEEN,
+    about,
     add_shared_options,
     device,
     features_of,
@@ -37,13 +35,12 @@ from pocket_runs import (
     recipe_of,
     render_on,
     run_folder,
-    train_run,
-    trained_on,
+    run_stages,
+    train_variants,
 )
 
 from loragraft.disk import write_atomic
 from loragraft.evaluation.features import FeatureStore
-from loragraft.evaluation.image_sets import device_name, rendered_on
 from loragraft.evaluation.metrics import kernel_distance_change, kernel_distance_interval
 
 VARIANTS = (SIXTEEN, "W4A16", "W4A8", "W4A4")
@@ -55,28 +52,13 @@ SMOOTH = 20
 def main() -> int:
     """Runs the stages; exit code 2 with a message for what is lacking."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_shared_options(parser)
+    add_shared_options(parser, STAGES)
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--plot", type=Path, help="PNG to write")
     parser.add_argument("--recipe", default="marketing")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    try:
-        for stage in [stage for stage in STAGES if stage in args.stages]:
-            {"train": train, "render": render, "measure": measure_all, "plot": plot}[stage](args)
-    except (ValueError, FileNotFoundError, subprocess.CalledProcessError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def train(args: argparse.Namespace) -> None:
-    """A run per variant."""
-    for variant in args.variants:
-        train_run(args, args.recipe, LABELS[variant])
+    return run_stages(args, {"train": train_variants, "render": render, "measure": measure_all, "plot": plot})
 
 
 def drawn_sets(variants: Sequence[str]) -> dict[str, tuple[str, str]]:
@@ -104,15 +86,7 @@ def measure_all(args: argparse.Namespace) -> None:
     store = FeatureStore(args.work / "features", device())
     features, real = {name: features_of(store, found) for name, found in paths.items()}, real_features(store, recipe)
     result: dict[str, Any] = {
-        "recipe": args.recipe,
-        "overrides": args.overrides,
-        "commit": args.commit,
-        "command": "python benchmarks/convergence.py --work WORK --out benchmarks/results/convergence.json",
-        "trained_on": trained_on(args.work, args.recipe, several),
-        "drawn_on": rendered_on([path for found in paths.values() for path in found]),
-        "measured_on": device_name(torch.device(device())),
-        "versions": {package: version(package) for package in ("torch", "diffusers", "peft")},
-        "images": args.images,
+        **about(args, "convergence", several, [path for found in paths.values() for path in found]),
         "references": len(real),
         "variants": {name: curves(run_folder(args.work, args.recipe, LABELS[name])) for name in args.variants},
         "kid_lite0": {name: asdict(kernel_distance_interval(found, real)) for name, found in features.items()},

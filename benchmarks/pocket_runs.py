@@ -14,10 +14,11 @@ import fcntl
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,9 +32,10 @@ from loragraft.data.sources import Sample, open_source
 from loragraft.disk import write_atomic
 from loragraft.evaluation import measure
 from loragraft.evaluation.features import FeatureStore
-from loragraft.evaluation.image_sets import ImageSet, present, render_missing
+from loragraft.evaluation.image_sets import ImageSet, device_name, present, render_missing, rendered_on
 from loragraft.recipes.load import load_recipe
 from loragraft.recipes.schema import Numerics, Recipe
+from loragraft.versions import installed_versions
 
 ROOT = Path(__file__).resolve().parents[1]
 LABELS: dict[str, Numerics] = {
@@ -43,16 +45,48 @@ LABELS: dict[str, Numerics] = {
 SIXTEEN, NONE = "16-bit", "none"
 VALIDATE_EVERY = 20
 
+Stage = Callable[[argparse.Namespace], object]
 
-def add_shared_options(parser: argparse.ArgumentParser) -> None:
-    """Those that mean the same in every benchmark."""
+
+def add_shared_options(parser: argparse.ArgumentParser, stages: Sequence[str]) -> None:
+    """Those that mean the same in every benchmark; `stages` in the order in which they run."""
     parser.add_argument(
         "--work", type=Path, required=True, help="folder for runs, pictures and features; may be shared"
     )
     parser.add_argument("--images", type=int, default=256, help="pictures per set")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = torch's own choice")
     parser.add_argument("--commit", default="", help="commit of the code that runs")
+    parser.add_argument("--stages", nargs="+", choices=stages, default=list(stages))
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe overrides")
+
+
+def run_stages(args: argparse.Namespace, stages: Mapping[str, Stage], then: Callable[[], int] = lambda: 0) -> int:
+    """Those of --stages in the order of `stages`; the exit code is that of `then`, or 2 with a message for what is lacking."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    try:
+        for name, stage in stages.items():
+            if name in args.stages:
+                stage(args)
+        return then()
+    except (ValueError, FileNotFoundError, subprocess.CalledProcessError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def about(args: argparse.Namespace, script: str, several: Sequence[str], drawn: Sequence[Path]) -> dict[str, Any]:
+    """What a result says of its making: the runs of `several` numerics, the pictures `drawn`, this machine."""
+    return {
+        "recipe": args.recipe,
+        "overrides": args.overrides,
+        "images": args.images,
+        "commit": args.commit,
+        "command": f"python benchmarks/{script}.py --work WORK --out benchmarks/results/{script}.json",
+        "trained_on": trained_on(args.work, args.recipe, several),
+        "drawn_on": rendered_on(drawn),
+        "measured_on": device_name(torch.device(device())),
+        "versions": installed_versions("torch", "diffusers", "peft"),
+    }
 
 
 def device() -> str:
@@ -78,6 +112,12 @@ def train_run(args: argparse.Namespace, recipe: str, numerics: Numerics) -> None
     out = str(run_folder(args.work, recipe, numerics))
     command = [sys.executable, str(ROOT / "train" / "lora.py"), "--recipe", recipe, "--out", out]
     subprocess.run([*command, *settings], check=True)
+
+
+def train_variants(args: argparse.Namespace) -> None:
+    """A run for each of --variants."""
+    for variant in args.variants:
+        train_run(args, args.recipe, LABELS[variant])
 
 
 def recipe_of(work: Path, recipe: str, numerics: str) -> Recipe:

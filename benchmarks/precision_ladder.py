@@ -24,7 +24,6 @@ import sys
 import tempfile
 from dataclasses import asdict
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 
@@ -32,6 +31,7 @@ import torch
 from accelerate import Accelerator
 from pocket_runs import (
     NONE,
+    about,
     add_shared_options,
     alone,
     device,
@@ -42,6 +42,7 @@ from pocket_runs import (
     recipe_of,
     render_on,
     run_folder,
+    run_stages,
     settings_of,
     train_run,
     trained_on,
@@ -70,6 +71,7 @@ from loragraft.train.tracking import Tracking
 BASE: str = "pocket"
 REFERENCE: Numerics = "16bit"
 STAGES = ("prepare", "train", "render", "time", "measure")
+ONE = "time one"
 ORDER: tuple[Numerics, ...] = (
     "16bit", "int8", "fp8", "native", "weight-only", "nf4", "nf4-double", "interchange", "nvfp4", "mxfp4", "int3", "int2",
 )  # fmt: skip
@@ -84,30 +86,17 @@ QUICK = (
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the stages; exit code 2 with a message for what is lacking."""
-    args = parse(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
     stages = {"prepare": prepare, "train": train_all, "render": render_all, "time": time_all, "measure": measure_all}
-    try:
-        if args.one:
-            time_one(args, args.one)
-            return 0
-        for stage in [stage for stage in STAGES if stage in args.stages]:
-            stages[stage](args)
-    except (ValueError, FileNotFoundError, subprocess.CalledProcessError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_stages(parse(argv), {**stages, ONE: lambda args: time_one(args, args.one)})
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The options, `--quick` resolved."""
+    """The options, `--quick` and `--one` resolved."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_shared_options(parser)
+    add_shared_options(parser, STAGES)
     parser.add_argument("--out", type=Path, help="JSON file to write (stage measure)")
     parser.add_argument("--recipe", default="marketing")
     parser.add_argument("--precisions", nargs="+", choices=ORDER, default=list(ORDER))
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--quick", action="store_true", help="3 steps, 4 pictures: tries every stage, measures nothing")
     parser.add_argument("--timed-steps", type=int, default=30, help="steps of the stage `time`")
     parser.add_argument("--one", choices=ORDER, help="only the stage `time` of one precision, in this process")
@@ -115,6 +104,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     assert set(ORDER) == set(get_args(Numerics))
     if args.quick:
         args.images, args.timed_steps, args.overrides = min(args.images, 4), 3, [*QUICK, *args.overrides]
+    if args.one:
+        args.stages = [ONE]
     return args
 
 
@@ -273,18 +264,10 @@ def measure_all(args: argparse.Namespace) -> None:
             row["kid_adapted_change_to_16bit"] = asdict(change()) if alike["adapted"] else None
     result = {
         "base": BASE,
-        "recipe": args.recipe,
-        "overrides": args.overrides,
-        "images": args.images,
+        **about(args, "precision_ladder", args.precisions, [path for found in paths.values() for path in found]),
         "steps": rows[REFERENCE]["steps"],
         "references": len(real),
-        "commit": args.commit,
-        "command": "python benchmarks/precision_ladder.py --work WORK --out benchmarks/results/precision_ladder.json",
-        "trained_on": trained_on(args.work, args.recipe, args.precisions),
-        "drawn_on": rendered_on([path for found in paths.values() for path in found]),
         "timed_on": sorted({row["timed_on"] for row in rows.values()}),
-        "measured_on": device_name(torch.device(device())),
-        "versions": {package: version(package) for package in ("torch", "diffusers", "peft")},
         "precisions": rows,
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)

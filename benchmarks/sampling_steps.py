@@ -14,10 +14,8 @@ prompts, seeds and guidance. Stages, each skipped where its result lies in --wor
 
 import argparse
 import json
-import subprocess
 import sys
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ import torch
 from pocket_runs import (
     LABELS,
     SIXTEEN,
+    about,
     add_shared_options,
     alone,
     device,
@@ -35,8 +34,8 @@ from pocket_runs import (
     real_features,
     recipe_of,
     run_folder,
-    train_run,
-    trained_on,
+    run_stages,
+    train_variants,
 )
 
 from loragraft.adapters.opening import open_run
@@ -44,7 +43,7 @@ from loragraft.backbones.load import load_backbone
 from loragraft.data.cache import default_cache_root
 from loragraft.disk import write_atomic
 from loragraft.evaluation.features import FeatureStore
-from loragraft.evaluation.image_sets import device_name, rendered_on, seconds_per_image
+from loragraft.evaluation.image_sets import device_name, seconds_per_image
 from loragraft.evaluation.metrics import kernel_distance_interval
 
 STEPS = (4, 10, 20, 50)
@@ -54,29 +53,14 @@ STAGES = ("train", "render", "measure")
 def main() -> int:
     """Runs the stages; exit code 2 with a message for what is lacking."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_shared_options(parser)
+    add_shared_options(parser, STAGES)
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--plot", type=Path, help="PNG to write")
     parser.add_argument("--recipe", default="marketing")
     parser.add_argument("--variants", nargs="+", choices=list(LABELS), default=["W4A8", SIXTEEN])
     parser.add_argument("--steps", type=int, nargs="+", default=list(STEPS))
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    try:
-        for stage in [stage for stage in STAGES if stage in args.stages]:
-            {"train": train, "render": render, "measure": measure_all}[stage](args)
-    except (ValueError, FileNotFoundError, subprocess.CalledProcessError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def train(args: argparse.Namespace) -> None:
-    """A run per variant."""
-    for variant in args.variants:
-        train_run(args, args.recipe, LABELS[variant])
+    return run_stages(args, {"train": train_variants, "render": render, "measure": measure_all})
 
 
 def render(args: argparse.Namespace) -> None:
@@ -126,15 +110,7 @@ def measure_all(args: argparse.Namespace) -> None:
             rows.append({"numerics": numerics, "steps": steps, **times, "kid_lite0": kid, "references": len(real)})
             drawn += found
     result = {
-        "recipe": args.recipe,
-        "overrides": args.overrides,
-        "trained_on": trained_on(args.work, args.recipe, several),
-        "drawn_on": rendered_on(drawn),
-        "measured_on": device_name(torch.device(device())),
-        "versions": {package: version(package) for package in ("torch", "diffusers")},
-        "commit": args.commit,
-        "command": "python benchmarks/sampling_steps.py --work WORK --out benchmarks/results/sampling_steps.json",
-        "images": args.images,
+        **about(args, "sampling_steps", several, drawn),
         "rows": rows,
     }
     write_atomic(args.out, (json.dumps(result, indent=1) + "\n").encode())

@@ -8,6 +8,7 @@ import os
 import queue
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -160,7 +161,7 @@ def read_order(
     slots: Slots,
     *weights: float,
 ) -> Order:
-    """The page's fields in the order in which `build` lists them. Raises ValueError for an empty number."""
+    """The page's fields in the order of `Controls.inputs`. Raises ValueError for an empty number."""
     if seed is None or steps is None or guidance is None:
         raise ValueError("Steps, guidance or seed is empty: give each a number.")
     return Order(
@@ -206,97 +207,133 @@ def passed_on(payload: Any) -> str | None:
     return None if payload is None else payload.path
 
 
+@dataclass(frozen=True, kw_only=True)
+class Controls:
+    """The left panel: what to draw."""
+
+    prompt: gr.Textbox
+    picker: gr.Dropdown
+    slots: gr.State
+    sliders: list[gr.Slider]
+    unreadable: gr.HTML
+    base: gr.Dropdown
+    precision: gr.Dropdown
+    steps: gr.Number
+    guidance: gr.Number
+    seed: gr.Number
+    start: gr.Image
+    strength: gr.Slider
+    negative: gr.Textbox
+    any_base: gr.Checkbox
+
+    @property
+    def inputs(self) -> list[Any]:
+        """In the order of `read_order`."""
+        words, numbers = [self.prompt, self.negative], [self.seed, self.steps, self.guidance]
+        model, picture = [self.base, self.precision, self.any_base], [self.start, self.strength]
+        return [*words, *numbers, *model, *picture, self.slots, *self.sliders]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """The right panel: what came of it."""
+
+    before: gr.Image
+    after: gr.Image
+    go: gr.Button
+    halt: gr.Button
+    status: gr.HTML
+    figures: gr.HTML
+
+
 def build(page: Page) -> gr.Blocks:
     """Two panels: what to draw, and what came of it."""
     with gr.Blocks(title="Loragraft", analytics_enabled=False, fill_width=True) as blocks:
         gr.HTML(markup.HEADER)
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, elem_id="controls"):
-                prompt = gr.Textbox(
-                    value="",
-                    label="Prompt",
-                    lines=2,
-                    max_lines=4,
-                    placeholder="red heart icon",
-                    elem_id="prompt",
-                    autofocus=True,
-                )
-                gr.Examples([[text] for text in examples(page.base)], [prompt], label="Examples", elem_id="examples")
-                slots = gr.State([None] * MOST_ADAPTERS)
-                picker = gr.Dropdown(
-                    [], value=[], multiselect=True, max_choices=MOST_ADAPTERS, label="Adapters", elem_id="adapters"
-                )
-                sliders = [
-                    gr.Slider(0, 2, 1, step=0.05, visible=False, elem_id=f"weight-{i}") for i in range(MOST_ADAPTERS)
-                ]
-                unreadable = gr.HTML(visible=False, elem_id="unreadable")
-                with gr.Row():
-                    base = gr.Dropdown(shipped_bases(), value=page.base, label="Base", elem_id="base", scale=2)
-                    precision = gr.Dropdown(
-                        [(word, key) for key, word in markup.WORDS.items()], value=page.precision, label="Precision",
-                        elem_id="precision", scale=3,
-                    )  # fmt: skip
-                with gr.Row():
-                    steps = gr.Number(20, label="Steps", precision=0, elem_id="steps", min_width=90)
-                    guidance = gr.Number(
-                        find_spec(page.base).guidance,
-                        label="Guidance",
-                        minimum=1,
-                        maximum=20,
-                        step=0.5,
-                        elem_id="guidance",
-                        min_width=90,
-                    )
-                    seed = gr.Number(0, label="Seed", precision=0, elem_id="seed", min_width=90)
-                with gr.Accordion("Start from a picture", open=False, elem_id="start-panel"):
-                    start = gr.Image(
-                        type="filepath",
-                        sources=["upload", "clipboard"],
-                        label="Start picture",
-                        height=180,
-                        elem_id="start",
-                    )
-                    start.preprocess = passed_on  # a subclass would need a front end of its own
-                    strength = gr.Slider(
-                        0.05, 1, 0.6, step=0.05, visible=False, label="Strength", elem_id="strength",
-                        info="How much noise the picture gets: low keeps it, 1 ignores it.",
-                    )  # fmt: skip
-                with gr.Accordion("More", open=False):
-                    negative = gr.Textbox(value="", label="Negative prompt", lines=1, elem_id="negative")
-                    any_base = gr.Checkbox(
-                        label="Graft adapters of another base or precision too", elem_id="any-base",
-                        info="Off: such an adapter is refused, because it was trained on other weights.",
-                    )  # fmt: skip
+                controls = lay_controls(page)
             with gr.Column(scale=7, elem_id="results"):
-                with gr.Row(elem_id="pictures"):
-                    look: dict[str, Any] = {
-                        "interactive": False, "format": "png", "type": "pil", "height": 340,
-                        "buttons": ["download", "fullscreen"],
-                    }  # fmt: skip
-                    before = gr.Image(label="Base", elem_id="before", **look)
-                    after = gr.Image(label="With adapters, same seed", elem_id="after", visible=False, **look)
-                with gr.Row(elem_id="buttons"):
-                    go = gr.Button("Generate", variant="primary", elem_id="generate", scale=3)
-                    halt = gr.Button("Stop", variant="secondary", interactive=False, elem_id="stop", scale=1)
-                status = gr.HTML(markup.idle(READY), elem_id="status")
-                figures = gr.HTML(elem_id="figures")
-
-        def generate(request: gr.Request, *values: Any) -> Iterator[tuple[Any, Any, Any, Any]]:
-            yield from page.generate(*values, session=str(request.session_hash))
-
-        quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-        blocks.load(page.look, None, [picker, unreadable, figures], **quiet)
-        picker.change(assign, [picker, slots], [slots, after, *sliders], **quiet)
-        start.change(lambda file: gr.Slider(visible=file is not None), start, strength, **quiet)
-        inputs = [prompt, negative, seed, steps, guidance, base, precision, any_base, start, strength, slots, *sliders]
-        for event in (go.click, prompt.submit):
-            drawn = event(page.arm, None, [go, halt, status], queue=False, **quiet).then(
-                generate, inputs, [status, before, after, figures], concurrency_limit=1, concurrency_id="draw", **quiet
-            )
-            drawn.success(page.disarm, None, [go, halt], queue=False, **quiet)
-            drawn.failure(page.give_up, None, [go, halt, status], queue=False, **quiet)
-        halt.click(page.stop, None, None, queue=False, **quiet)
+                results = lay_results()
+        connect(page, blocks, controls, results)
     return blocks
+
+
+def lay_controls(page: Page) -> Controls:
+    """From the prompt down to what is seldom used."""
+    prompt = gr.Textbox(
+        value="", label="Prompt", lines=2, max_lines=4, placeholder="red heart icon", elem_id="prompt", autofocus=True
+    )
+    gr.Examples([[text] for text in examples(page.base)], [prompt], label="Examples", elem_id="examples")
+    slots = gr.State([None] * MOST_ADAPTERS)
+    picker = gr.Dropdown(
+        [], value=[], multiselect=True, max_choices=MOST_ADAPTERS, label="Adapters", elem_id="adapters"
+    )
+    sliders = [gr.Slider(0, 2, 1, step=0.05, visible=False, elem_id=f"weight-{i}") for i in range(MOST_ADAPTERS)]
+    unreadable = gr.HTML(visible=False, elem_id="unreadable")
+    with gr.Row():
+        base = gr.Dropdown(shipped_bases(), value=page.base, label="Base", elem_id="base", scale=2)
+        words = [(word, key) for key, word in markup.WORDS.items()]
+        precision = gr.Dropdown(words, value=page.precision, label="Precision", elem_id="precision", scale=3)
+    with gr.Row():
+        narrow: dict[str, Any] = {"min_width": 90}
+        own = find_spec(page.base).guidance
+        steps = gr.Number(20, label="Steps", precision=0, elem_id="steps", **narrow)
+        guidance = gr.Number(own, label="Guidance", minimum=1, maximum=20, step=0.5, elem_id="guidance", **narrow)
+        seed = gr.Number(0, label="Seed", precision=0, elem_id="seed", **narrow)
+    with gr.Accordion("Start from a picture", open=False, elem_id="start-panel"):
+        where = ["upload", "clipboard"]
+        start = gr.Image(type="filepath", sources=where, label="Start picture", height=180, elem_id="start")
+        start.preprocess = passed_on  # a subclass would need a front end of its own
+        strength = gr.Slider(
+            0.05, 1, 0.6, step=0.05, visible=False, label="Strength", elem_id="strength",
+            info="How much noise the picture gets: low keeps it, 1 ignores it.",
+        )  # fmt: skip
+    with gr.Accordion("More", open=False):
+        negative = gr.Textbox(value="", label="Negative prompt", lines=1, elem_id="negative")
+        any_base = gr.Checkbox(
+            label="Graft adapters of another base or precision too", elem_id="any-base",
+            info="Off: such an adapter is refused, because it was trained on other weights.",
+        )  # fmt: skip
+    return Controls(
+        prompt=prompt, picker=picker, slots=slots, sliders=sliders, unreadable=unreadable, base=base, precision=precision,
+        steps=steps, guidance=guidance, seed=seed, start=start, strength=strength, negative=negative, any_base=any_base,
+    )  # fmt: skip
+
+
+def lay_results() -> Results:
+    """Two pictures, the buttons, and what is said of them."""
+    with gr.Row(elem_id="pictures"):
+        look: dict[str, Any] = {
+            "interactive": False, "format": "png", "type": "pil", "height": 340, "buttons": ["download", "fullscreen"],
+        }  # fmt: skip
+        before = gr.Image(label="Base", elem_id="before", **look)
+        after = gr.Image(label="With adapters, same seed", elem_id="after", visible=False, **look)
+    with gr.Row(elem_id="buttons"):
+        go = gr.Button("Generate", variant="primary", elem_id="generate", scale=3)
+        halt = gr.Button("Stop", variant="secondary", interactive=False, elem_id="stop", scale=1)
+    status = gr.HTML(markup.idle(READY), elem_id="status")
+    return Results(before=before, after=after, go=go, halt=halt, status=status, figures=gr.HTML(elem_id="figures"))
+
+
+def connect(page: Page, blocks: gr.Blocks, on: Controls, out: Results) -> None:
+    """What a press, a pick and an upload do."""
+
+    def generate(request: gr.Request, *values: Any) -> Iterator[tuple[Any, Any, Any, Any]]:
+        yield from page.generate(*values, session=str(request.session_hash))
+
+    quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+    blocks.load(page.look, None, [on.picker, on.unreadable, out.figures], **quiet)
+    on.picker.change(assign, [on.picker, on.slots], [on.slots, out.after, *on.sliders], **quiet)
+    on.start.change(lambda file: gr.Slider(visible=file is not None), on.start, on.strength, **quiet)
+    buttons, shown = [out.go, out.halt], [out.status, out.before, out.after, out.figures]
+    for event in (out.go.click, on.prompt.submit):
+        drawn = event(page.arm, None, [*buttons, out.status], queue=False, **quiet).then(
+            generate, on.inputs, shown, concurrency_limit=1, concurrency_id="draw", **quiet
+        )
+        drawn.success(page.disarm, None, buttons, queue=False, **quiet)
+        drawn.failure(page.give_up, None, [*buttons, out.status], queue=False, **quiet)
+    out.halt.click(page.stop, None, None, queue=False, **quiet)
 
 
 def serve(page: Page, host: str, port: int, *, open_browser: bool) -> None:
@@ -318,7 +355,7 @@ def serve(page: Page, host: str, port: int, *, open_browser: bool) -> None:
                 css_paths=Path(__file__).with_name("page.css"), share=False, quiet=True, show_error=True, prevent_thread_lock=True,
                 footer_links=[], run_history=False, enable_monitoring=False, mcp_server=False, ssr_mode=False, pwa=False,
             )  # fmt: skip
-        except OSError as error:
+        except (OSError, OverflowError) as error:  # the latter for a port above 65535
             raise ValueError(f"{host}:{port} cannot be had ({error}); give another --port") from error
         print(f"loragraft demo: {url} (ctrl-C ends it)", flush=True)
         blocks.block_thread()

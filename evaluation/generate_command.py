@@ -9,7 +9,7 @@ from loragraft.backbones.bases import list_bases
 from loragraft.recipes.schema import Numerics
 
 if TYPE_CHECKING:
-    from loragraft.backbones.spec import Backbone, Profile
+    from loragraft.backbones.spec import Backbone, BaseSpec, Profile
     from loragraft.evaluation.generate import Settings
     from loragraft.evaluation.prompt_file import Line
     from loragraft.recipes.schema import WeightsConfig
@@ -26,14 +26,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="PATH[@WEIGHT]",
         help="a run, an adapter folder or file; can be repeated",
     )
-    parser.add_argument("--prompt", action="append", help="can be repeated")
+    parser.add_argument(
+        "--prompt", action="append", help="what to draw; can be repeated (default: the recipe's sample prompts)"
+    )
     parser.add_argument(
         "--prompt-file",
         metavar="FILE",
         help="JSON lines with name, prompt and seed, as `loragraft prompts SET --from DIR` prints: OUT/<name>.png each, what "
         "is there is skipped",
     )
-    parser.add_argument("--negative-prompt", default="")
+    parser.add_argument(
+        "--negative-prompt", default="", help="what the picture should not show (default: the recipe's, for its base)"
+    )
     parser.add_argument("--base", help=f"one of {', '.join(list_bases())}; default: the adapter's own, else pocket")
     parser.add_argument("--profile", choices=PROFILES, help="default: the adapter's own, else native")
     parser.add_argument("--any-base", action="store_true", help="graft an adapter that was trained on another base")
@@ -41,7 +45,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--denoiser-only", action="store_true", help="of adapters that change text encoders or norms too, use the rest"
     )
     parser.add_argument("--out", default="images", help="folder for the images (default: images)")
-    parser.add_argument("--seed", type=int)
+    parser.add_argument("--seed", type=int, help="of the first image (default: the recipe's, else 0)")
     parser.add_argument("--per-prompt", type=int, default=1, help="images per prompt, at consecutive seeds")
     parser.add_argument("--steps", type=int, help="sampling steps (default: the recipe's, else the base's own)")
     parser.add_argument(
@@ -89,6 +93,7 @@ def run(args: argparse.Namespace, device: str) -> int:
             print(f"note: {adapter.approximation}", file=sys.stderr)
     trained = adapters[0][0].metadata if adapters else {}
     spec = find_spec(args.base or trained.get("base") or "pocket")
+    _check_numbers(args, spec)
     sample = trained.get("recipe", {}).get("sample", {})
     if spec.name != trained.get("base"):  # steps and guidance were for another base
         sample = {key: sample[key] for key in sample.keys() & {"prompts", "negative_prompt", "seed"}}
@@ -110,8 +115,8 @@ def run(args: argparse.Namespace, device: str) -> int:
             negative_prompt=args.negative_prompt or sample.get("negative_prompt", ""),
             seed=(sample.get("seed", 0) if args.seed is None else args.seed) + i,
             steps=args.steps or sample.get("steps", spec.steps),
-            guidance=args.guidance or sample.get("guidance", spec.guidance),
-            true_guidance=args.true_guidance or sample.get("true_guidance", 1.0),
+            guidance=sample.get("guidance", spec.guidance) if args.guidance is None else args.guidance,
+            true_guidance=sample.get("true_guidance", 1.0) if args.true_guidance is None else args.true_guidance,
         )
         for prompt in prompts
         for i in range(args.per_prompt)
@@ -126,12 +131,25 @@ def run(args: argparse.Namespace, device: str) -> int:
     out.mkdir(parents=True, exist_ok=True)
     for i, (image, setting) in enumerate(zip(images, settings, strict=True)):
         save_image(image, out / f"{i:04d}.png", setting, backbone, adapters)
-    print(f"{len(images)} images in {out}")
+    print(f"{len(images)} image{'s' * (len(images) != 1)} in {out}")
     if args.compare:
         before = render(backbone, [], settings)
         before_after_grid([s.prompt for s in settings], before, images).save(out / "before_after.png")
         print(f"before and after: {out / 'before_after.png'}")
     return 0
+
+
+def _check_numbers(args: argparse.Namespace, spec: "BaseSpec") -> None:
+    """Before anything is loaded. Raises ValueError for what cannot be drawn, or written."""
+    for option, value in (("--steps", args.steps), ("--per-prompt", args.per_prompt)):
+        if value is not None and value < 1:
+            raise ValueError(f"{option} {value}: it is at least 1")
+    edge, grain = args.resolution, spec.grain
+    if edge is not None and (edge < grain or edge % grain):
+        near = max(grain, round(edge / grain) * grain)
+        raise ValueError(f"--resolution {edge}: {spec.name} draws edges that are multiples of {grain}, such as {near}")
+    if Path(args.out).is_file():
+        raise ValueError(f"--out {args.out} is a file: name a folder for the images")
 
 
 def _compile(args: argparse.Namespace, backbone: "Backbone", settings: "Settings", images: int) -> None:

@@ -161,7 +161,8 @@ class StandardMetrics:
                 for f in dict.fromkeys(f for m in self.metrics for f in m.files)
             )
             raise ValueError(
-                f"{', '.join(needing)} need published weights: give their folder with --weights. It holds {listed}"
+                f"no weights for {', '.join(needing)}: put the published files into a folder and name it with --weights, where "
+                f"--allow-download fetches them too: {listed}"
             )
         self._weights = weights
         for metric in self.metrics:

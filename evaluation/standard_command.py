@@ -129,6 +129,8 @@ def row_fields(pairs: Sequence[str]) -> dict[str, Any]:
 
 def images_of(folder: Path) -> list[Path]:
     """The folder's images by name. Raises ValueError where there is none."""
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}: give one that holds images ({', '.join(SUFFIXES)})")
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not found:
         raise ValueError(f"{folder} holds no image ({', '.join(SUFFIXES)})")

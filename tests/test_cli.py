@@ -1,25 +1,14 @@
 """The command teaches through --help and answers mistakes in one sentence."""
 
+import argparse
 import re
 from pathlib import Path
 
 import pytest
 
 from loragraft import cli
-
-VERBS = (
-    "recipe",
-    "prompts",
-    "train",
-    "generate",
-    "quantize",
-    "convert",
-    "score",
-    "preflight",
-    "publish",
-    "zoo",
-    "demo",
-)
+from loragraft.verbs import VERBS, build_parser
+from loragraft.zoo.zoo_command import build_parser as zoo_parser
 
 
 def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
@@ -37,6 +26,29 @@ def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str
         cli.main([verb, "--help"])
     assert stop.value.code == 0
     assert len(capsys.readouterr().out.splitlines()) >= 4
+
+
+def test_every_verb_does_something() -> None:
+    assert {*cli.RUN, *cli.OWN_PARSER} == set(VERBS)
+    assert not {*cli.RUN} & {*cli.OWN_PARSER}
+
+
+@pytest.mark.parametrize("parser", [build_parser(), zoo_parser()], ids=["loragraft", "zoo"])
+def test_every_option_says_what_it_is(parser: argparse.ArgumentParser) -> None:
+    waiting, silent = [parser], []
+    while waiting:
+        shown = waiting.pop()
+        for action in shown._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                waiting += action.choices.values()
+            elif not action.help:
+                silent.append(f"{shown.prog} {action.metavar or action.dest}")
+    assert silent == []
+
+
+def test_nothing_given_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    assert "loragraft VERB --help" in capsys.readouterr().out
 
 
 def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -57,7 +69,19 @@ def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
         (["zoo", "ls", "nowhere"], "is no folder"),
         (["zoo", "pul"], "Did you mean 'pull'"),
         (["generate", "--adapter", "runs/mine@strong"], "what follows @ is the adapter's weight"),
+        (["generat"], "no such verb. Did you mean 'generate'?"),
+        (["fly"], "no such verb. There are: recipe, prompts, train"),
+        (["recipe", "marketing", "base=flux-dev"], "Did you mean 'flux1-dev'"),
+        (["generate", "--adapter", "runs/none"], "there is no runs/none: give a run folder"),
         (["generate", "--base", "pocet", "--prompt", "x"], "Did you mean 'pocket'"),
+        (["generate", "--prompt", "x", "--steps", "0"], "--steps 0: it is at least 1"),
+        (["generate", "--prompt", "x", "--per-prompt", "0"], "--per-prompt 0: it is at least 1"),
+        (["generate", "--prompt", "x", "--resolution", "100"], "multiples of 16, such as 96"),
+        (["generate", "--prompt", "x", "--out", "file"], "--out file is a file: name a folder"),
+        (["prompts", "mjhq"], "say where it lies with --from"),
+        (["quantize", "pocet", "--out", "int4"], "There is no file or folder pocet either"),
+        (["measure", "nowhere", "--metrics", "psnr", "--against", "."], "there is no folder nowhere"),
+        (["measure", ".", "--metrics", "fid"], "put the published files into a folder"),
         (["generate"], 'give --prompt "..."'),
         (["quantize", "pocket", "--out", "."], "exists already"),
         (["convert", "nowhere.safetensors", "."], "exists; name another place"),
@@ -72,6 +96,7 @@ def test_mistakes_are_one_sentence(
     tmp_path: Path,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
     assert cli.main(arguments) == 2
     error = capsys.readouterr().err.strip()
     assert message in error

@@ -3,6 +3,7 @@
 import errno
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -106,6 +107,23 @@ def test_outcomes(error: BaseException, code: int, sentence: str, capsys: pytest
 
     assert guarded(run) == code
     assert sentence in capsys.readouterr().err
+
+
+def test_a_reader_who_has_gone_is_no_mistake() -> None:
+    """`| head` closes the pipe; what is written after that neither fails nor leaves a traceback."""
+    many = "from loragraft.outcome import guarded; raise SystemExit(guarded(lambda: print('x' * 10**6) or 0))"
+    writer = subprocess.Popen([sys.executable, "-c", many], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert writer.stdout is not None and writer.stderr is not None
+    writer.stdout.read(1)
+    writer.stdout.close()
+    assert writer.stderr.read() == b""
+    assert writer.wait(timeout=60) == 141
+    with pytest.raises(BrokenPipeError, match="elsewhere"):  # a pipe that is not standard output
+        guarded(_broken)
+
+
+def _broken() -> int:
+    raise BrokenPipeError("elsewhere")
 
 
 def test_defects_and_whoever_asks_keep_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ The folder is a function of the run: twice the same run gives twice the same byt
 """
 
 import json
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -40,6 +41,7 @@ from loragraft.zoo.licences import licence_for, repository_of
 from loragraft.zoo.scores import scores_of
 
 WEIGHTS, CARD, SCORE, IMAGES = "pytorch_lora_weights.safetensors", "README.md", "score.json", "images"
+VERSION = re.compile(r"(0|[1-9]\d*)(\.(0|[1-9]\d*)){2}")
 SAMPLES = f"{IMAGES}/samples.png"
 GALLERY = 12
 """Pictures at most."""
@@ -57,6 +59,8 @@ def collect(
     source = run / "adapter" / WEIGHTS
     if not source.exists():
         raise ZooError(f"{run} holds no finished adapter: give the folder that training wrote, after it ended")
+    if VERSION.fullmatch(version) is None:
+        raise ZooError(f"--version {version}: a version is MAJOR.MINOR.PATCH, such as {FIRST_VERSION}")
     adapter = load_adapter(source)
     shutil.copyfile(source, folder / WEIGHTS)
     if contract_of(adapter.metadata) == COMPENSATING:

@@ -138,6 +138,13 @@ class Listed:
     signed: bool
     status: Status = field(default_factory=Status)
 
+    @classmethod
+    def read(cls, content: bytes, where: str, *, signed: bool, statuses: Mapping[str, Status]) -> "Listed":
+        """From the bytes of a `loragraft.json`; raises ZooError as `entry_from_bytes`. statuses: of its versions."""
+        entry = entry_from_bytes(content, where)
+        status = statuses.get(entry.version, Status())
+        return cls(entry=entry, entry_sha256=hashlib.sha256(content).hexdigest(), signed=signed, status=status)
+
     @property
     def order(self) -> tuple[str, tuple[int, ...]]:
         """By name, then by version as numbers."""
@@ -147,6 +154,15 @@ class Listed:
     def files(self) -> list[str]:
         """All that a copy of it consists of; what `entry` promises first."""
         return [*sorted(self.entry.files), *([SIGNATURE] if self.signed else []), ENTRY]
+
+
+def another(where: str, entry: Entry) -> ZooError:
+    """`where` holds other files under the name and version of `entry`, which may not be replaced."""
+    major, minor, patch = version_numbers(entry.version)
+    return ZooError(
+        f"{where} holds another {entry.name} {entry.version}, and a version never changes: publish this one with "
+        f"--version {major}.{minor}.{patch + 1}, or give the recipe another name"
+    )
 
 
 def version_numbers(version: str) -> tuple[int, ...]:

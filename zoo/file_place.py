@@ -10,7 +10,6 @@ a complete one that the index does not name yet: the next attempt writes the ind
 name and version at the same moment may mix their files; whoever fetches the mixture is told by its sums.
 """
 
-import hashlib
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from loragraft.zoo.entry import (
     Listed,
     Status,
     ZooError,
+    another,
     entry_from_bytes,
     index_from_bytes,
     index_to_bytes,
@@ -98,10 +98,7 @@ class FilePlace:
         if self.fs.exists(f"{target}/{ENTRY}"):
             present = entry_from_bytes(self._read(f"{target}/{ENTRY}", ENTRY), f"{target}/{ENTRY}")
             if present != entry:
-                raise ZooError(
-                    f"{self.url} holds another {entry.name} {entry.version}, and a version never changes: publish this one "
-                    f"with --version {_next(entry.version)}, or give the recipe another name"
-                )
+                raise another(self.url, entry)
             self.write_index()
             return False
         if self.fs.exists(target):  # a killed publisher's
@@ -139,18 +136,14 @@ class FilePlace:
         found = []
         for path in sorted(self.fs.glob(f"{self.root}/*/*/{ENTRY}")):
             folder = path.rpartition("/")[0]
-            content = self._read(path, ENTRY)
-            entry = entry_from_bytes(content, path)
-            if folder.split("/")[-2:] != [entry.name, entry.version]:
-                raise ZooError(f"{path} says that it is {entry.name} {entry.version}: move it to where it belongs")
-            found.append(
-                Listed(
-                    entry=entry,
-                    entry_sha256=hashlib.sha256(content).hexdigest(),
-                    signed=self.fs.exists(f"{folder}/{SIGNATURE}"),
-                    status=self._statuses(entry.name).get(entry.version, Status()),
+            name, version = folder.split("/")[-2:]
+            signed = self.fs.exists(f"{folder}/{SIGNATURE}")
+            item = Listed.read(self._read(path, ENTRY), path, signed=signed, statuses=self._statuses(name))
+            if (name, version) != (item.entry.name, item.entry.version):
+                raise ZooError(
+                    f"{path} says that it is {item.entry.name} {item.entry.version}: move it to where it belongs"
                 )
-            )
+            found.append(item)
         return found
 
     def _statuses(self, name: str) -> dict[str, Status]:
@@ -199,8 +192,3 @@ def _write_local(content: bytes, target: str) -> None:
     Path(target).parent.mkdir(parents=True, exist_ok=True)
     write_atomic(Path(target), content)
     sweep(Path(target).parent, older_than_hours=24)  # scratch names of killed publishers
-
-
-def _next(version: str) -> str:
-    major, minor, patch = version.split(".")
-    return f"{major}.{minor}.{int(patch) + 1}"

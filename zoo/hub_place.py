@@ -8,7 +8,6 @@ state without its tag, and publishing again sets it.
 Everything goes through `huggingface_hub` (1.x and 2.x): its token, its cache, its endpoint ($HF_ENDPOINT), its offline mode.
 """
 
-import hashlib
 import os
 import shutil
 import sys
@@ -37,6 +36,7 @@ from loragraft.zoo.entry import (
     Listed,
     Status,
     ZooError,
+    another,
     entry_from_bytes,
     statuses_from_bytes,
     statuses_to_bytes,
@@ -113,18 +113,12 @@ class HubPlace:
             infos = [head, *(self._api.model_info(repo, revision=c, files_metadata=True) for c in commits)]
             found = {}
             for info in infos:
-                content = self._read(repo, ENTRY, info)
-                entry = entry_from_bytes(content, f"{repo}/{ENTRY}")
-                if entry.name != name:
-                    raise ZooError(f"{repo}/{ENTRY} is of an adapter {entry.name!r}: was the repository renamed?")
-                sha256 = hashlib.sha256(content).hexdigest()
-                self._commits[name, sha256] = str(info.sha)
-                found[entry.version] = Listed(
-                    entry=entry,
-                    entry_sha256=sha256,
-                    signed=SIGNATURE in _sizes(info),
-                    status=statuses.get(entry.version, Status()),
-                )
+                content, signed = self._read(repo, ENTRY, info), SIGNATURE in _sizes(info)
+                item = Listed.read(content, f"{repo}/{ENTRY}", signed=signed, statuses=statuses)
+                if item.entry.name != name:
+                    raise ZooError(f"{repo}/{ENTRY} is of an adapter {item.entry.name!r}: was the repository renamed?")
+                self._commits[name, item.entry_sha256] = str(info.sha)
+                found[item.entry.version] = item
         return sorted(found.values(), key=lambda item: item.order)
 
     def fetch(self, item: Listed, folder: Path) -> None:
@@ -189,10 +183,7 @@ class HubPlace:
 
     def _require_same(self, repo: str, entry: Entry, info: Any) -> None:
         if self._read(repo, ENTRY, info) != entry.to_bytes():
-            raise ZooError(
-                f"{repo} holds another {entry.name} {entry.version}, and a version never changes: publish this one with a higher "
-                "--version, or give the recipe another name"
-            )
+            raise another(repo, entry)
 
     def _statuses(self, repo: str, head: Any) -> dict[str, Status]:
         if STATUS not in _sizes(head):

@@ -91,7 +91,7 @@ def main(arguments: Sequence[str]) -> int:
         if "://" not in first and not Path(first).is_dir():
             raise ZooError(f"`loragraft zoo {first}`: no such verb. {did_you_mean(first, list(VERBS))}")
         arguments = ["ls", *arguments]
-    args = _parser().parse_args(arguments)
+    args = build_parser().parse_args(arguments)
     run: Callable[[argparse.Namespace], int] = args.run_verb
     return run(args)
 
@@ -335,7 +335,8 @@ VERBS: dict[str, tuple[Callable[[argparse.Namespace], int], str, str]] = {
 }  # fmt: skip
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """Of `loragraft zoo`."""
     parser = argparse.ArgumentParser(
         prog="loragraft zoo",
         description=f"Published adapters: find, fetch and prove them.\n{WALKTHROUGH}\n{PLACES}",
@@ -374,7 +375,7 @@ def _parser() -> argparse.ArgumentParser:
         sub[name].add_argument("--because", default="", metavar="WHY", help="what whoever meets it reads")
         sub[name].add_argument("--undo", action="store_true", help="take it back")
         sub[name].set_defaults(field=field)
-    sub["search"].add_argument("words", nargs="*", metavar="WORD")
+    sub["search"].add_argument("words", nargs="*", metavar="WORD", help="all must occur; without any, every adapter")
     sub["search"].add_argument("--base", help="only adapters for this base")
     sub["search"].add_argument("--domain", help="only adapters of this domain")
     sub["pull"].add_argument("--out", type=Path, default=Path("adapters"), metavar="FOLDER", help="default: adapters")
@@ -388,6 +389,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub["bench"].add_argument("--out", type=Path, default=Path("bench"), metavar="FOLDER", help="default: bench")
     sub["mirror"].add_argument("source", metavar="PLACE", help="the zoo to copy")
-    sub["mirror"].add_argument("folder", type=Path, metavar="FOLDER")
+    sub["mirror"].add_argument("folder", type=Path, metavar="FOLDER", help="where the copy goes")
     sub["key"].add_argument("file", type=Path, metavar="FILE", help="the private key's file; the public one gets .pub")
     return parser

@@ -1,44 +1,37 @@
-"""The `loragraft` command: one verb per job, each a few lines over the layers below.
-
-    loragraft recipe marketing            what a recipe says, resolved
-    accelerate launch train/lora.py --recipe marketing        (the same as: loragraft train --recipe marketing)
-    loragraft generate --adapter runs/marketing --compare     images, and a before/after grid
-    loragraft score runs/marketing        how far the adapter moved the base into its domain
-    loragraft demo --adapters runs        a browser page to play with
+"""The `loragraft` command: one verb per job, each a few lines over the layers below; `verbs.py` has their options.
 
 This is the only module that imports across all layers. Heavy imports wait until a verb needs them, so --help is quick.
 """
 
 import argparse
+import difflib
 import json
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
-import loragraft
-from loragraft.outcome import guarded
-from loragraft.recipes.schema import Numerics
+from loragraft.outcome import MENDED, guarded
+from loragraft.verbs import VERBS, build_parser
 
 if TYPE_CHECKING:
     from loragraft.recipes.schema import Recipe
-
-PROFILES = [name for name in get_args(Numerics) if name != "16bit"]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parses, runs one verb, returns its exit code. Errors that a user can mend are one sentence on stderr."""
     arguments = sys.argv[1:] if argv is None else argv
-    if arguments[:1] == ["train"]:  # hands its options to train/lora.py, which documents them itself
-        return guarded(lambda: _train(arguments[1:]))
-    if arguments[:1] == ["preflight"]:
-        return guarded(lambda: _preflight(arguments[1:]))
-    if arguments[:1] == ["zoo"]:
-        return guarded(lambda: _zoo(arguments[1:]))
-    args = _parser().parse_args(arguments)
-    verb: Callable[[argparse.Namespace], int] = args.verb
-    return guarded(lambda: verb(args))
+    first = arguments[0] if arguments else ""
+    if not first:
+        build_parser().print_help()
+        return MENDED
+    if first in OWN_PARSER:
+        return guarded(lambda: OWN_PARSER[first](arguments[1:]))
+    if first not in VERBS and not first.startswith("-"):
+        return guarded(lambda: _refuse_unknown(first))
+    args = build_parser().parse_args(arguments)
+    return guarded(lambda: RUN[args.verb](args))
 
 
 def _train(arguments: list[str]) -> int:
@@ -50,7 +43,7 @@ def _train(arguments: list[str]) -> int:
 def _recipe(args: argparse.Namespace) -> int:
     import yaml
 
-    from loragraft.backbones.bases import list_bases
+    from loragraft.backbones.bases import known_base, list_bases
     from loragraft.recipes.load import list_recipes, load_recipe, recipe_hash, recipe_to_dict
 
     if args.name is None:
@@ -58,6 +51,7 @@ def _recipe(args: argparse.Namespace) -> int:
         print(f"# bases (base=NAME): {', '.join(list_bases())}")
         return 0
     recipe = load_recipe(args.name, args.overrides)
+    known_base(recipe.base)
     print(yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False), end="")
     print(f"# recipe hash {recipe_hash(recipe)}")
     return 0
@@ -67,12 +61,15 @@ def _prompts(args: argparse.Namespace) -> int:
     import dataclasses
 
     from loragraft.data.cache import default_cache_root
+    from loragraft.data.prompt_sets import READERS as PUBLISHED_SETS
     from loragraft.data.prompts import evaluation_prompts, prompts_id
 
     if args.source:
         from loragraft.data.prompt_sets import show
 
         return show(args.name, Path(args.source), args.count, args.training_folder)
+    if args.name in PUBLISHED_SETS:
+        raise ValueError(f"{args.name} is a published set: say where it lies with --from DIR")
     if args.training_folder:
         raise ValueError("--training-folder serves a published set, which --from finds")
     args.count = 256 if args.count is None else args.count
@@ -214,233 +211,26 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _parser() -> argparse.ArgumentParser:
-    from loragraft.adapters.adapter_command import add_options as adapter_options
-    from loragraft.evaluation.generate_command import add_options as generate_options
-    from loragraft.evaluation.standard_command import EPILOG, add_metric_options
-    from loragraft.evaluation.standard_command import add_options as measure_options
-    from loragraft.zoo.zoo_command import publish_options
+def _refuse_unknown(verb: str) -> int:
+    near = difflib.get_close_matches(verb, VERBS, n=1)
+    hint = f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(VERBS)}"
+    raise ValueError(f"`loragraft {verb}`: no such verb. {hint}")
 
-    parser = argparse.ArgumentParser(
-        prog="loragraft", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--version", action="version", version=loragraft.__version__)
-    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
 
-    def verb(
-        name: str, run: Callable[[argparse.Namespace], int], text: str, details: str = ""
-    ) -> argparse.ArgumentParser:
-        sub = verbs.add_parser(
-            name,
-            help=text,
-            description=f"{text[0].upper()}{text[1:]}.\n\n{details}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        sub.set_defaults(verb=run)
-        return sub
-
-    recipe = verb(
-        "recipe", _recipe, "list the recipes, or show one resolved", "loragraft recipe marketing train.steps=800"
-    )
-    recipe.add_argument(
-        "name", nargs="?", help="a shipped recipe's name or a YAML file; without it: the list, and the bases"
-    )
-    recipe.add_argument("overrides", nargs="*", metavar="key=value")
-
-    prompts = verb(
-        "prompts",
-        _prompts,
-        "print evaluation prompts about a recipe's test concepts, as JSON lines",
-        "loragraft prompts marketing --count 256\n\n"
-        "loragraft prompts mjhq --from MJHQ-30K --count 5000 > prompts.jsonl              SVDQuant's subset and seeds\n\n"
-        "Each line has `long`, `short` and `concept`; the list is the same everywhere, its sha256 goes to stderr. Of a published\n"
-        "set (mjhq, sdci, coco) it has `name`, `prompt`, `seed`, `category`, `split` and `image`.",
-    )
-    prompts.add_argument("name", metavar="recipe", help="or, with --from, a published set: mjhq, sdci, coco")
-    prompts.add_argument("--count", type=int, help="how many (default: 256; of a published set 5000)")
-    prompts.add_argument(
-        "--from", dest="source", metavar="DIR", help="where the published set lies; nothing is fetched"
-    )
-    prompts.add_argument(
-        "--training-folder",
-        metavar="OUT",
-        help="write a folder for data.folder instead: these prompts as its test split, the rest to train on",
-    )
-    prompts.add_argument("overrides", nargs="*", metavar="key=value")
-
-    verb("train", _recipe, "train an adapter: all options as in train/lora.py", "loragraft train --recipe marketing")
-
-    generate = verb(
-        "generate",
-        _generate,
-        "draw images with adapters grafted onto the INT4 base",
-        'loragraft generate --adapter runs/marketing@0.8 --prompt "promo tile: white rocket on blue" --compare\n\n'
-        "Without --prompt the recipe's sample prompts are drawn. Every PNG carries its settings.",
-    )
-    generate_options(generate)
-
-    score = verb(
-        "score",
-        _score,
-        "measure how far a run's adapter moved the base into its domain",
-        "loragraft score runs/marketing                                      64 images a side, about two minutes on two cores\n"
-        "loragraft score runs/marketing --full --control runs/design         256 images a set, every set: half an hour\n"
-        "loragraft score runs/marketing --full --render-only                 draw on a GPU machine, copy RUN/score back, and\n"
-        "loragraft score runs/marketing --full --measure-only                measure here\n\n"
-        "Draws held-out captions with and without the adapter into RUN/score and compares: kernel distance (KID formula) and\n"
-        "Frechet distance on EfficientNet-Lite0 features to held-out images, and whether a caption finds its image. --control\n"
-        "and --full add what the adapter has to beat, short prompts, drift on general prompts, and a search for copies of\n"
-        "training images. Images that are there already are not drawn again; a killed score loses one batch.",
-    )
-    score.add_argument("run", help="the run folder that training wrote")
-    score.add_argument(
-        "--images", type=int, help="N, images per set (default: the recipe's eval.images; at least 256 with --full)"
-    )
-    score.add_argument(
-        "--references",
-        type=int,
-        default=0,
-        metavar="M",
-        help="compare with only the first M held-out images (default: all)",
-    )
-    score.add_argument(
-        "--control",
-        action="append",
-        default=[],
-        metavar="OTHER_RUN",
-        help="also draw these captions with another domain's adapter on the same base; can be repeated",
-    )
-    score.add_argument(
-        "--full",
-        action="store_true",
-        help="every set: short prompts, untrained adapter, drift, copies of training images",
-    )
-    stage = score.add_mutually_exclusive_group()
-    stage.add_argument("--render-only", action="store_true", help="draw what is missing and stop")
-    stage.add_argument("--measure-only", action="store_true", help="draw nothing, measure what is there")
-
-    add_metric_options(score)
-
-    measure = verb(
-        "measure",
-        _measure,
-        "FID, CLIP score, ImageReward, LPIPS, PSNR of images on disk; rows as a table",
-        EPILOG,
-    )
-    measure_options(measure)
-
-    quantize = verb(
-        "quantize",
-        _quantize,
-        "turn a 16-bit base into an SVDQuant INT4 checkpoint",
-        "loragraft quantize pocket --out pocket-int4\n"
-        "loragraft quantize FLUX.1-dev/transformer --out flux-int4          layer by layer; needs no data\n"
-        "loragraft quantize FLUX.1-dev --smoothing calibrated --out flux-int4       the pipeline's folder: runs it first\n"
-        "loragraft quantize flux1-dev-diffusers.safetensors --out flux-int4 --stats activations.safetensors\n\n"
-        "A base: calibrated smoothing watches the inputs of every linear while the calibration prompts are denoised; 'weight'\n"
-        "and 'hadamard' need no data. A folder or file of a FLUX transformer in diffusers' names is never loaded as a whole:\n"
-        "one layer at a time is read, quantized and written, and the same command goes on where a killed one ended.\n"
-        "'auto' takes for every layer what measures best of no transform, smoothing, rotation and both: on its measured\n"
-        "activations (--stats), else on synthetic inputs.",
-    )
-    quantize.add_argument("base", help="a base's name, or a folder or safetensors file of 16-bit weights")
-    quantize.add_argument("--profile", choices=PROFILES, default="native")
-    quantize.add_argument(
-        "--smoothing",
-        choices=("calibrated", "weight", "hadamard", "none", "auto"),
-        help="default: calibrated for a base, auto for weights on disk",
-    )
-    quantize.add_argument("--rank", type=int, help="rank of the 16-bit branch (default: 16 for a base, else 32)")
-    quantize.add_argument("--group-size", type=int, choices=(64, 128), default=64, help="128: native only, faster")
-    quantize.add_argument("--gptq", action="store_true", help="choose the codes by GPTQ; needs activations")
-    quantize.add_argument("--stats", metavar="FILE", help="activation statistics that calibrate.save_stats wrote")
-    quantize.add_argument(
-        "--prompts", metavar="FILE", help="calibrate a pipeline on these, one a line (default: 16 of ours)"
-    )
-    quantize.add_argument("--resolution", type=int, help="pixels of a pipeline's calibration (default: the base's own)")
-    quantize.add_argument("--out", required=True, help="folder to write; must not exist")
-
-    convert = verb(
-        "convert",
-        _convert,
-        "an INT4 checkpoint of Nunchaku's, Nunchaku Lite, ComfyUI's or our own into another format",
-        "loragraft convert svdq-int4_r32-flux.1-dev.safetensors flux-int4       add --numerics w4a8 for our own kernels\n\n"
-        "Values stay as they are unless --numerics or --signed is given; then each layer's added error is shown. --to comfyui\n"
-        "names layers as diffusers does, comfyui-flux as ComfyUI's FLUX does.\n\n"
-        "loragraft convert pocket-w4a4 tiles.safetensors --to comfyui --adapter runs/tiles@0.8\n\n"
-        "--adapter makes an adapter part of the checkpoint: more ranks of the 16-bit branch. No INT4 code changes.",
-    )
-    convert.add_argument("source", help="a file or folder; its format is found out")
-    convert.add_argument("dest", help="a folder to write (ComfyUI: a file); must not exist")
-    convert.add_argument("--to", choices=("native", "nunchaku-lite", "comfyui", "comfyui-flux"), default="native")
-    convert.add_argument("--numerics", choices=("w4a8", "w4a4"), help="convert to these")
-    convert.add_argument("--signed", action="store_true", help="replace unsigned activations, which Lite does not know")
-    convert.add_argument(
-        "--adapter",
-        action="append",
-        default=[],
-        metavar="PATH[@WEIGHT]",
-        help="graft this run, adapter folder or file before writing; can be repeated",
-    )
-    convert.add_argument("--any-base", action="store_true", help="graft an adapter that was trained on another base")
-    convert.add_argument("--rank", type=int, help="cut the adapters together to this rank; what is lost is shown")
-    convert.add_argument("--layout", choices=("row-major", "tile-packed"), default="row-major", help="for ComfyUI")
-
-    adapter = verb(
-        "adapter",
-        _adapter,
-        "look into a LoRA file of any trainer, or write it in another one's naming",
-        "loragraft adapter inspect downloaded.safetensors\n"
-        "loragraft adapter export runs/marketing --style comfyui --out marketing.safetensors\n\n"
-        "Read: diffusers, PEFT, attention processors, kohya, OneTrainer, LyCORIS (LoKr, LoHa), ComfyUI, XLabs, BFL control,\n"
-        "cloneofsimo. generate, demo and the others take such files as they are.",
-    )
-    adapter_options(adapter)
-
-    verb("preflight", _recipe, "memory and time of a run before it starts, what it fits and what would make it fit")
-
-    publish = verb(
-        "publish",
-        _publish,
-        "a finished adapter with card, pictures, score and index entry to a folder, a URL or the Hub",
-        "loragraft publish runs/marketing --to zoo                 a folder\n"
-        "loragraft publish runs/marketing --to s3://bucket/zoo     what fsspec opens\n"
-        "loragraft publish runs/marketing --to hf://OWNER          the Hub: repository OWNER/marketing, private unless --public\n\n"
-        "Killed or cut off at any moment, the place has its old or its new state; the same command goes on. What is there\n"
-        "already is not sent again. `loragraft zoo` finds, fetches and checks what was published.",
-    )
-    publish_options(publish)
-
-    verb("zoo", _recipe, "published adapters: ls, search, info, pull, verify, bench, mirror, yank, deprecate, key")
-
-    demo = verb(
-        "demo",
-        _demo,
-        "a browser page to play with: prompt, start picture, adapters with weights, before and after",
-        "loragraft demo --adapters runs zoo\n\n"
-        "Opens on this machine alone (127.0.0.1) and fetches nothing from a network. Adapters are looked for in the folders\n"
-        'of --adapters on every load of the page. Needs gradio: pip install "loragraft[demo]"',
-    )
-    demo.add_argument("--base", default="pocket", help="the base to begin with (default: pocket)")
-    demo.add_argument(
-        "--profile",
-        choices=("native", "interchange", "16bit"),
-        default="native",
-        help="its precision to begin with (default: native)",
-    )
-    demo.add_argument(
-        "--adapters",
-        nargs="+",
-        default=[],
-        metavar="FOLDER",
-        help="runs, folders of runs, published folders, adapter files",
-    )
-    demo.add_argument("--port", type=int, default=7860)
-    demo.add_argument(
-        "--host", default="127.0.0.1", help="0.0.0.0 shows the page to your whole network, without a password"
-    )
-    demo.add_argument("--open", action="store_true", help="open the page in your browser")
-    return parser
+RUN: dict[str, Callable[[argparse.Namespace], int]] = {
+    "recipe": _recipe,
+    "prompts": _prompts,
+    "generate": _generate,
+    "score": _score,
+    "measure": _measure,
+    "quantize": _quantize,
+    "convert": _convert,
+    "adapter": _adapter,
+    "publish": _publish,
+    "demo": _demo,
+}
+OWN_PARSER: dict[str, Callable[[list[str]], int]] = {"train": _train, "preflight": _preflight, "zoo": _zoo}
+"""They read their options themselves, from the words behind the verb."""
 
 
 if __name__ == "__main__":

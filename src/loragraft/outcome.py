@@ -1,25 +1,34 @@
 """How a command ends: its exit code, and one sentence instead of a traceback where a user can mend the cause.
 
-0 done     2 a mistake that the message names     130 stopped by ctrl-C, and resumable
+0 done     2 a mistake that the message names     130 stopped by ctrl-C, and resumable     141 nobody reads the output (| head)
 """
 
 import os
+import select
 import sys
 from collections.abc import Callable
 
 from loragraft.disk import DiskFullError, full_disk_reason
 
-MENDED, INTERRUPTED = 2, 130
+MENDED, INTERRUPTED, UNREAD = 2, 130, 141
+STDOUT = 1
 
 
 def guarded(run: Callable[[], int]) -> int:
     """The exit code of `run()`. `LORAGRAFT_TRACEBACK=1` shows the traceback of what would be a sentence.
 
     Sentences are made of ValueError (recipes, data, checkpoints, adapters), of a full disk, of every OSError that
-    names its file (missing, no permission, ...) and of ctrl-C. Anything else is a defect and keeps its traceback.
+    names its file (missing, no permission, ...) and of ctrl-C. A reader of the output who has gone (`| head`) ends the command
+    in silence. Anything else is a defect and keeps its traceback.
     """
     try:
-        return run()
+        code = run()
+        sys.stdout.flush()  # a reader who has gone is noticed here, not while Python ends
+        return code
+    except BrokenPipeError:
+        if not _reader_has_gone():  # another pipe, or a connection
+            raise
+        return UNREAD
     except KeyboardInterrupt:
         if os.environ.get("LORAGRAFT_TRACEBACK"):
             raise
@@ -34,6 +43,16 @@ def guarded(run: Callable[[], int]) -> int:
             raise
         print(f"error: {sentence}", file=sys.stderr)
         return MENDED
+
+
+def _reader_has_gone() -> bool:
+    """Whether standard output leads nowhere; what is left for it is then dropped."""
+    output = select.poll()
+    output.register(STDOUT, 0)
+    if not any(events & select.POLLERR for _, events in output.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)
+    return True
 
 
 def _sentence(error: ValueError | OSError) -> str | None:

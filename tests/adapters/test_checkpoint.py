@@ -137,10 +137,12 @@ def test_other_damage(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(CheckpointError, match=f"truncated: tensor '{B}'"):
         load_adapter(file)
+    (tmp_path / "adapter.bin").write_bytes(b"x")
     with pytest.raises(CheckpointError, match=r"\.safetensors files only"):
         load_adapter(tmp_path / "adapter.bin")
-    with pytest.raises(CheckpointError, match="no file"):
-        load_adapter(tmp_path / "nowhere.safetensors")
+    for name in ("nowhere.safetensors", "nowhere"):
+        with pytest.raises(CheckpointError, match=rf"there is no .*{name}: give a run folder"):
+            load_adapter(tmp_path / name)
 
 
 def test_a_file_without_our_block_loads_unnamed(tmp_path: Path) -> None:

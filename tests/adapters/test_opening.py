@@ -21,5 +21,10 @@ def test_a_run_says_what_it_lacks(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is no run folder"):
         open_run(tmp_path)
     (tmp_path / "recipe.yaml").write_text("extends: _base\n")
-    with pytest.raises(ValueError, match="is not finished"):
-        open_run(tmp_path)
+    for opened in (open_run, lambda run: open_adapters([str(run)])):
+        with pytest.raises(ValueError, match="is not finished"):
+            opened(tmp_path)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "start.safetensors").write_bytes(b"x")  # adapter.init=loftq writes it before the first step
+    with pytest.raises(ValueError, match="a run that is not finished: give its training command again"):
+        open_adapters([str(tmp_path)])

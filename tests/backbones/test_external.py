@@ -7,14 +7,15 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from diffusers import FluxTransformer2DModel
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from loragraft.backbones import external, load
-from loragraft.backbones.flux1_encoders import RandomFlux1Encoders
+from loragraft.backbones.flux1_encoders import TEXT_PARTS
 from loragraft.backbones.load import find_spec, load_backbone
 from loragraft.backbones.sampler import generate_images
 from loragraft.backbones.spec import Backbone
+from loragraft.backbones.text_encoders import RandomEncoders
 from loragraft.quantization.checkpoint import load_quantized, quantized_layers
 from loragraft.quantization.dialects.comfyui import save_comfyui
 from loragraft.quantization.tensor_file import CheckpointError
@@ -119,7 +120,10 @@ def test_random_weights_have_the_configured_shapes_and_draw(
         spec,
         external=dataclasses.replace(
             spec.external, config=config,
-            random_encoders=lambda seed, device, dtype: RandomFlux1Encoders(vae, {}, (6, 64, 32), seed, device, dtype),
+            random_encoders=partial(
+                RandomEncoders, "flux1", (AutoencoderKL, vae), (FlowMatchEulerDiscreteScheduler, {}), (6, 64, 32),
+                text_parts=TEXT_PARTS,
+            ),
         ),
     )  # fmt: skip
     monkeypatch.setattr(load, "find_spec", lambda _: small)

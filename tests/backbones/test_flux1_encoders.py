@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from transformers import T5Config, T5EncoderModel
 
-from loragraft.backbones.flux1_encoders import CAPTIONS_TOGETHER, Flux1Encoders, RandomFlux1Encoders
+from loragraft.backbones.flux1_encoders import CAPTIONS_TOGETHER, Flux1Encoders
 from loragraft.backbones.load import find_spec, load_backbone
 from loragraft.backbones.resting import rest, stream_layers
 from loragraft.backbones.sampler import generate_images
+from loragraft.backbones.text_encoders import RandomEncoders
 from loragraft.kernels.layout import relative_rms
 from loragraft.quantization.tensor_file import CheckpointError
 from loragraft.recipes.schema import WeightsConfig
@@ -77,7 +78,7 @@ def test_the_identity_of_a_large_file_is_sampled_from_end_to_end(
     flux_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in (("_WHOLE", 1000), ("_SAMPLES", 8), ("_SAMPLE", 16)):
-        monkeypatch.setattr(f"loragraft.backbones.flux1_encoders.{name}", value)
+        monkeypatch.setattr(f"loragraft.backbones.text_encoders.{name}", value)
     copy = shutil.copytree(flux_folder, tmp_path / "copy")
     before = Flux1Encoders(copy, CPU, torch.float32, 64).id
     file = copy / "vae" / "diffusion_pytorch_model.safetensors"
@@ -127,8 +128,9 @@ def test_rest_brings_only_a_hooked_model_back() -> None:
 def test_random_encoders_have_the_shapes_and_depend_on_caption_and_seed(flux_folder: Path) -> None:
     vae = Flux1Encoders(flux_folder, CPU, torch.float32, 64).vae.config
 
-    def made(seed: int) -> RandomFlux1Encoders:
-        return RandomFlux1Encoders(vae, {}, (6, 5, 4), seed, CPU, torch.float32)
+    def made(seed: int) -> RandomEncoders:
+        scheduler = (FlowMatchEulerDiscreteScheduler, {})
+        return RandomEncoders("flux1", (AutoencoderKL, vae), scheduler, (6, 5, 4), seed, CPU, torch.float32)
 
     state = torch.random.get_rng_state()
     encoders = made(0)

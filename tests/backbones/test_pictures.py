@@ -4,8 +4,7 @@ import pytest
 import torch
 from diffusers import AutoencoderDC, DPMSolverMultistepScheduler
 
-from loragraft.backbones.flux1_encoders import random_vae
-from loragraft.backbones.pictures import DECODING, Pictures, tile_decoding, tile_edge
+from loragraft.backbones.pictures import DECODING, Pictures, random_vae, tile_decoding, tile_edge
 from loragraft.backbones.sana import DC_AE
 
 NARROW = {
@@ -17,7 +16,7 @@ NARROW = {
 def made() -> tuple[AutoencoderDC, Pictures]:
     vae = random_vae(NARROW, 0, torch.float32, AutoencoderDC)
     assert isinstance(vae, AutoencoderDC)
-    return vae, Pictures(vae, (DPMSolverMultistepScheduler, {}), torch.device("cpu"))
+    return vae, Pictures(vae, (DPMSolverMultistepScheduler, {}), torch.device("cpu"), ())
 
 
 def test_the_true_dc_ae_has_its_published_size() -> None:

@@ -2,20 +2,23 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
-from loragraft.backbones.clip_encoders import RandomClipEncoders
+from loragraft.backbones.clip_encoders import text_parts
 from loragraft.backbones.load import find_spec, load_backbone
 from loragraft.backbones.sampler import build_pipeline, generate_from_text, other_pipeline
 from loragraft.backbones.spec import Backbone
 from loragraft.backbones.stable_diffusion import KINDS
+from loragraft.backbones.text_encoders import RandomEncoders
 from loragraft.recipes.schema import WeightsConfig
 
 Open = Callable[[str], Backbone]
@@ -104,7 +107,9 @@ def test_random_weights_draw(tiny_unets: ModuleType, tmp_path: Path, monkeypatch
         spec,
         external=dataclasses.replace(
             spec.external, config=tiny_unets.tiny_config("sdxl"),
-            random_encoders=lambda *at: RandomClipEncoders(vae, kind.scheduler, kind.family, shape, *at),
+            random_encoders=partial(
+                RandomEncoders, "clip", (AutoencoderKL, vae), kind.scheduler, shape, text_parts=text_parts(kind.family)
+            ),
         ),
     )  # fmt: skip
     monkeypatch.setattr("loragraft.backbones.load.find_spec", lambda _: small)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 @pytest.fixture(scope="module")
 def conv(benchmark_module: Callable[..., ModuleType]) -> ModuleType:
-    return benchmark_module("conv", beside="timing")
+    return benchmark_module("conv", beside=("int4_engine", "rivals", "timing"))
 
 
 def test_the_list_is_sdxls(conv: ModuleType) -> None:

@@ -82,8 +82,9 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> Callable[[ModuleType], None]:
         monkeypatch.setattr(module, "features_of", features)
         monkeypatch.setattr(module, "real_features", lambda store, recipe: features(store, [Path("real")]))
         monkeypatch.setattr(module, "recipe_of", lambda *_: None)
-        monkeypatch.setattr(module, "trained_on", lambda *_: ["an H100"])
-        monkeypatch.setattr(module, "rendered_on", lambda paths: sorted(map(str, paths)))
+        shared = module.about.__globals__  # pocket_runs.py's
+        monkeypatch.setitem(shared, "trained_on", lambda *_: ["an H100"])
+        monkeypatch.setitem(shared, "rendered_on", lambda paths: sorted(map(str, paths)))
 
     return replace
 

@@ -152,7 +152,7 @@ def test_lpips_reads_the_two_files(weights: WeightFolder, tmp_path: Path) -> Non
 
 
 def test_everything_missing_is_said_before_anything_is_computed(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=rf"fid-clean need published weights.*{INCEPTION.source}.*{INCEPTION.sha256}"):
+    with pytest.raises(ValueError, match=rf"no weights for fid-clean.*{INCEPTION.source}.*{INCEPTION.sha256}"):
         open_metrics("fid,psnr", None, tmp_path)
     with pytest.raises(FileNotFoundError, match="alexnet-owt-7be5be79"):
         open_metrics("lpips", WeightFolder(tmp_path), tmp_path)

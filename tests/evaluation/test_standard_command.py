@@ -55,7 +55,7 @@ def test_a_row_is_measured_written_and_tabled(tmp_path: Path, capsys: pytest.Cap
         ([], "give a folder of images to measure, or --table"),
         (["IMAGES"], "nothing to measure: give --metrics"),
         (["IMAGES", "--weights", "w"], "serve --metrics, which is not given"),
-        (["IMAGES", "--metrics", "fid"], "fid-clean need published weights"),
+        (["IMAGES", "--metrics", "fid"], "no weights for fid-clean"),
         (["IMAGES", "--metrics", "fid", "--weights", "nowhere"], r"inception-2015-12-05.pt is missing"),
         (["IMAGES", "--metrics", "psnr"], "psnr: give --against DIR"),
         (["IMAGES", "--metrics", "ssimm"], "no metric 'ssimm'; did you mean ssim?"),

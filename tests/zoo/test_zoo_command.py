@@ -90,6 +90,12 @@ def test_a_dry_run_publishes_nothing(capsys: Say, make_run: Callable[..., Path])
     assert not Path("zoo").exists()
 
 
+def test_a_version_is_three_numbers(capsys: Say, make_run: Callable[..., Path]) -> None:
+    for version in ("1", "1.0", "01.0.0", "1.0.0 "):
+        refused = said(capsys, "publish", str(make_run()), "--to", "zoo", "--version", version, code=2)
+        assert "MAJOR.MINOR.PATCH, such as 1.0.0" in refused
+
+
 def test_the_recipe_says_where_to(capsys: Say, make_run: Callable[..., Path]) -> None:
     run = make_run()
     (run / "recipe.yaml").write_text("extends: marketing\npublish: {to: shelf}\n")
