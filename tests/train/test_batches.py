@@ -1,7 +1,9 @@
 """Batches of buckets, and reading ahead: the same tensors as without, in every order of events."""
 
+import signal
 import threading
 import time
+from random import Random
 from types import SimpleNamespace
 from typing import Any
 
@@ -171,6 +173,39 @@ def test_stopping_in_the_middle_ends_the_thread_and_another_start_is_right() -> 
     ahead = ReadAhead(Reader(), depth=2, end=100)
     assert [int(ahead(number)[0]) for number in (5, 6, 50, 51, 7)] == [5, 6, 50, 51, 7]
     ahead.close()
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_whatever_happens_the_thread_ends(seed: int) -> None:
+    """Slow and failing reads, leaps, leaving with a full queue, ctrl-C at any moment: right values until then, and an end."""
+    random = Random(seed)
+    last, leaves = random.randint(1, 12), random.randint(0, 12)
+    reader = Reader(slow=random.choice((0, 1e-4, 2e-3)), fails_at=random.choice((-1, -1, last // 2)))
+    ahead = ReadAhead(reader, depth=random.randint(1, 6), end=last)
+    interrupted = random.random() < 0.5
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-4, 0.02) if interrupted else 0)
+        number = 0
+        while number < last and number != leaves:
+            time.sleep(random.choice((0, 1e-3)))
+            assert int(ahead(number)[0]) == number
+            number += 1 if random.random() < 0.9 else random.randint(-number, 2)
+    except KeyboardInterrupt:
+        assert interrupted
+    except OSError:
+        assert reader.fails_at >= 0
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    closing = threading.Thread(target=ahead.close, daemon=True)
+    closing.start()
+    closing.join(timeout=20)
+    assert not closing.is_alive(), "leaving stands still"
+    deadline = time.monotonic() + 20  # ctrl-C while the pool makes its thread: nobody joins it, but it ends
+    while any(t.name.startswith("batches") for t in threading.enumerate()):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 def test_depth_zero_needs_no_thread() -> None:
