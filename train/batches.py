@@ -1,10 +1,9 @@
 """Step number -> what the denoiser sees in that step, on every process its part; and reading ahead of a GPU."""
 
-import functools
 import hashlib
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from queue import SimpleQueue
+from threading import Thread
 from types import TracebackType
 
 import torch
@@ -110,41 +109,66 @@ class ReadAhead:
 
     What comes out depends on the number alone, so neither a resume nor an interruption can tell it from calling `read`.
     An error of `read` is raised where its number is asked for. Another number than the next one starts afresh.
+
+    Both sides meet in queues written in C. A ctrl-C inside the standard library's futures may leave a lock taken that the thread
+    needs to end.
     """
 
     def __init__(
         self, read: Callable[[int], MicroBatch], depth: int, end: int, device: torch.device | None = None
     ) -> None:
         """depth 0: no thread. device: the GPU whose context pins the thread's memory."""
-        self._read, self._depth, self._end = read, depth, end
-        choose = None
+        self._read, self._depth, self._end, self._gpu = read, depth, end, -1
         if device is not None and device.type == "cuda":
-            # A new thread starts on GPU 0, where pinning would make a context of half a gigabyte for every process.
-            index = torch.cuda.current_device() if device.index is None else device.index
-            choose = functools.partial(torch.cuda.set_device, index)
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches", initializer=choose) if depth else None
-        self._waiting: deque[tuple[int, Future[MicroBatch]]] = deque()
+            self._gpu = torch.cuda.current_device() if device.index is None else device.index
+        self._asked: SimpleQueue[tuple[int, int] | None] = SimpleQueue()
+        self._found: SimpleQueue[tuple[int, MicroBatch | BaseException]] = SimpleQueue()
+        self._thread: Thread | None = None
+        self._turn = 0
+        """Counts the fresh starts: what was asked for before the last one is dropped."""
+        self._next, self._after = 0, 0
+        """The number that is expected, and the first that was not asked for yet."""
+        self._within = False
 
     def __call__(self, number: int) -> MicroBatch:
-        if self._pool is None:
+        if not self._depth:
             return self._read(number)
-        if self._waiting and self._waiting[0][0] != number:
-            self._forget()
-        following = self._waiting[-1][0] + 1 if self._waiting else number
-        for ahead in range(following, max(number + 1, min(number + 1 + self._depth, self._end))):
-            self._waiting.append((ahead, self._pool.submit(self._read, ahead)))
-        return self._waiting.popleft()[1].result()
+        if self._within or number != self._next:
+            self._turn, self._after = self._turn + 1, number
+        self._within = True  # a call that is interrupted leaves it so
+        if self._thread is None:
+            self._thread = Thread(target=self._work, name="batches", daemon=True)
+            self._thread.start()
+        while self._after < max(number + 1, min(number + 1 + self._depth, self._end)):
+            self._asked.put((self._turn, self._after))
+            self._after += 1
+        turn, found = self._found.get()
+        while turn != self._turn:
+            turn, found = self._found.get()
+        self._next, self._within = number + 1, False
+        if isinstance(found, BaseException):
+            raise found
+        return found
 
     def close(self) -> None:
         """Drops what was read ahead and ends the thread."""
-        self._forget()
-        if self._pool is not None:
-            self._pool.shutdown(wait=True)
+        self._turn += 1
+        if self._thread is not None:
+            self._asked.put(None)
+            self._thread.join()
+            self._thread = None
 
-    def _forget(self) -> None:
-        for _, future in self._waiting:
-            future.cancel()
-        self._waiting.clear()
+    def _work(self) -> None:
+        for turn, number in iter(self._asked.get, None):
+            if turn != self._turn:
+                continue
+            try:
+                if self._gpu >= 0:
+                    # A thread starts on GPU 0, where pinning would make a context of half a gigabyte for every process.
+                    torch.cuda.set_device(self._gpu)
+                self._found.put((turn, self._read(number)))
+            except BaseException as error:
+                self._found.put((turn, error))
 
 
 def seeded(seed: int, purpose: str, number: int) -> torch.Generator:

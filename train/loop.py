@@ -6,11 +6,10 @@ a resumed run repeats an uninterrupted one bit for bit on a CPU, and N processes
 would.
 """
 
-import contextlib
 import math
-import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -33,7 +32,9 @@ from loragraft.train.optim import build_optimizer, state_bytes
 from loragraft.train.previews import Previews
 from loragraft.train.run_folder import RunFolder
 from loragraft.train.sharding import average_gradients, shard_base, shard_digest, shards_base
+from loragraft.train.stall import moved
 from loragraft.train.step import EagerStep, GraphStep, Loss, captures, choose_step
+from loragraft.train.stopping import Stop, stop_on_signal
 from loragraft.train.tracking import Tracking
 
 VALIDATION_SAMPLES = 64
@@ -54,118 +55,209 @@ def train(
 
     prior: class images, mixed into every batch (`PriorConfig`).
     """
+    run = _begin(accelerator, recipe, backbone, parameters, cache, previews, folder, tracking, prior)
+    run.look()
+    bar = tqdm(
+        total=recipe.train.steps,
+        initial=folder.step,
+        desc="train",
+        unit="step",
+        disable=not accelerator.is_main_process,
+    )
+    with stop_on_signal(accelerator.num_processes == 1) as stop, bar, run.batches:
+        interrupted = run.go_on(stop, bar)
+    run.step.close()
+    if not interrupted:
+        run.end()
+    return interrupted
+
+
+def _begin(
+    accelerator: Accelerator,
+    recipe: Recipe,
+    backbone: Backbone,
+    parameters: list[nn.Parameter],
+    cache: LatentCache,
+    previews: Previews,
+    folder: RunFolder,
+    tracking: Tracking,
+    prior: LatentDataset | None,
+) -> "_Run":
+    """Optimizer, batches and step, as they were at the checkpoint if there is one."""
     config = recipe.train
     optimizer, schedule = build_optimizer(parameters, recipe.optim, config.steps)
-    transformer, sharded, base_before = backbone.transformer, shards_base(), ""
-    averages = sharded or (accelerator.num_processes > 1 and captures(config, accelerator))
-    if sharded:
+    transformer, base_before = backbone.transformer, ""
+    averages = shards_base() or (accelerator.num_processes > 1 and captures(config, accelerator))
+    if shards_base():
         shard_base(transformer, parameters, accelerator.device)
         base_before = shard_digest(transformer)
     elif not averages:  # otherwise every process has drawn or restored the same adapter, and DDP has nothing to do
         transformer, optimizer = accelerator.prepare(transformer, optimizer)
-    if folder.checkpoint is not None:
-        _restore(folder.checkpoint, parameters, optimizer, schedule)
-        folder.summary = dict(folder.checkpoint["summary"])
+    saved = folder.checkpoint
+    if saved is not None:
+        _restore(saved, parameters, optimizer, schedule)
+        folder.summary = dict(saved["summary"])
     batches = Batches(cache.split("train"), cache.empty, recipe, backbone, accelerator, prior)
     loss = micro_batch_loss(transformer, batches, config, backbone.spec)
-    step = choose_step(
-        config, accelerator, transformer, parameters, loss, len(batches.order.buckets), backbone.spec.family
-    )
+    shapes, family = len(batches.order.buckets), backbone.spec.family
+    step = choose_step(config, accelerator, transformer, parameters, loss, shapes, family)
     validation = cache.split("validation")
-    early = _early_stop(config.patience, validation, folder.checkpoint)
-    started, elapsed_before = time.perf_counter(), float((folder.checkpoint or {}).get("elapsed_seconds", 0.0))
+    early = _early_stop(config.patience, validation, saved)
+    elapsed = float((saved or {}).get("elapsed_seconds", 0.0))
+    return _Run(
+        accelerator, recipe, backbone, parameters, validation, previews, folder, tracking,
+        transformer, base_before, optimizer, schedule, batches, step, averages, early, elapsed,
+    )  # fmt: skip
 
-    def checkpoint() -> None:
-        if accelerator.is_main_process:
-            elapsed = elapsed_before + time.perf_counter() - started
-            state = _state(parameters, optimizer, schedule, elapsed)
-            folder.save_checkpoint(state | {"summary": folder.summary, "early_stop": early.state()})
 
-    def finished() -> bool:
-        return folder.step >= config.steps or early.exhausted
+@dataclass
+class _Run:
+    """A training under way: what `train` was given, and what `_begin` made of it."""
 
-    def draw(lacking_only: bool = False) -> None:
-        due = finished() or _due(folder.step, config.sample_every)
-        there = lacking_only and previews.file(folder.path, folder.step).exists()
-        if due and not there and (sharded or accelerator.is_main_process):  # a divided base runs on all or on none
-            step.pause()
-            images = previews.render(
-                backbone,
-                folder.path,
-                folder.step,
-                write=accelerator.is_main_process,
-                capture=captures(config, accelerator),
-            )
-            if accelerator.is_main_process:
-                tracking.log_images(images, step=folder.step)
+    accelerator: Accelerator
+    recipe: Recipe
+    backbone: Backbone
+    parameters: list[nn.Parameter]
+    validation: LatentDataset
+    previews: Previews
+    folder: RunFolder
+    tracking: Tracking
+    transformer: nn.Module
+    base_before: str
+    """Digest of a divided base."""
+    optimizer: Any
+    schedule: Any
+    batches: Batches
+    step: EagerStep | GraphStep
+    averages: bool
+    """Whether gradients are exchanged after the backward pass, not in it."""
+    early: EarlyStop
+    elapsed_before: float
+    """Seconds until the checkpoint."""
+    started: float = field(default_factory=time.perf_counter)
+    clock: float = 0.0
+    """When the step began."""
 
-    if folder.step == 0:
-        folder.summary["validation_loss_start"] = validation_loss(transformer, backbone, validation, recipe)
-        tracking.log({"validation/loss": folder.summary["validation_loss_start"]}, step=0)
-    else:
-        if finished():
-            early.restore(parameters)
-        draw(lacking_only=True)  # the checkpoint comes before the images: the run may have been killed between the two
-    bar = tqdm(
-        total=config.steps, initial=folder.step, desc="train", unit="step", disable=not accelerator.is_main_process
-    )
-    behind: Measured | None = None  # a step of a GPU whose figures are read when the next one is queued
-    clock = time.perf_counter()
+    @property
+    def finished(self) -> bool:
+        return self.folder.step >= self.recipe.train.steps or self.early.exhausted
 
-    def note(figures: dict[str, float], number: int, last: bool = False) -> None:
+    @property
+    def elapsed(self) -> float:
+        """Seconds of training, those of interrupted processes included."""
+        return self.elapsed_before + time.perf_counter() - self.started
+
+    def look(self) -> None:
+        """Before the first step the loss that it starts from; after a checkpoint the images that are due and lacking."""
+        if self.folder.step == 0:
+            self.folder.summary["validation_loss_start"] = self.validate()
+            self.tracking.log({"validation/loss": self.folder.summary["validation_loss_start"]}, step=0)
+            return
+        if self.finished:
+            self.early.restore(self.parameters)
+        # The checkpoint comes before the images: the run may have been killed between the two.
+        if not self.previews.file(self.folder.path, self.folder.step).exists():
+            self.draw()
+
+    def go_on(self, stop: Stop, bar: Any) -> bool:
+        """Steps until the last one, or until `stop`; returns whether it was asked to stop before the last."""
+        behind: Measured | None = None  # a step of a GPU whose figures are read when the next one is queued
+        while not self.finished:
+            self.clock = time.perf_counter()
+            made = _one_step(
+                self.accelerator, self.step, self.optimizer, self.schedule, self.batches, self.parameters, self.recipe,
+                self.folder.step, self.averages, stop.asked,
+            )  # fmt: skip
+            if behind is not None:
+                self.note(behind.read(), behind.step, bar)
+                stop.learn(behind.asked)
+                behind = None
+            self.folder.step += 1
+            if made.waits and not (self.folder.step == 1 or self._pauses() or stop.requested):
+                behind = made
+            elif self.conclude(made, stop, bar):
+                return True
+        return False
+
+    def _pauses(self) -> bool:
+        """Whether more than the next step follows."""
+        config, number = self.recipe.train, self.folder.step
+        every = (config.validate_every, config.checkpoint_every, config.sample_every)
+        return number == config.steps or any(_due(number, each) for each in every)
+
+    def conclude(self, made: Measured, stop: Stop, bar: Any) -> bool:
+        """What follows a step: validation, lines of files, a checkpoint, images. Returns whether to stop before the last."""
+        config, number = self.recipe.train, self.folder.step
+        last = number == config.steps
+        metrics = made.read()
+        stop.learn(made.asked)
+        if last or _due(number, config.validate_every):
+            self.step.pause()
+            loss = metrics["validation_loss"] = self.validate()
+            self.early.observe(_agreed(loss, self.accelerator), number, self.parameters)
+            self.folder.summary["validation_loss_end"] = self.early.best_loss if self.early.best else loss
+            last = last or self.early.exhausted
+        self.note(metrics, number, bar, last)
+        stopping = stop.requested  # asked once: a ctrl-C while images are drawn must not leave without a checkpoint
+        if stopping or last or _due(number, config.checkpoint_every):
+            self.checkpoint()
+        if last:
+            self.early.restore(
+                self.parameters
+            )  # after the checkpoint, which keeps the state that training goes on from
+        self.draw()
+        return stopping and not last
+
+    def validate(self) -> float:
+        loss = validation_loss(self.transformer, self.backbone, self.validation, self.recipe)
+        moved()
+        return loss
+
+    def note(self, figures: dict[str, float], number: int, bar: Any, last: bool = False) -> None:
         """Step `number` as lines of files and on the screen."""
-        if accelerator.is_main_process:
-            folder.append_metrics({"step": number, **figures})
-            if last or number == 1 or _due(number, config.log_every):
-                seconds = {"seconds_per_step": time.perf_counter() - clock}
-                tracking.log({f"train/{k}": v for k, v in {**figures, **seconds}.items()}, step=number)
-            bar.set_postfix(loss=f"{figures['loss']:.4f}", memory=memory_in_use(accelerator.device))
+        moved()
+        if self.accelerator.is_main_process:
+            self.folder.append_metrics({"step": number, **figures})
+            if last or number == 1 or _due(number, self.recipe.train.log_every):
+                seconds = {"seconds_per_step": time.perf_counter() - self.clock}
+                self.tracking.log({f"train/{k}": v for k, v in {**figures, **seconds}.items()}, step=number)
+            bar.set_postfix(loss=f"{figures['loss']:.4f}", memory=memory_in_use(self.accelerator.device))
         bar.update()
 
-    with _stop_on_signal() as stop, bar, batches:
-        while not finished():
-            clock = time.perf_counter()
-            made = _one_step(accelerator, step, optimizer, schedule, batches, parameters, recipe, folder.step, averages)
-            if behind is not None:
-                note(behind.read(), behind.step)
-                behind = None
-            folder.step += 1
-            last = folder.step == config.steps
-            validates = last or _due(folder.step, config.validate_every)
-            saves, draws = _due(folder.step, config.checkpoint_every), _due(folder.step, config.sample_every)
-            if made.waits and not (folder.step == 1 or validates or saves or draws or stop.requested):
-                behind = made
-                continue
-            metrics = made.read()
-            if validates:
-                step.pause()
-                metrics["validation_loss"] = validation_loss(transformer, backbone, validation, recipe)
-                early.observe(_agreed(metrics["validation_loss"], accelerator), folder.step, parameters)
-                folder.summary["validation_loss_end"] = early.best_loss if early.best else metrics["validation_loss"]
-                last = last or early.exhausted
-            note(metrics, folder.step, last)
-            if stop.requested or last or saves:
-                checkpoint()
-            if last:
-                early.restore(parameters)  # after the checkpoint, which keeps the state that training goes on from
-            draw()
-            if stop.requested and not last:
-                step.close()
-                return True
-    step.close()
-    early.restore(parameters)
-    if sharded and shard_digest(transformer) != base_before:
-        raise RuntimeError("the frozen base changed during training: do not use what was trained")
-    if early.best:
-        folder.summary |= {"best_step": early.best_step, "stopped_early": early.exhausted}
-    folder.summary |= {
-        "steps": folder.step,
-        "train_seconds": elapsed_before + time.perf_counter() - started,
-        "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "cpu",
-        "attention": backbone.ledger.attention,
-        "optimizer_bytes": state_bytes(optimizer),
-    }
-    return False
+    def checkpoint(self) -> None:
+        if self.accelerator.is_main_process:
+            state = _state(self.parameters, self.optimizer, self.schedule, self.elapsed)
+            self.folder.save_checkpoint(state | {"summary": self.folder.summary, "early_stop": self.early.state()})
+        moved()
+
+    def draw(self) -> None:
+        """The images of this step, if they are due."""
+        main = self.accelerator.is_main_process
+        due = self.finished or _due(self.folder.step, self.recipe.train.sample_every)
+        if not due or not (shards_base() or main):  # a divided base runs on all or on none
+            return
+        self.step.pause()
+        captured = captures(self.recipe.train, self.accelerator)
+        images = self.previews.render(self.backbone, self.folder.path, self.folder.step, write=main, capture=captured)
+        if main:
+            self.tracking.log_images(images, step=self.folder.step)
+        moved()
+
+    def end(self) -> None:
+        """The best adapter in place, and the summary. Raises RuntimeError if a divided base changed."""
+        self.early.restore(self.parameters)
+        if shards_base() and shard_digest(self.transformer) != self.base_before:
+            raise RuntimeError("the frozen base changed during training: do not use what was trained")
+        if self.early.best:
+            self.folder.summary |= {"best_step": self.early.best_step, "stopped_early": self.early.exhausted}
+        device = self.accelerator.device
+        self.folder.summary |= {
+            "steps": self.folder.step,
+            "train_seconds": self.elapsed,
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+            "attention": self.backbone.ledger.attention,
+            "optimizer_bytes": state_bytes(self.optimizer),
+        }
 
 
 def _early_stop(patience: int, validation: LatentDataset, checkpoint: dict[str, Any] | None) -> EarlyStop:
@@ -214,10 +306,11 @@ def _one_step(
     recipe: Recipe,
     number: int,
     averages: bool = False,
+    asked: bool = False,
 ) -> Measured:
     """Step `number`, counted from 0. On a GPU it is queued; nothing here waits for it.
 
-    averages: nothing exchanges gradients during the backward pass, so it is done here.
+    averages: nothing exchanges gradients during the backward pass, so it is done here. asked: this process was asked to stop.
     """
     count = recipe.train.accumulation
     total = torch.zeros((), device=accelerator.device)
@@ -231,7 +324,10 @@ def _one_step(
     optimizer.step()
     schedule.step()
     optimizer.zero_grad(set_to_none=step.assigns)
-    return Measured(number + 1, accelerator.reduce(total, "mean"), norm, rate)
+    if accelerator.num_processes == 1:
+        return Measured(number + 1, total, norm, rate)
+    mean, share = accelerator.reduce(torch.stack([total, total.new_full((), asked)]), "mean")
+    return Measured(number + 1, mean, norm, rate, share)
 
 
 @torch.no_grad()
@@ -297,26 +393,3 @@ def _restore(state: dict[str, Any], parameters: Sequence[nn.Parameter], optimize
             parameter.copy_(saved)
     optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])
-
-
-class _Stop:
-    requested = False
-
-
-@contextlib.contextmanager
-def _stop_on_signal() -> Iterator[_Stop]:
-    """ctrl-C or SIGTERM: finish the step, write a checkpoint, return. A second ctrl-C stops at once."""
-    stop = _Stop()
-
-    def handler(number: int, frame: object) -> None:
-        if stop.requested:
-            raise KeyboardInterrupt
-        stop.requested = True
-        tqdm.write("stopping after this step (again to stop at once)")
-
-    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, old in previous.items():
-            signal.signal(number, old)

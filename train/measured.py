@@ -12,13 +12,17 @@ class Measured:
     On a GPU `read` waits for that step alone, whatever was queued after it; on a CPU there is nothing to wait for.
     """
 
-    def __init__(self, step: int, loss: Tensor, norm: Tensor, rate: float) -> None:
-        """step: how many are done with it. loss, norm: scalars on the device. rate: its learning rate."""
+    def __init__(self, step: int, loss: Tensor, norm: Tensor, rate: float, asked: Tensor | None = None) -> None:
+        """step: how many are done with it. loss, norm: scalars on the device. rate: its learning rate. asked: the share of the
+        processes that were asked to stop (`stopping`)."""
         self.step, self._rate = step, rate
-        self._values = torch.stack([loss.detach().float(), norm.detach().float()])
+        self.asked = False
+        """Whether any process was, once this was read."""
+        scalars = [loss, norm] if asked is None else [loss, norm, asked]
+        self._values = torch.stack([scalar.detach().float() for scalar in scalars])
         self._ready: torch.cuda.Event | None = None
         if self._values.is_cuda:
-            host = torch.empty(2, pin_memory=True)
+            host = torch.empty(len(scalars), pin_memory=True)
             self._values, self._ready = host.copy_(self._values, non_blocking=True), torch.cuda.Event()
             self._ready.record()
 
@@ -31,7 +35,8 @@ class Measured:
         """loss, learning_rate, grad_norm. Raises ValueError for a loss that is not finite."""
         if self._ready is not None:
             self._ready.synchronize()
-        loss, norm = self._values.tolist()
+        loss, norm, *asked = self._values.tolist()
+        self.asked = any(asked)
         if not math.isfinite(loss):
             raise ValueError(
                 f"the loss is {loss} at step {self.step}: lower optim.learning_rate or raise optim.warmup_steps; "

@@ -1,7 +1,9 @@
 """Batches of buckets, and reading ahead: the same tensors as without, in every order of events."""
 
+import signal
 import threading
 import time
+from random import Random
 from types import SimpleNamespace
 from typing import Any
 
@@ -171,6 +173,40 @@ def test_stopping_in_the_middle_ends_the_thread_and_another_start_is_right() -> 
     ahead = ReadAhead(Reader(), depth=2, end=100)
     assert [int(ahead(number)[0]) for number in (5, 6, 50, 51, 7)] == [5, 6, 50, 51, 7]
     ahead.close()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_whatever_happens_values_are_right_and_the_thread_ends(seed: int) -> None:
+    """Slow and failing reads, leaps, leaving with much asked for, ctrl-C at any moment and going on after it."""
+    random = Random(seed)
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    interrupted = 0
+    for _ in range(40):
+        end, leaves = random.randint(2, 40), random.randint(1, 40)
+        reader = Reader(slow=random.choice((0, 0, 1e-4)), fails_at=random.choice((-1, -1, end // 2)))
+        ahead = ReadAhead(reader, depth=random.randint(1, 6), end=end)
+        number = int(ahead(0)[0])
+        try:
+            try:
+                signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-5, 1e-3))
+                while number < min(end, leaves):
+                    assert int(ahead(number)[0]) == number
+                    number += 1 if random.random() < 0.9 else random.randint(-number, 2)
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+        except KeyboardInterrupt:
+            interrupted += 1
+        except OSError:
+            assert number == reader.fails_at
+        if number != reader.fails_at:
+            assert int(ahead(number)[0]) == number
+        closing = threading.Thread(target=ahead.close, daemon=True)
+        closing.start()
+        closing.join(timeout=20)
+        assert not closing.is_alive(), "leaving stands still"
+        assert not any(t.name.startswith("batches") for t in threading.enumerate())
+    signal.signal(signal.SIGALRM, before)
+    assert interrupted > 5
 
 
 def test_depth_zero_needs_no_thread() -> None:
