@@ -115,11 +115,8 @@ def compile_blocks(transformer: nn.Module, shapes: int = 1) -> int:
     they see gets code of its own; of three or more, all others share code for any number of rows, as each would take half a
     minute. With more than `MOST_KINDS` kinds nothing is compiled, a warning says so, and the result is 0.
     """
-    names = getattr(transformer, "_repeated_blocks", None) or getattr(transformer, "_no_split_modules", None) or ()
-    named = [(path, module) for path, module in transformer.named_modules() if type(module).__name__ in names]
-    blocks = [module for path, module in named if path.rpartition(".")[2].isdigit()]  # items of a list
-    kinds = Counter(_kind(block) for block in blocks)
-    if not blocks or len(kinds) > MOST_KINDS:
+    blocks, kinds = repeated_blocks(transformer)
+    if not compiles(transformer):
         _log.warning(
             "the %d blocks run uncompiled: they are of %d kinds (rotated, smoothed, ...), and %d is the limit",
             len(blocks), len(kinds), MOST_KINDS,
@@ -136,6 +133,20 @@ def compile_blocks(transformer: nn.Module, shapes: int = 1) -> int:
         block.forward = torch.compile(block.forward, fullgraph=True, dynamic=None if shapes > 2 else False)
     hook_first_blocks(blocks)
     return len(blocks)
+
+
+def repeated_blocks(transformer: nn.Module) -> tuple[list[nn.Module], Counter[tuple[object, ...]]]:
+    """(what diffusers names as repeated, how many there are of each kind)."""
+    names = getattr(transformer, "_repeated_blocks", None) or getattr(transformer, "_no_split_modules", None) or ()
+    named = [(path, module) for path, module in transformer.named_modules() if type(module).__name__ in names]
+    blocks = [module for path, module in named if path.rpartition(".")[2].isdigit()]  # items of a list
+    return blocks, Counter(_kind(block) for block in blocks)
+
+
+def compiles(transformer: nn.Module) -> bool:
+    """Whether `compile_blocks` would compile anything."""
+    blocks, kinds = repeated_blocks(transformer)
+    return bool(blocks) and len(kinds) <= MOST_KINDS
 
 
 def group_layers(block: nn.Module) -> None:

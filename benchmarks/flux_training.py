@@ -310,10 +310,10 @@ def run(name: str, parts: Path, profile: bool, commit: str) -> dict[str, Any]:
     return figures
 
 
-def collect(parts: Path, fidelity: Path | None) -> dict[str, Any]:
+def collect(parts: Path, fidelity: Path | None, preflight: Path | None = None) -> dict[str, Any]:
     """The report's keys from the parts that are there, `multi_gpu.py`'s among them; a figure whose parts are missing is null.
 
-    fidelity: `fidelity.py`'s."""
+    fidelity, preflight: the files of the benchmarks of that name."""
     found = {file.stem: json.loads(file.read_text()) for file in sorted(parts.glob("*.json"))}
 
     def ratio(above: str, below: str, key: str = "step_ms") -> float | None:
@@ -321,6 +321,9 @@ def collect(parts: Path, fidelity: Path | None) -> dict[str, Any]:
 
     def figure(name: str, key: str) -> float | None:
         return found[name][key] if name in found else None
+
+    def given(file: Path | None, key: str) -> float | None:
+        return None if file is None else json.loads(file.read_text())[key]
 
     def held_share() -> float | None:
         """The most that a process keeps of a base divided between two."""
@@ -347,8 +350,8 @@ def collect(parts: Path, fidelity: Path | None) -> dict[str, Any]:
         "image_memory_vs_bf16": ratio("ours_image", "bf16_image", "transformer_gib"),
         "reserved_gib_whole_run_1024": figure("whole_run_1024", "reserved_gib"),
         "reserved_gib_whole_run_512": figure("whole_run_512", "reserved_gib"),
-        "preflight_worst_pct": None,
-        "grad_cosine_min": None if fidelity is None else json.loads(fidelity.read_text())["grad_cosine_min"],
+        "preflight_worst_pct": given(preflight, "preflight_worst_pct"),
+        "grad_cosine_min": given(fidelity, "grad_cosine_min"),
         "ddp2_scaling": figure("ddp_2", "ddp2_scaling"),
         "gpu_idle_share": figure("idle", "idle_share"),
         "fsdp_held_share": held_share(),
@@ -380,6 +383,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit", default="", help="commit of the code that runs")
     parser.add_argument("--fidelity", type=Path, help="JSON of benchmarks/fidelity.py")
+    parser.add_argument("--preflight", type=Path, help="JSON of benchmarks/preflight.py")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument(
         "--phases", action="store_true", help="print where the time to the first step goes, not all figures"
@@ -396,7 +400,7 @@ def main() -> int:
             if not (args.parts / f"{name}.json").exists():
                 _in_its_own_process(name, args)
     if args.out is not None:
-        args.out.write_text(json.dumps(collect(args.parts, args.fidelity), indent=1) + "\n")
+        args.out.write_text(json.dumps(collect(args.parts, args.fidelity, args.preflight), indent=1) + "\n")
     return 0
 
 

@@ -1,6 +1,7 @@
 """Seconds of a picture as `loragraft generate` draws it: launched kernel by kernel, from CUDA graphs, and with compiled blocks too.
 
     python benchmarks/generate.py --out benchmarks/results/generate.json --commit $(git rev-parse HEAD)
+    python benchmarks/generate.py --bases flux1-dev --resolutions 1024 --repeats 1 --out flux.json       two minutes; gives COMPILE_FROM
     python benchmarks/generate.py --bases pocket --modes eager captured compiled --out pocket.json       six kinds of block to compile
 
 `pocket` at 128 px with guidance 3 (two passes a step), and FLUX.1 [dev]'s shapes with random codes at 512 and 1024 px (one pass),
@@ -15,7 +16,8 @@
 | adapters | captured: first picture after an adapter came in, after a switch, another weight, back to the base; whether the last has the base's pixels |
 | compile_repays_after | passes after which compiling has paid for itself at that resolution |
 
-Exit code 1 if a captured picture, or the base's after adapters, has other pixels.
+The file is written after each measurement; one that fails is in it as {"error": text}, and the others are made all the same. Exit
+code 1 if one failed, or if a captured picture, or the base's after adapters, has other pixels.
 """
 
 import argparse
@@ -23,6 +25,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -123,47 +126,67 @@ def random_adapter(model: nn.Module, name: str, seed: int) -> Adapter:
     return Adapter(name, {"base": "random", "base_id": recorded_base_id(model)}, pairs)
 
 
-def measure(base: str, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Resolution -> mode -> figures."""
+def measure(
+    base: str, args: argparse.Namespace, device: torch.device, found: dict[str, Any], save: Callable[[], None]
+) -> None:
+    """Fills `found`, resolution -> mode -> figures; `save` is called after each."""
     weights = WeightsConfig(random=True) if find_spec(base).external is not None else None
     begun = time.perf_counter()
     backbone = load_backbone(base, "native", device, default_cache_root(), weights)
     if device.type == "cuda":
         backbone.set_attention(args.attention)
-    found: dict[str, Any] = {
-        "load_seconds": time.perf_counter() - begun,
-        "attention": args.attention,
-        "steps": args.steps,
-    }
+    found |= {"load_seconds": time.perf_counter() - begun, "attention": args.attention, "steps": args.steps}
     eager: dict[int, np.ndarray] = {}
     resolutions = args.resolutions or RESOLUTIONS[base]
     for mode in args.modes or DEFAULT_MODES[base]:
-        backbone.replay.clear()
-        backbone.replay = Eager() if mode == "eager" else Replay()
-        if mode == "compiled":
-            compile_to_draw(backbone, 1, args.steps, backbone.spec.guided(GUIDANCE[base]), True)
         for resolution in resolutions if mode != "compiled" else (max(resolutions),):
-            backbone.resolution = resolution
-            drawing = Drawing(backbone, args.steps, args.repeats)
-            figures, pixels = drawing.times()
-            if resolution in eager:
-                same = bool(np.array_equal(pixels, eager[resolution]))
-                figures |= {"same_pixels": same, "pixel_difference": difference(pixels, eager[resolution])}
-            if mode == "eager":
-                eager[resolution] = pixels
-            if mode == "captured" and resolution == max(resolutions):
-                figures["adapters"] = drawing.adapters(pixels)
+            begun = time.perf_counter()
+            try:
+                figures = drawn(backbone, mode, resolution, args, eager, adapters=resolution == max(resolutions))
+            except (RuntimeError, ValueError) as error:  # the others are drawn all the same
+                figures = {"error": str(error)[-1500:]}
             found.setdefault(str(resolution), {})[mode] = figures
-            print(f"{base} {resolution} px {mode}: {json.dumps(figures)}", flush=True)
+            print(
+                f"{base} {resolution} px {mode}, {time.perf_counter() - begun:.0f} s: {json.dumps(figures)}", flush=True
+            )
+            save()
     for resolution in resolutions:
         passes = args.steps * (2 if backbone.spec.guided(GUIDANCE[base])["guidance"] > 1 else 1)
         found[str(resolution)]["compile_repays_after"] = repaid(found[str(resolution)], passes)
-    return found
+
+
+def drawn(
+    backbone: Backbone,
+    mode: Mode,
+    resolution: int,
+    args: argparse.Namespace,
+    eager: dict[int, np.ndarray],
+    *,
+    adapters: bool,
+) -> dict[str, Any]:
+    """The figures of one mode at one resolution. eager: pixels by resolution, filled by that mode and compared with by the others.
+    adapters: captured, measure their exchange too."""
+    backbone.replay.clear()
+    backbone.replay = Eager() if mode == "eager" else Replay()
+    if mode == "compiled":
+        compile_to_draw(backbone, 1, args.steps, backbone.spec.guided(GUIDANCE[backbone.spec.name]), True)
+    backbone.resolution = resolution
+    drawing = Drawing(backbone, args.steps, args.repeats)
+    times, pixels = drawing.times()
+    figures: dict[str, Any] = {**times}
+    if mode == "eager":
+        eager[resolution] = pixels
+    elif resolution in eager:
+        same = bool(np.array_equal(pixels, eager[resolution]))
+        figures |= {"same_pixels": same, "pixel_difference": difference(pixels, eager[resolution])}
+    if mode == "captured" and adapters:
+        figures["adapters"] = drawing.adapters(pixels)
+    return figures
 
 
 def repaid(modes: dict[str, Any], passes: int) -> float | None:
     """Passes after which the compiled model, its first picture included, is ahead of the captured one; None if it never is."""
-    if not {"captured", "compiled"} <= modes.keys():
+    if any("error" in modes.get(mode, {"error": "not drawn"}) for mode in ("captured", "compiled")):
         return None
     saved = modes["captured"]["image_seconds"] - modes["compiled"]["image_seconds"]
     cost = modes["compiled"]["first_seconds"] - modes["captured"]["first_seconds"]
@@ -171,13 +194,17 @@ def repaid(modes: dict[str, Any], passes: int) -> float | None:
 
 
 def failures(bases: dict[str, Any]) -> list[str]:
-    """What may not be: a captured picture unlike the eager one, a base that adapters left changed."""
+    """What may not be: an error, a captured picture unlike the eager one, a base that adapters left changed."""
     found = []
     for base, figures in bases.items():
+        if "error" in figures:
+            found.append(f"{base}: {figures['error']}")
         for resolution, modes in figures.items():
             for mode, figure in modes.items() if isinstance(modes, dict) else ():
                 if not isinstance(figure, dict):  # compile_repays_after
                     continue
+                if "error" in figure:
+                    found.append(f"{base} {resolution} px {mode}: {figure['error']}")
                 if mode == "captured" and not figure.get("same_pixels", True):
                     found.append(f"{base} {resolution} px: a captured picture has other pixels than an eager one")
                 if not figure.get("adapters", {}).get("base_again_same_pixels", True):
@@ -186,7 +213,7 @@ def failures(bases: dict[str, Any]) -> list[str]:
 
 
 def main() -> int:
-    """One line per measurement; the JSON is written after every base."""
+    """One line per measurement."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--bases", nargs="+", choices=[*RESOLUTIONS], default=[*RESOLUTIONS])
@@ -202,9 +229,18 @@ def main() -> int:
         "device": device_name(device), "versions": installed_versions("torch", "triton", "diffusers"),
         "commit": args.commit, "command": " ".join(["python", "benchmarks/generate.py", *sys.argv[1:]]), "bases": {},
     }  # fmt: skip
-    for base in args.bases:
-        result["bases"][base] = measure(base, args, device)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+
+    def save() -> None:
         write_atomic(args.out, (json.dumps(result, indent=1) + "\n").encode())
+
+    for base in args.bases:
+        found_here = result["bases"].setdefault(base, {})
+        try:
+            measure(base, args, device, found_here, save)
+        except (ImportError, RuntimeError, ValueError) as error:  # `pocket` without its text encoder's package
+            found_here["error"] = f"{type(error).__name__}: {error}"[-1500:]
+        save()
     for line in (found := failures(result["bases"])):
         print(line, file=sys.stderr)
     return 1 if found else 0

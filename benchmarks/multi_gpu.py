@@ -1,6 +1,6 @@
 """Two GPUs: how images/s scale, what a divided base holds, and how much of a run over cached images the GPU waits.
 
-    python benchmarks/multi_gpu.py all --parts parts --work work --commit $(git rev-parse HEAD)          2 GPUs, under 200 s
+    python benchmarks/multi_gpu.py all --parts parts --work work --commit $(git rev-parse HEAD)          2 GPUs, about 220 s
     python benchmarks/multi_gpu.py all --parts parts --work work --base pocket --edge 64 --cpu ...       the same line, on a CPU
 
 Every part goes through `train.loop.train` as train/lora.py calls it: a base of true shapes and random weights, an adapter of rank 16,
@@ -10,12 +10,16 @@ compiled blocks, steps replayed from CUDA graphs, batches from a cache of 2,000 
     two      two processes, the same batch on each: images/s and `ddp2_scaling` -> ddp_2.json. Both must hold the same adapter
     divided  two processes, --use_fsdp: three steps, bytes of the base on each -> fsdp.json. It runs while `one` compiles
 
-A part that fails leaves NAME.failed.txt with the end of its log, and the others go on. Exit code: how many failed.
+A part that fails leaves NAME.failed.txt with the end of its log, and the others go on; one that hangs says first where it stands.
+The second shape's first step finds the first one's activations in the graphs' pool beside its own: 512 px, batch 4, no checkpointing,
+take 75 GiB, batch 6 takes 105. Exit code: how many failed.
 """
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -92,6 +96,9 @@ class Running:
             options += ["--after", free] if free else []
         else:
             launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+            launcher += [
+                "--local-addr=127.0.0.1"
+            ]  # otherwise the host's name is looked up, which hangs without a network
         return [*launcher, __file__, *map(str, options)]
 
     def _steps(self) -> int:
@@ -116,9 +123,15 @@ class Running:
         try:
             code = self.process.wait(LIMITS[self.what] * self.args.patience - (time.perf_counter() - self.started))
         except subprocess.TimeoutExpired:
-            below = psutil.Process(self.process.pid).children(recursive=True)  # torchrun's workers have own sessions
-            for process in (self.process, *below):
-                process.kill()
+            it = psutil.Process(self.process.pid)
+            below = it.children(recursive=True)  # torchrun's workers have own sessions
+            for process in below if self.what != "one" else [it, *below]:
+                with contextlib.suppress(psutil.NoSuchProcess):  # it may end just now
+                    process.send_signal(signal.SIGUSR1)  # where it stands, into its log (`multi_gpu_part.Part`)
+            time.sleep(1.0)
+            for process in [it, *below]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
             self.process.wait()
             psutil.wait_procs(below, timeout=10)  # their memory is the next part's
             return f"not done after {LIMITS[self.what] * self.args.patience:.0f} s"
@@ -141,7 +154,7 @@ def _finish(args: argparse.Namespace, running: Running, start: float) -> bool:
             shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in json.loads(file.read_text()).items()}
             print(f"          {name}: {json.dumps({k: v for k, v in shown.items() if k != 'versions'})}", flush=True)
     if wrong:
-        end = running.log.read_text(errors="replace")[-4000:]
+        end = running.log.read_text(errors="replace")[-8000:]
         args.parts.mkdir(parents=True, exist_ok=True)
         (args.parts / f"{names[0]}.failed.txt").write_text(f"{wrong}\n{end}")
         print(end, flush=True)

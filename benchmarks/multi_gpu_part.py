@@ -1,6 +1,7 @@
 """One process of a part of `multi_gpu.py`: a base, an adapter and cached images, through the trainer; what it measured, as files."""
 
 import argparse
+import faulthandler
 import hashlib
 import itertools
 import json
@@ -91,6 +92,7 @@ class Part:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
+        faulthandler.register(signal.SIGUSR1)  # from `multi_gpu`, before it ends what hangs
         self.accelerator = Accelerator(cpu=args.cpu, log_with=None, kwargs_handlers=distributed())
         self.world = self.accelerator.num_processes
         self.batch = 1 if args.what == "divided" else args.batch

@@ -1,20 +1,25 @@
 """Is preflight true? Models of FLUX.1, SDXL and SANA with random weights, predicted on fake tensors and then run on the GPU.
 
-    python benchmarks/preflight.py --out benchmarks/results/preflight.json --commit $(git rev-parse HEAD)
-    python benchmarks/preflight.py --predict predicted.json          the memory alone, anywhere
+    python benchmarks/preflight.py --out benchmarks/results/preflight.json --commit $(git rev-parse HEAD)          three minutes
+    python benchmarks/preflight.py --predict predicted.json          the memory alone, anywhere; two minutes of one core
 
 Each base has its published shapes, quantized in shape (W4A8) as it is loaded, an adapter of rank 16 where the base puts it, and is
-trained for a few steps or run forward. Memory: predicted against `torch.cuda.max_memory_allocated`, to be
-within max(10 %, 300 MiB). Time: a calibrated roofline against the median step, to be within 25 %. Exit code 1 if not.
+trained for a few steps, replayed from a CUDA graph as a run does it, or run forward, launched anew as validation does it. Memory:
+predicted against `torch.cuda.max_memory_allocated`, to be within max(10 %, 300 MiB). Time: a calibrated roofline against the median
+step, to be within 25 %. Predictions are made in processes beside, while the first model is drawn; then the machine is calibrated, and
+the configurations of a model share its weights. The file is written after each of them. Exit code 1 if one is not within its bounds.
 """
 
 import argparse
 import gc
 import json
+import multiprocessing
+import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -30,6 +35,7 @@ from loragraft.backbones.compiled import compile_blocks
 from loragraft.backbones.skeleton import randomize
 from loragraft.backbones.spec import BaseSpec
 from loragraft.data.cache import default_cache_root
+from loragraft.disk import write_atomic
 from loragraft.recipes.load import load_recipe
 from loragraft.recipes.schema import AdapterConfig
 from loragraft.train.dry_run import DryRun, dry_infer, dry_train
@@ -40,7 +46,9 @@ from loragraft.train.roofline import Machine, run_seconds
 from loragraft.train.step import GraphStep
 
 GIB, MIB = 2**30, 2**20
-WARM, STEPS = 3, 5
+WARM, STEPS = 2, 5
+BESIDE = 6
+"""Predictions that run at once."""
 MODELS = {"flux": "flux1-dev", "sdxl": "sdxl", "sana": "sana-16b"}
 """Configuration's model -> base."""
 
@@ -88,27 +96,28 @@ class Configuration:
 
     def __str__(self) -> str:
         how = "infer" if not self.trains else "train" + ("-checkpointed" if self.checkpointing else "")
-        return f"{self.model}-{self.pixels}-{how}{'-compiled' if self.compiled else ''}"
+        launched = "-launched" if self.trains and not self.captured else ""
+        return f"{self.model}-{self.pixels}-{how}{launched}{'-compiled' if self.compiled else ''}"
 
 
+_trained = partial(Configuration, captured=True)
 CONFIGURATIONS = (
-    Configuration("flux"),
-    Configuration("flux", checkpointing=True),
     Configuration("flux", trains=False),
+    _trained("flux"),
+    _trained("flux", checkpointing=True),
+    _trained("flux", pixels=512),
+    _trained("flux", pixels=512, checkpointing=True),
     Configuration("flux", pixels=512),
-    Configuration("flux", pixels=512, checkpointing=True),
-    Configuration("sdxl"),
-    Configuration("sdxl", checkpointing=True),
     Configuration("sdxl", trains=False),
-    Configuration("sana"),
-    Configuration("sana", checkpointing=True),
+    _trained("sdxl"),
+    _trained("sdxl", checkpointing=True),
     Configuration("sana", trains=False),
+    _trained("sana"),
+    _trained("sana", checkpointing=True),
 )
-
-COMPILED = tuple(
-    Configuration("flux", checkpointing=checkpointing, captured=True, compiled=True) for checkpointing in (False, True)
-)
-"""What a run on one GPU does by itself. Compiled blocks keep less than preflight says, so these are reported and not judged."""
+"""Of a model, passes without an adapter come first."""
+COMPILED = tuple(_trained("flux", checkpointing=checkpointing, compiled=True) for checkpointing in (False, True))
+"""What a run of FLUX.1 on one GPU does by itself. Its memory is predicted as blocks are written, so these are reported and not judged."""
 
 
 def _ones(device: torch.device, *shape: int) -> Tensor:
@@ -120,19 +129,12 @@ def build(model: Model) -> nn.Module:
     return nn.Module.to(model.subject.transformer(), dtype=torch.bfloat16)
 
 
-def prepared(module: nn.Module, model: Model, configuration: Configuration) -> list[nn.Parameter]:
-    """Adapter and checkpointing, as a run sets them up; returns what is trained."""
-    if not configuration.trains:
-        return []
-    parameters = inject_adapter(module, AdapterConfig(), model.spec.lora_targets)
-    set_checkpointing(module, "block" if configuration.checkpointing else "none")
-    return parameters
-
-
 def predict(model: Model, configuration: Configuration) -> DryRun:
     """The dry run of a configuration."""
     module, cpu = build(model), torch.device("cpu")
-    prepared(module, model, configuration)
+    if configuration.trains:
+        inject_adapter(module, AdapterConfig(), model.spec.lora_targets)
+        set_checkpointing(module, "block" if configuration.checkpointing else "none")
     if configuration.captured:
         JoinedFactors(module, torch.bfloat16)
     loss = partial(model.loss, module, cpu, configuration.pixels)
@@ -142,18 +144,72 @@ def predict(model: Model, configuration: Configuration) -> DryRun:
     return dry_infer(module, loss)
 
 
-def measure(model: Model, configuration: Configuration, device: torch.device) -> dict[str, float]:
-    """{peak_bytes, reserved_bytes, seconds} of the real thing."""
+class Loaded:
+    """A model on the GPU, for several measurements: those without an adapter first."""
+
+    def __init__(self, model: Model, device: torch.device) -> None:
+        self.model, self.device = model, device
+        self.module = randomize(build(model), device, torch.bfloat16)
+        self.parameters: list[nn.Parameter] = []
+        self._compiled = False
+
+    def measure(self, configuration: Configuration) -> dict[str, float]:
+        """{peak_bytes, reserved_bytes, resting_bytes, seconds} of the real thing; resting: before the first step. Raises ValueError for what has to come before training."""
+        if not configuration.trains and self.parameters:
+            raise ValueError(f"{configuration} has no adapter, and the model carries one already: measure it first")
+        if configuration.trains:
+            if not self.parameters:
+                self.parameters = inject_adapter(self.module, AdapterConfig(), self.model.spec.lora_targets)
+            set_checkpointing(self.module, "block" if configuration.checkpointing else "none")
+        if configuration.compiled and not self._compiled:
+            compile_blocks(self.module)
+            self._compiled = True
+        free_memory()
+        torch.cuda.reset_peak_memory_stats()
+        resting = torch.cuda.memory_allocated()
+        loss = partial(self.model.loss, self.module, self.device, configuration.pixels)
+        try:
+            found = self._trained(configuration, loss) if configuration.trains else timed(torch.no_grad()(loss), True)
+            return {**found, "resting_bytes": resting}
+        finally:
+            for parameter in self.parameters:
+                parameter.grad = None
+            free_memory()
+
+    def _trained(self, configuration: Configuration, loss: Callable[[], Tensor]) -> dict[str, float]:
+        optimizer, graph = torch.optim.AdamW(self.parameters, fused=True), None
+        if configuration.captured:
+            graph = GraphStep(lambda _: loss(), self.parameters, JoinedFactors(self.module, torch.bfloat16))
+
+        def step() -> None:
+            if graph is None:
+                torch.autograd.backward(loss())
+            else:
+                graph({}, last=True)
+            nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=graph is None)
+
+        try:
+            return timed(step, graph is None)
+        finally:
+            if graph is not None:
+                graph.close()
+
+
+def free_memory() -> None:
+    """What is left of an earlier measurement."""
     gc.collect()
     torch.cuda.empty_cache()
     torch._C._cuda_clearCublasWorkspaces()
-    module = randomize(build(model), device, torch.bfloat16)
-    parameters = prepared(module, model, configuration)
-    loss = partial(model.loss, module, device, configuration.pixels)
-    step = _train_step(module, parameters, loss, configuration) if configuration.trains else torch.no_grad()(loss)
+
+
+def timed(step: Callable[[], object], anew: bool) -> dict[str, float]:
+    """Peaks, and the median of several steps. anew: memory of the warm ones does not count; what is captured allocates once, in
+    the first."""
     times = []
     for number in range(WARM + STEPS):
-        if number == WARM and not configuration.captured:  # what is captured allocates once, in the first step
+        if number == WARM and anew:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
@@ -165,26 +221,9 @@ def measure(model: Model, configuration: Configuration, device: torch.device) ->
     return {"peak_bytes": peak, "reserved_bytes": reserved, "seconds": statistics.median(times[WARM:])}
 
 
-def _train_step(
-    module: nn.Module, parameters: list[nn.Parameter], loss: Callable[[], Tensor], configuration: Configuration
-) -> Callable[[], object]:
-    optimizer = torch.optim.AdamW(parameters, fused=True)
-    graph = None
-    if configuration.compiled:
-        compile_blocks(module)
-    if configuration.captured:
-        graph = GraphStep(lambda tensors: loss(), parameters, JoinedFactors(module, torch.bfloat16))
-
-    def step() -> None:
-        if graph is None:
-            torch.autograd.backward(loss())
-        else:
-            graph({}, last=True)
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=graph is None)
-
-    return step
+def measure(model: Model, configuration: Configuration, device: torch.device) -> dict[str, float]:
+    """One measurement of a model of its own."""
+    return Loaded(model, device).measure(configuration)
 
 
 def compare(predicted: dict[str, Any], measured: dict[str, float]) -> dict[str, Any]:
@@ -203,11 +242,98 @@ def compare(predicted: dict[str, Any], measured: dict[str, float]) -> dict[str, 
 
 def figures(run: DryRun, machine: Machine | None, configuration: Configuration) -> dict[str, Any]:
     """JSON-able prediction; without a machine it has no time."""
-    seconds = None if machine is None else run_seconds(run, machine, host=not configuration.captured)
+    seconds = None
+    if machine is not None:
+        seconds = run_seconds(run, machine, host=not configuration.captured, compiled=configuration.compiled)
     return {
-        "peak_bytes": run.peak, "reserved_bytes": run.reserved, "at_peak": run.at_peak, "saved": run.saved,
+        "peak_bytes": run.peak, "reserved_bytes": run.reserved, "at_peak": run.at_peak, "saved": run.saved, "static_bytes": run.static,
         "unknown": list(run.unknown), "seconds": seconds,
     }  # fmt: skip
+
+
+def predict_beside(configuration: Configuration) -> DryRun:
+    """`predict` in a process of its own. Whether the card is a Hopper is asked of it; nothing runs there."""
+    torch.set_num_threads(1)
+    return predict(Model.of(MODELS[configuration.model]), configuration)
+
+
+def predict_alone(chosen: Sequence[Configuration], file: Path) -> None:
+    """Memory, one configuration after the other."""
+    models = {name: Model.of(MODELS[name]) for name in {configuration.model for configuration in chosen}}
+    found = {}
+    for configuration in chosen:
+        start = time.perf_counter()
+        run = predict(models[configuration.model], configuration)
+        found[str(configuration)] = figures(run, None, configuration)
+        print(f"{configuration!s:36s} {run.peak / GIB:8.2f} GiB   {time.perf_counter() - start:5.1f} s", flush=True)
+        write_atomic(file, (json.dumps(found, indent=1) + "\n").encode())
+
+
+def line(name: str, found: dict[str, Any]) -> str:
+    """One line of the table."""
+    if "error" in found:
+        return f"{name:36s} FAILED {found['error'].splitlines()[0]}"
+    predicted, measured = found["predicted"], found["measured"]
+    return (
+        f"{name:36s} {predicted['peak_bytes'] / GIB:6.2f} predicted {measured['peak_bytes'] / GIB:6.2f} GiB measured "
+        f"({found['memory_pct']:+.1f} %)   {predicted['seconds']:6.3f} / {measured['seconds']:6.3f} s ({found['time_pct']:+.0f} %)"
+    )
+
+
+def report(
+    results: dict[str, Any], wanted: Sequence[Configuration], machine: Machine, commit: str, seconds: float
+) -> dict[str, Any]:
+    """The file as far as it is known; `passed` once all that is judged is there and within its bounds."""
+    judged = [found for name, found in results.items() if not name.endswith("-compiled") and "error" not in found]
+    complete = all("error" not in results.get(str(configuration), {"error": "not yet"}) for configuration in wanted)
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", "commit": commit,
+        "versions": {package: version(package) for package in ("torch", "diffusers", "peft", "triton")},
+        "command": "python benchmarks/preflight.py --out FILE", "machine": asdict(machine),
+        "preflight_worst_pct": max((abs(found["memory_pct"]) for found in judged), default=None),
+        "time_worst_pct": max((abs(found["time_pct"]) for found in judged), default=None),
+        "complete": complete, "seconds": seconds,
+        "passed": complete and all(found["memory_holds"] and found["time_holds"] for found in judged),
+        "configurations": results,
+    }  # fmt: skip
+
+
+def run_all(chosen: Sequence[Configuration], out: Path, commit: str, device: torch.device) -> int:
+    """Predicts beside, calibrates, measures. Returns 1 if a prediction is outside its bounds."""
+    start = time.perf_counter()
+
+    def say(text: str) -> None:
+        print(f"{time.perf_counter() - start:6.1f} s  {text}", flush=True)
+
+    with ProcessPoolExecutor(BESIDE, mp_context=multiprocessing.get_context("spawn")) as pool:
+        waiting: dict[Configuration, Future[DryRun]] = {c: pool.submit(predict_beside, c) for c in chosen}
+        first = Loaded(Model.of(MODELS[chosen[0].model]), device)
+        with torch.no_grad():  # has its kernels compiled
+            first.model.loss(first.module, device, chosen[0].pixels)
+        say(f"{chosen[0].model} drawn")
+        runs = {configuration: future.result() for configuration, future in waiting.items()}
+    say(f"{len(runs)} steps predicted")
+    machine = calibrate(device)
+    say(f"calibrated: {machine}")
+    results: dict[str, Any] = {}
+    there = {(chosen[0].model, False): first}  # one at a time
+    del first
+    for configuration in chosen:
+        kind = (configuration.model, configuration.compiled)
+        try:
+            if kind not in there:
+                there.clear()
+                free_memory()
+                there[kind] = Loaded(Model.of(MODELS[configuration.model]), device)
+            measured = there[kind].measure(configuration)
+            found = compare(figures(runs[configuration], machine, configuration), measured)
+        except (RuntimeError, ValueError) as error:  # the others are measured all the same
+            found = {"error": str(error)[-1500:]}
+        results[str(configuration)] = found
+        say(line(str(configuration), found))
+        result = report(results, chosen, machine, commit, time.perf_counter() - start)
+        write_atomic(out, (json.dumps(result, indent=1) + "\n").encode())
+    return 0 if result["passed"] else 1
 
 
 def main() -> int:
@@ -223,45 +349,17 @@ def main() -> int:
     args = parser.parse_args()
     every = (*CONFIGURATIONS, *(COMPILED if args.compiled else ()))
     chosen = [configuration for configuration in every if args.only in str(configuration)]
-    models = {name: Model.of(MODELS[name]) for name in {configuration.model for configuration in chosen}}
+    if not chosen:
+        parser.error(f"--only {args.only}: there are {', '.join(map(str, every))}")
     if args.predict is not None:
-        found = {}
-        for configuration in chosen:
-            start = time.perf_counter()
-            run = predict(models[configuration.model], configuration)
-            found[str(configuration)] = figures(run, None, configuration)
-            print(f"{configuration!s:32s} {run.peak / GIB:8.2f} GiB   {time.perf_counter() - start:5.1f} s", flush=True)
-        args.predict.write_text(json.dumps(found, indent=1) + "\n")
+        predict_alone(chosen, args.predict)
         return 0
     if args.out is None:
         parser.error("give --out, or --predict")
-    device = torch.device("cuda")
-    torch.backends.cuda.enable_cudnn_sdp(False)  # as training does: its backward pass fails on some drivers
-    machine = calibrate(device)
-    results = {}
-    for configuration in chosen:
-        model = models[configuration.model]
-        predicted = figures(predict(model, configuration), machine, configuration)
-        results[str(configuration)] = found = compare(predicted, measure(model, configuration, device))
-        print(
-            f"{configuration!s:32s} {predicted['peak_bytes'] / GIB:6.2f} predicted {found['measured']['peak_bytes'] / GIB:6.2f} "
-            f"GiB measured ({found['memory_pct']:+.1f} %)   {predicted['seconds']:6.3f} / {found['measured']['seconds']:6.3f} s "
-            f"({found['time_pct']:+.0f} %)",
-            flush=True,
-        )
-    judged = {name: found for name, found in results.items() if not name.endswith("-compiled")}
-    passed = all(found["memory_holds"] and found["time_holds"] for found in judged.values())
-    result = {
-        "device": torch.cuda.get_device_name(), "commit": args.commit,
-        "versions": {package: version(package) for package in ("torch", "diffusers", "peft", "triton")},
-        "command": "python benchmarks/preflight.py --out FILE", "machine": asdict(machine),
-        "preflight_worst_pct": max(abs(found["memory_pct"]) for found in judged.values()),
-        "time_worst_pct": max(abs(found["time_pct"]) for found in judged.values()),
-        "passed": passed, "configurations": results,
-    }  # fmt: skip
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
-    return 0 if passed else 1
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes beside
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as training does: its backward pass fails on some drivers
+    return run_all(chosen, args.out, args.commit, torch.device("cuda"))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ from torch.utils._pytree import tree_leaves
 
 from loragraft.quantization.branched import BranchedLinear
 from loragraft.train.allocator import MIB, Block, CachingAllocator
-from loragraft.train.op_cost import OpCost, cost_of, workspace
+from loragraft.train.fusion import Fusion
+from loragraft.train.op_cost import OpCost, cost_of, nbytes_of, workspace
 
 KINDS = ("INT4 weights", "16-bit weights", "adapter", "gradients", "optimizer", "activations", "workspace")
 """What memory holds. Activations: made by the forward pass and alive, until the backward pass lets go of them. Workspace: made
@@ -60,6 +61,13 @@ class DryRun:
     """Phase (forward, backward, optimizer) -> op -> how often it runs."""
     unknown: tuple[str, ...] = ()
     """Ops of this project whose workspace and time no formula covers; their inputs and outputs are counted."""
+    fused: dict[str, dict[OpCost, int]] = field(default_factory=dict, repr=False)
+    """`ops` as a compiler leaves them (`fusion`)."""
+
+    def counted(self, compiled: bool = False) -> Iterator[tuple[OpCost, int]]:
+        """Every op of all phases with how often it runs, as written or as `compiled`."""
+        for counts in (self.fused if compiled else self.ops).values():
+            yield from counts.items()
 
 
 def dry_train(
@@ -184,6 +192,7 @@ class StorageTracker(TorchDispatchMode):
         self.live: Counter[str] = Counter()
         self.at_peak: dict[str, int] = {}
         self.ops: dict[str, Counter[OpCost]] = {}
+        self.fusion = Fusion()
         self.unknown: set[str] = set()
         self.library = self.saved = 0
         self.saved_by: dict[str, int] = {}
@@ -198,10 +207,16 @@ class StorageTracker(TorchDispatchMode):
         if self.phase and (fresh or func._schema.is_mutable):
             cost = cost_of(func, args, kwargs or {}, results)
             self.ops.setdefault(self.phase, Counter())[cost] += 1
+            self._fuse(cost, (args, kwargs), results)
             if not cost.modelled:
                 self.unknown.add(cost.name)
             self._passing(workspace(func, args, results))
         return out
+
+    def _fuse(self, cost: OpCost, arguments: object, results: Sequence[Tensor]) -> None:
+        fuses = self.phase != "optimizer" and (cost.fusible or not cost.parts)
+        read = [(_key(leaf), nbytes_of(leaf)) for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
+        self.fusion.op(self.phase, cost, read, map(_key, results), fuses=fuses)
 
     def library_threads(self, count: int) -> None:
         """Allocates what the matrix library keeps for each of `count` threads."""
@@ -232,6 +247,7 @@ class StorageTracker(TorchDispatchMode):
 
     def result(self) -> DryRun:
         """The figures so far."""
+        self.fusion.close(self.phase)
         static = sum(self.live[kind] for kind in ("INT4 weights", "16-bit weights", "adapter", "optimizer"))
         return DryRun(
             peak=self.allocator.peak_allocated,
@@ -243,6 +259,7 @@ class StorageTracker(TorchDispatchMode):
             saved_by=self.saved_by,
             ops={phase: dict(counts) for phase, counts in self.ops.items()},
             unknown=tuple(sorted(self.unknown)),
+            fused={phase: dict(counts) for phase, counts in self.fusion.ops.items()},
         )
 
     def _follow(self, tensor: Tensor, maker: str) -> bool:
@@ -257,6 +274,7 @@ class StorageTracker(TorchDispatchMode):
 
     def _dies(self, key: int) -> None:
         block, kind, _ = self._storages.pop(key)
+        self.fusion.dies(key)
         if block is not None:
             self.live[kind] -= block.size
             self.allocator.release(block)
@@ -277,6 +295,10 @@ class StorageTracker(TorchDispatchMode):
             if block is not None:
                 self.live["workspace"] -= block.size
                 self.allocator.release(block)
+
+
+def _key(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
 
 
 @torch.library.custom_op("loragraft::dry_rms_norm", mutates_args=())

@@ -1,13 +1,16 @@
-"""Measures what `roofline.Machine` holds, on the GPU that is here: a few products, attention, a convolution, a copy, two blocks.
+"""Measures what `roofline.Machine` holds, on the GPU that is here: a few products, attention, a convolution, a copy, some blocks.
 
 Rates come from single ops at FLUX.1's shapes; INT8 from `w4a8_linear` less what its other parts take. Host times come from
-steps of a FLUX so narrow that only launching takes time, with and without quantized layers. The correction is one true-width
-double and single block at 1024 px, forward and backward, over what the rates predict for them.
+steps and passes of a FLUX so narrow that only launching takes time, with and without quantized layers. The same step replayed from a
+CUDA graph, without quantized layers, says what an op costs the GPU beside its work. The correction c and what a custom op costs g come
+from two more captured steps, one large (a double and a single block of true width at 1024 px), one middling (width 1280, 1088 rows):
+
+    c R + n gpu_op + k g = T          R the roofline's seconds, n and k ops of torch's and ours, T measured; two equations
 """
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, get_args
 
@@ -17,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, scaled_dot_product_attention
 
 from loragraft.adapters.inject import inject_adapter
+from loragraft.adapters.joined import JoinedFactors
 from loragraft.backbones.architectures import FLUX
 from loragraft.backbones.flow import flow_loss
 from loragraft.backbones.skeleton import meta_transformer, plan_architecture, randomize
@@ -24,15 +28,17 @@ from loragraft.kernels.attention import Backend, attention, check_backend
 from loragraft.quantization.linear import SVDQuantLinear
 from loragraft.quantization.settings import QuantSettings
 from loragraft.recipes.schema import AdapterConfig
-from loragraft.train.dry_run import dry_train
-from loragraft.train.op_cost import OURS
-from loragraft.train.roofline import Machine, part_seconds, run_seconds
+from loragraft.train.dry_run import DryRun, dry_infer, dry_train
+from loragraft.train.roofline import Machine, part_seconds, roofline_seconds
+from loragraft.train.step import GraphStep
 
 M, D, MLP, HEADS, HEAD = 4608, 3072, 12288, 24, 128
 COPIED = 2**28
 """Values of the vector whose copy measures the memory."""
-EDGE, TOKENS = 1024, 512
-"""Pixels and words of the block that corrects."""
+BLOCKS = 3
+"""Of each kind, in the narrow model."""
+NARROW, MIDDLE, LARGE = (1, 64, 16), (10, 512, 64), (HEADS, 1024, 512)
+"""Heads, pixels and words of the steps that are timed: launches alone, the middling one, the one that corrects."""
 
 
 def calibrate(device: torch.device) -> Machine:
@@ -43,7 +49,7 @@ def calibrate(device: torch.device) -> Machine:
         )
     properties = torch.cuda.get_device_properties(device)
     torch.backends.cuda.enable_cudnn_sdp(False)  # as training does: its backward pass fails on some drivers
-    machine = Machine(properties.name, properties.total_memory, {}, 0.0, 0.0, 0.0, calibrated=True)
+    machine = Machine(properties.name, properties.total_memory, {}, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, calibrated=True)
     machine = _rates(machine, device)
     machine = _host(machine, device)
     return _corrected(machine, device)
@@ -139,41 +145,87 @@ def flux_loss(model: nn.Module, device: torch.device | str, edge: int, tokens: i
     return flow_loss(model, latents, torch.ones_like(latents), torch.full((1,), 0.5, device=device), text)
 
 
-def _timed_step(
-    heads: int, blocks: int, edge: int, tokens: int, device: torch.device, *, quantized: bool
-) -> tuple[float, Any]:
-    """(seconds of a real training step, its dry run)."""
+@dataclass(frozen=True)
+class Timed:
+    """A real step or pass, and its dry run."""
 
-    def build() -> nn.Module:
-        return nn.Module.to(flux(heads, blocks, quantized=quantized), dtype=torch.bfloat16)
+    seconds: float
+    run: DryRun
 
-    real = randomize(build(), device, torch.bfloat16)
+    def counts(self) -> tuple[int, int]:
+        """(ops of torch's, ops of ours)."""
+        counted = [(cost, count) for cost, count in self.run.counted() if cost.parts]
+        custom = sum(count for cost, count in counted if cost.custom)
+        return sum(count for _, count in counted) - custom, custom
+
+    def roofline(self, machine: Machine) -> float:
+        """Seconds of the parts alone, uncorrected."""
+        return sum(count * roofline_seconds(cost, machine) for cost, count in self.run.counted())
+
+
+def _timed(
+    size: tuple[int, int, int],
+    blocks: int,
+    device: torch.device,
+    *,
+    quantized: bool = True,
+    trains: bool = True,
+    captured: bool = False,
+) -> Timed:
+    """A training step of a FLUX of that size, or a pass without gradients. captured: replayed from a CUDA graph."""
+    heads, edge, tokens = size
+    real, imagined = (nn.Module.to(flux(heads, blocks, quantized=quantized), dtype=torch.bfloat16) for _ in range(2))
+    randomize(real, device, torch.bfloat16)
+    loss = partial(flux_loss, real, device, edge, tokens)
+    imagined_loss = partial(flux_loss, imagined, "cpu", edge, tokens)
+    if not trains:
+        return Timed(time_of(torch.no_grad()(loss)), dry_infer(imagined, imagined_loss))
     parameters = inject_adapter(real, AdapterConfig(), FLUX.quantize)
+    inject_adapter(imagined, AdapterConfig(), FLUX.quantize)
+    if captured:
+        JoinedFactors(imagined, torch.bfloat16)
+    optimizer = partial(torch.optim.AdamW, fused=True)
+    seconds = time_of(_step(real, parameters, loss, captured=captured))
+    return Timed(seconds, dry_train(imagined, imagined_loss, optimizer, max_grad_norm=0, captured=captured))
+
+
+def _step(
+    model: nn.Module, parameters: list[nn.Parameter], loss: Callable[[], Tensor], *, captured: bool
+) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(parameters, fused=True)
+    graph = GraphStep(lambda _: loss(), parameters, JoinedFactors(model, torch.bfloat16)) if captured else None
 
     def step() -> None:
-        torch.autograd.backward(flux_loss(real, device, edge, tokens))
+        if graph is None:
+            torch.autograd.backward(loss())
+        else:
+            graph({}, last=True)
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=graph is None)
 
-    seconds = time_of(step)
-    imagined = build()
-    inject_adapter(imagined, AdapterConfig(), FLUX.quantize)
-    optimizer_of = partial(torch.optim.AdamW, fused=True)
-    run = dry_train(imagined, lambda: flux_loss(imagined, "cpu", edge, tokens), optimizer_of, max_grad_norm=0)
-    return seconds, run
+    return step
 
 
 def _host(machine: Machine, device: torch.device) -> Machine:
-    plain, plain_run = _timed_step(1, 3, 64, 16, device, quantized=False)
-    quantized, quantized_run = _timed_step(1, 3, 64, 16, device, quantized=True)
-    host_op = plain / sum(sum(counts.values()) for counts in plain_run.ops.values())
-    counted = [pair for counts in quantized_run.ops.values() for pair in counts.items()]
-    custom = sum(count for cost, count in counted if cost.name.startswith(OURS))
-    others = sum(count for _, count in counted) - custom
-    return replace(machine, host_op=host_op, host_custom=max((quantized - others * host_op) / custom, host_op))
+    """Seconds of Python for an op of torch's and for one of ours, in a step and in a pass without gradients."""
+    plain = _timed(NARROW, BLOCKS, device, quantized=False)
+    host_op = plain.seconds / plain.counts()[0]
+
+    def custom(timed: Timed) -> float:
+        others, ours = timed.counts()
+        return max((timed.seconds - others * host_op) / ours, host_op)
+
+    step, passed = _timed(NARROW, BLOCKS, device), _timed(NARROW, BLOCKS, device, trains=False)
+    return replace(machine, host_op=host_op, host_custom=custom(step), host_infer=custom(passed))
 
 
 def _corrected(machine: Machine, device: torch.device) -> Machine:
-    measured, run = _timed_step(HEADS, 1, EDGE, TOKENS, device, quantized=True)
-    return replace(machine, correction=measured / run_seconds(run, machine, host=False))
+    """gpu_op, then the two equations; where they contradict each other a custom op costs what one of torch's does."""
+    plain = _timed(NARROW, BLOCKS, device, quantized=False, captured=True)
+    gpu_op = max(plain.seconds - plain.roofline(machine), 0.0) / plain.counts()[0]
+    middle, large = (_timed(size, 1, device, captured=True) for size in (MIDDLE, LARGE))
+    (n, k), (N, K) = middle.counts(), large.counts()
+    t, T = middle.seconds - n * gpu_op, large.seconds - N * gpu_op
+    r, R = middle.roofline(machine), large.roofline(machine)
+    gpu_custom = max((t * R - T * r) / (k * R - K * r), gpu_op)
+    return replace(machine, gpu_op=gpu_op, gpu_custom=gpu_custom, correction=(T - K * gpu_custom) / R)

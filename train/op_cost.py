@@ -44,6 +44,16 @@ class OpCost:
     parts: tuple[Part, ...]
     modelled: bool = True
 
+    @property
+    def custom(self) -> bool:
+        """Whether a kernel of this project runs, launched from Python; `dry_` ops stand for torch's."""
+        return self.name.startswith(OURS) and not self.name.startswith(f"{OURS}dry_")
+
+    @property
+    def fusible(self) -> bool:
+        """Whether a compiler joins it with its neighbours: an op of torch's that moves memory and multiplies nothing."""
+        return not self.custom and bool(self.parts) and all(p.unit == "memory" and not p.flops for p in self.parts)
+
 
 def cost_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], results: Sequence[Tensor]) -> OpCost:
     """The cost of calling the op overload `func`."""
@@ -89,9 +99,13 @@ def _aten_flops(
 
 
 def _bytes(tree: Any) -> int:
-    """Bytes of the tensors in `tree`; an expanded view counts what it has in memory."""
-    tensors = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
-    return sum(min(t.numel() * t.dtype.itemsize, t.untyped_storage().nbytes()) for t in tensors)
+    """`nbytes_of` the tensors in `tree`, together."""
+    return sum(nbytes_of(leaf) for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+
+
+def nbytes_of(tensor: Tensor) -> int:
+    """What an op that takes `tensor` moves at most: an expanded view has less in memory than it shows."""
+    return int(min(tensor.numel() * tensor.dtype.itemsize, tensor.untyped_storage().nbytes()))
 
 
 def _rank(*factors: Tensor | None) -> int:

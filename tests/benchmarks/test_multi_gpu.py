@@ -158,3 +158,6 @@ def test_the_report_takes_these_parts(benchmark_module: Callable[..., ModuleType
     (tmp_path / "fsdp.json").write_text(json.dumps({**about, "held_gib": [3.25, 3.5], "held_gib_whole": 7.0}))
     found = report.collect(tmp_path, None)
     assert (found["ddp2_scaling"], found["gpu_idle_share"], found["fsdp_held_share"]) == (1.95, 0.012, 0.5)
+    assert found["preflight_worst_pct"] is None
+    (tmp_path / "of_preflight").write_text('{"preflight_worst_pct": 4.2}')
+    assert report.collect(tmp_path, None, tmp_path / "of_preflight")["preflight_worst_pct"] == 4.2

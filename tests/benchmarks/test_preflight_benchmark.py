@@ -1,11 +1,17 @@
-"""The benchmark of preflight without its GPU: three bases of their published sizes, and what counts as true."""
+"""The benchmark of preflight without its GPU: three bases of their published sizes, what counts as true, and a file after each."""
 
+import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
 
 from loragraft.backbones.skeleton import meta_transformer
+from loragraft.train.roofline import CARDS
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +33,11 @@ def test_there_are_configurations_of_every_kind(benchmark: ModuleType) -> None:
         assert f"{model}-1024-train" in names
         assert f"{model}-1024-train-checkpointed" in names
         assert f"{model}-1024-infer" in names
+    assert "flux-512-train-launched" in names
+    assert any(c.trains and not c.captured for c in benchmark.CONFIGURATIONS)
+    for model in benchmark.MODELS:
+        kinds = [c.trains for c in benchmark.CONFIGURATIONS if c.model == model]
+        assert kinds == sorted(kinds), "a pass without an adapter comes before it is injected"
 
 
 def test_sana_is_predicted(benchmark: ModuleType) -> None:
@@ -55,3 +66,46 @@ def test_what_counts_as_true(benchmark: ModuleType) -> None:
     assert holds(10900, 10000) == (True, True)
     assert holds(8900, 10000) == (False, True)
     assert holds(1000, 1000, 1.3) == (True, False)
+
+
+def test_a_failure_leaves_the_others(
+    benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each model is loaded once and alone; the file is there after each configuration, and passes when all are in bounds."""
+    chosen = [
+        benchmark.Configuration("sana", trains=False), benchmark.Configuration("sana", captured=True),
+        benchmark.Configuration("sdxl", trains=False),
+    ]  # fmt: skip
+    sana = benchmark.Model.of("sana-16b")
+    runs = {c: benchmark.predict(sana, benchmark.Configuration("sana", trains=False)) for c in chosen}
+    machine, out, files, loads = CARDS[0], tmp_path / "out.json", [], []
+
+    class Loaded:
+        def __init__(self, model: Any, device: torch.device) -> None:
+            loads.append(model.spec.name)
+            self.model, self.module = model, None
+
+        def measure(self, configuration: Any) -> dict[str, float]:
+            files.append(json.loads(out.read_text())["configurations"].keys() if out.exists() else ())
+            if configuration.trains and fails:
+                raise RuntimeError("CUDA error: no room\nand more")
+            figures = benchmark.figures(runs[configuration], machine, configuration)
+            return {key: figures[key] for key in ("peak_bytes", "seconds")}
+
+    monkeypatch.setattr(benchmark, "Loaded", Loaded)
+    monkeypatch.setattr(benchmark.Model, "loss", lambda *_: None)
+    monkeypatch.setattr(benchmark, "ProcessPoolExecutor", lambda count, **_: ThreadPoolExecutor(count))
+    monkeypatch.setattr(benchmark, "predict_beside", runs.__getitem__)
+    monkeypatch.setattr(benchmark, "calibrate", lambda _: machine)
+    monkeypatch.setattr(benchmark, "free_memory", lambda: None)
+    fails = True
+    assert benchmark.run_all(chosen, out, "abc", torch.device("cpu")) == 1
+    result = json.loads(out.read_text())
+    assert (result["passed"], result["complete"], result["preflight_worst_pct"]) == (False, False, 0)
+    assert result["configurations"]["sana-1024-train"]["error"].startswith("CUDA error")
+    assert "FAILED CUDA error: no room" in capsys.readouterr().out
+    assert [len(names) for names in files] == [0, 1, 2]
+    assert loads == ["sana-16b", "sdxl"]
+    fails = False
+    assert benchmark.run_all(chosen, out, "abc", torch.device("cpu")) == 0
+    assert json.loads(out.read_text())["passed"]

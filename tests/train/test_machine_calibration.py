@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from loragraft.train import machine_calibration as calibration
-from loragraft.train.op_cost import OpCost
 from loragraft.train.preflight import GIB
 from loragraft.train.roofline import CARDS, Machine, run_seconds
 
@@ -18,10 +19,22 @@ def _once(run: Callable[[], object], repeats: int = 1) -> float:
     return time.perf_counter() - start
 
 
+class _Launched:
+    """A step that is launched anew each time, in the place of a CUDA graph."""
+
+    def __init__(self, loss: Callable[[object], torch.Tensor], *_: object) -> None:
+        self.loss = loss
+
+    def __call__(self, tensors: dict[str, torch.Tensor], *, last: bool) -> None:
+        torch.autograd.backward(self.loss(tensors))
+
+
 @pytest.fixture
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "time_of", _once)
-    sizes = {"M": 64, "D": 128, "MLP": 256, "HEADS": 1, "COPIED": 2**16, "EDGE": 64, "TOKENS": 16}
+    monkeypatch.setattr(calibration, "GraphStep", _Launched)
+    sizes = {"M": 64, "D": 128, "MLP": 256, "HEADS": 1, "COPIED": 2**16, "BLOCKS": 1}
+    sizes |= {"NARROW": (1, 64, 16), "MIDDLE": (1, 64, 16), "LARGE": (1, 128, 16)}
     for name, value in sizes.items():
         monkeypatch.setattr(calibration, name, value)
 
@@ -29,24 +42,40 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_small")
 def test_every_figure_is_measured() -> None:
     cpu = torch.device("cpu")
-    machine = Machine("here", GIB, {}, 0.0, 0.0, 0.0, calibrated=True)
+    machine = Machine("here", GIB, {}, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, calibrated=True)
     machine = calibration._rates(machine, cpu)
     assert machine.rates.keys() == CARDS[0].rates.keys()
     assert min(machine.rates.values()) > 0
     assert machine.bandwidth > 0
     machine = calibration._host(machine, cpu)
-    assert 0 < machine.host_op <= machine.host_custom
-    assert calibration._corrected(machine, cpu).correction > 0
+    assert 0 < machine.host_op <= min(machine.host_custom, machine.host_infer)
+    assert calibration._corrected(machine, cpu).gpu_op >= 0
 
 
 @pytest.mark.usefixtures("_small")
-def test_the_correction_makes_the_block_come_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = CARDS[0]
-    step = calibration._timed_step(1, 1, 64, 16, torch.device("cpu"), quantized=True)
-    monkeypatch.setattr(calibration, "_timed_step", lambda *args, **kwargs: step)
-    corrected = calibration._corrected(machine, torch.device("cpu"))
-    assert run_seconds(step[1], corrected, host=False) == pytest.approx(step[0])
-    assert all(isinstance(cost, OpCost) for counts in step[1].ops.values() for cost in counts)
+def test_the_corrected_steps_come_out_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captured steps that took what a known machine predicts give that machine's figures back."""
+    known = replace(CARDS[0], gpu_op=3e-6, gpu_custom=4e-5, correction=1.2)
+    timed = calibration._timed
+
+    def as_predicted(*args: Any, **kwargs: Any) -> calibration.Timed:
+        run = timed(*args, **kwargs).run
+        return calibration.Timed(run_seconds(run, known, host=False), run)
+
+    monkeypatch.setattr(calibration, "_timed", as_predicted)
+    plain = replace(known, gpu_op=0.0, gpu_custom=0.0, correction=1.0)
+    # The plain step's own roofline is taken as it is, so that it must not be corrected here.
+    monkeypatch.setattr(calibration.Timed, "roofline", _corrected_where_plain(calibration.Timed.roofline))
+    found = calibration._corrected(plain, torch.device("cpu"))
+    assert found.gpu_op == pytest.approx(3e-6)
+    assert found.gpu_custom == pytest.approx(4e-5)
+    assert found.correction == pytest.approx(1.2)
+
+
+def _corrected_where_plain(
+    roofline: Callable[[calibration.Timed, Machine], float],
+) -> Callable[[calibration.Timed, Machine], float]:
+    return lambda timed, machine: roofline(timed, machine) * (1.2 if timed.counts()[1] == 0 else 1.0)
 
 
 def test_a_cpu_is_refused() -> None:
