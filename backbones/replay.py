@@ -18,7 +18,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import chain
 from typing import Any
 
@@ -98,9 +98,9 @@ class Replay:
         """(what repeats `run`, where the result of it then lies)."""
         if self._pool is None or self.graphs == 0:  # a pool whose last graph is gone takes no other
             self._pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
+        graph, stream = torch.cuda.CUDAGraph(), capture_stream()
         # Another thread (a data loader's, the demo's page) may allocate meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
             output = run()
         return graph.replay, output
 
@@ -130,6 +130,17 @@ class Replay:
         mine = [leaf.to(device, copy=True) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         args, kwargs = pytree.tree_unflatten(mine, structure)
         return Captured(_tensors(mine), *self.capture(lambda: forward(*args, **kwargs)))
+
+
+def capture_stream() -> torch.cuda.Stream:
+    """The one stream of the current GPU that graphs are captured on, those of training included: cuBLAS keeps a workspace, on
+    Hopper of 32 MiB, for every stream that it has worked on, and never gives it back."""
+    return _stream_of(torch.cuda.current_device())
+
+
+@cache
+def _stream_of(gpu: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(gpu)
 
 
 def free_bytes(device: torch.device) -> float:

@@ -22,6 +22,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from threading import Thread
 
@@ -94,7 +95,8 @@ def main(argv: list[str] | None = None) -> int:
 
     print(backbone.ledger.table())
     print(forecast.before(), end="")
-    with watched(args.stall), Tracking.start(recipe, backbone, folder, accelerator) as tracking:
+    tracked = Tracking.start(recipe, backbone, folder, accelerator)
+    with watched(args.stall), closing(forecast), tracked as tracking:
         if train(accelerator, recipe, backbone, parameters, cache, previews, folder, tracking, prior):
             print(f"\nstopped at step {folder.step}, nothing lost: run the same command again to go on.")
             return 130

@@ -21,6 +21,7 @@ from loragraft.adapters.joined import JoinedFactors
 from loragraft.backbones.compiled import MOST_KINDS, compile_blocks, fills_card
 from loragraft.backbones.family import Family
 from loragraft.backbones.flow import FLUX_LIKE
+from loragraft.backbones.replay import capture_stream
 from loragraft.recipes.schema import TrainConfig
 from loragraft.train.sharding import shards_base
 from loragraft.train.warm import warm_layers
@@ -149,7 +150,7 @@ class GraphStep:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         clock("joined factors and gradients")
-        stream = torch.cuda.Stream()
+        stream = capture_stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # compiles, tunes and allocates whatever must not happen inside a capture
             self._run(inputs)
@@ -162,7 +163,7 @@ class GraphStep:
         torch.cuda.empty_cache()  # the graph's pool is another: without this both would hold a step's activations
         graph = torch.cuda.CUDAGraph()
         # A data loader's thread may pin memory meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
             loss = self._run(inputs)
         for parameter, kept in zip(self.parameters, before, strict=True):
             assert parameter.grad is not None

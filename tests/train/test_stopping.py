@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 
 from loragraft import cli
 from loragraft.recipes.load import load_recipe
+from loragraft.train.forecast import Forecast
 from loragraft.train.loop import _Run
 from loragraft.train.previews import Previews
 from loragraft.train.stopping import Stop, stop_on_signal
@@ -37,10 +39,14 @@ def test_a_stop_while_images_are_drawn_leaves_a_checkpoint_of_its_step(
     options = ["train.steps=6", "train.batch_size=1", "train.validate_every=0", "train.checkpoint_every=0"]
     options += ["train.sample_every=2", "train.threads=1", "data.resolution=64", "tracking.mode=disabled"]
     threads = torch.get_num_threads()
+    predicting = subprocess.Popen(["sleep", "60"])
     with monkeypatch.context() as patch:
         patch.setattr(Previews, "render", interrupted)
+        patch.setattr(Forecast, "start", lambda *_: Forecast(predicting, None))
+        patch.setattr(Forecast, "before", lambda _: "")
         assert cli.main(["train", "--recipe", "mine.yaml", "--cpu", "--out", "run", *options]) == 130
     torch.set_num_threads(threads)
+    assert predicting.poll() is not None, "the prediction beside the run goes on after it"
     assert "stopped at step 3, nothing lost" in capsys.readouterr().out
     assert torch.load("run/checkpoint.pt", weights_only=True)["step"] == 3
 
