@@ -178,7 +178,12 @@ class Loaded:
 
     def _trained(self, configuration: Configuration, loss: Callable[[], Tensor]) -> dict[str, float]:
         optimizer, graph = torch.optim.AdamW(self.parameters, fused=True), None
-        if configuration.captured:
+        if (
+            configuration.captured
+        ):  # with the optimizer's states there, as when a run captures anew; replays count as reserved alone
+            for parameter in self.parameters:
+                parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
             graph = GraphStep(lambda _: loss(), self.parameters, JoinedFactors(self.module, torch.bfloat16))
 
         def step() -> None:
