@@ -36,8 +36,8 @@ in the backward pass or the optimizer and neither a gradient nor a state, blocks
 JOINED = ("joined_down", "joined_up")
 """Buffers that hold the base's branch beside a 16-bit copy of the adapter (`adapters.joined`): they count as INT4 weights."""
 LIBRARY_WORKSPACE = 32 * MIB
-"""What cuBLAS takes per thread and stream that call it, on sm_90. The backward pass has a thread of its own; a captured step has two
-streams, that of the run before the capture and that of the capture (H100: six captured steps take these 64 MiB more)."""
+"""What cuBLAS takes per thread and stream that call it, on sm_90; the backward pass has a thread of its own. A captured step runs on
+one stream, before its capture and in it."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def dry_train(
         parameters = [p for p in model.parameters() if p.requires_grad]
         if not parameters:
             raise ValueError("nothing in the model requires a gradient: inject an adapter before the dry run")
-        tracker.library_threads(4 if captured else 2)
+        tracker.library_threads(2)
         chosen = optimizer(parameters)
         _prime(chosen, parameters, tracker)
         if captured:

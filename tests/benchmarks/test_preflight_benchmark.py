@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from loragraft.backbones.skeleton import meta_transformer
+from loragraft.train.dry_run import LIBRARY_WORKSPACE
 from loragraft.train.roofline import CARDS, run_seconds
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -56,13 +57,15 @@ def test_sana_is_predicted(benchmark: ModuleType) -> None:
 
 
 def test_an_h100s_step_comes_out(benchmark: ModuleType) -> None:
-    """A captured, checkpointed step of `bases.json`, before calibration. It was captured before the optimizer had its states."""
+    """A captured, checkpointed step of `bases.json`, before calibration. It was captured before the optimizer had its states, and ran
+    before its capture on a stream of its own, with workspaces for both threads."""
     row = json.loads((RESULTS / "bases.json").read_text())["bases"]["sana-16b"]
     run = benchmark.predict(
         benchmark.Model.of("sana-16b"), benchmark.Configuration("sana-16b", checkpointing=True, captured=True)
     )
     h100 = next(card for card in CARDS if card.name in "NVIDIA H100 80GB HBM3")
-    assert run.peak - run.at_peak["optimizer"] == pytest.approx(row["peak_gib"] * 2**30, rel=0.01)
+    peak = run.peak - run.at_peak["optimizer"] + 2 * LIBRARY_WORKSPACE
+    assert peak == pytest.approx(row["peak_gib"] * 2**30, rel=0.01)
     assert run_seconds(run, h100, host=False) == pytest.approx(row["step_ms"] / 1000, rel=0.15)
 
 

@@ -118,8 +118,7 @@ def test_captured_gradients_stay() -> None:
     eager = dry_train(plain, partial(_loss, plain), ADAMW)
     graph = dry_train(captured, partial(_loss, captured), ADAMW, captured=True)
     gradients = sum(p.numel() * 4 for p in captured.parameters() if p.requires_grad)
-    assert 0 < graph.peak - eager.peak - 2 * LIBRARY_WORKSPACE < 1.5 * gradients
-    assert graph.library == 2 * eager.library
+    assert 0 < graph.peak - eager.peak < 1.5 * gradients
 
 
 def test_accumulation_holds_one_micro_batch_at_a_time() -> None:
