@@ -47,7 +47,7 @@ from loragraft.train.step import GraphStep
 
 GIB, MIB = 2**30, 2**20
 WARM, STEPS = 2, 5
-BESIDE = 6
+BESIDE = 12
 """Predictions that run at once."""
 MODELS = {"flux": "flux1-dev", "sdxl": "sdxl", "sana": "sana-16b"}
 """Configuration's model -> base."""

@@ -4,14 +4,15 @@ import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from loragraft.backbones.skeleton import meta_transformer
-from loragraft.train.dry_run import LIBRARY_WORKSPACE
+from loragraft.train.dry_run import LIBRARY_WORKSPACE, DryRun
+from loragraft.train.op_cost import OpCost, Part
 from loragraft.train.roofline import CARDS, run_seconds
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -92,13 +93,14 @@ def test_a_failure_leaves_the_others(
         benchmark.Configuration("sana", trains=False), benchmark.Configuration("sana", captured=True),
         benchmark.Configuration("sdxl", trains=False),
     ]  # fmt: skip
-    sana = benchmark.Model.of("sana-16b")
-    runs = {c: benchmark.predict(sana, benchmark.Configuration("sana", trains=False)) for c in chosen}
+    ops = {"forward": {OpCost("aten::mul", (Part("memory", 0, 10**6),)): 1}}
+    run = DryRun(2**30, 2**30, at_peak={}, static=0, library=0, saved=0, saved_by={}, ops=ops)
+    runs = dict.fromkeys(chosen, run)
     machine, out, files, loads = CARDS[0], tmp_path / "out.json", [], []
 
     class Loaded:
         def __init__(self, model: Any, device: torch.device) -> None:
-            loads.append(model.spec.name)
+            loads.append(model.base)
             self.model, self.module = model, None
 
         def measure(self, configuration: Any) -> dict[str, float]:
@@ -109,7 +111,7 @@ def test_a_failure_leaves_the_others(
             return {key: figures[key] for key in ("peak_bytes", "seconds")}
 
     monkeypatch.setattr(benchmark, "Loaded", Loaded)
-    monkeypatch.setattr(benchmark.Model, "loss", lambda *_: None)
+    monkeypatch.setattr(benchmark.Model, "of", lambda base: SimpleNamespace(base=base, loss=lambda *_: None))
     monkeypatch.setattr(benchmark, "ProcessPoolExecutor", lambda count, **_: ThreadPoolExecutor(count))
     monkeypatch.setattr(benchmark, "predict_beside", runs.__getitem__)
     monkeypatch.setattr(benchmark, "calibrate", lambda _: machine)
