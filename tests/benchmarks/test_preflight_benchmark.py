@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -96,7 +97,7 @@ def test_a_failure_leaves_the_others(
     ops = {"forward": {OpCost("aten::mul", (Part("memory", 0, 10**6),)): 1}}
     run = DryRun(2**30, 2**30, at_peak={}, static=0, library=0, saved=0, saved_by={}, ops=ops)
     runs = dict.fromkeys(chosen, run)
-    machine, out, files, loads = CARDS[0], tmp_path / "out.json", [], []
+    machine, out, files, loads = replace(CARDS[0], calibrated=True), tmp_path / "out.json", [], []
 
     class Loaded:
         def __init__(self, model: Any, device: torch.device) -> None:
@@ -127,3 +128,13 @@ def test_a_failure_leaves_the_others(
     fails = False
     assert benchmark.run_all(chosen, out, "abc", torch.device("cpu")) == 0
     assert json.loads(out.read_text())["passed"]
+
+    def fails_too(_: torch.device) -> None:
+        raise RuntimeError("CUDA error")
+
+    monkeypatch.setattr(benchmark, "calibrate", fails_too)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
+    assert benchmark.run_all(chosen, out, "abc", torch.device("cpu")) == 1
+    result = json.loads(out.read_text())
+    assert (result["machine"]["name"], result["machine"]["calibrated"], result["passed"]) == ("H200", False, False)
+    assert result["complete"]
