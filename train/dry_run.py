@@ -36,7 +36,8 @@ in the backward pass or the optimizer and neither a gradient nor a state, blocks
 JOINED = ("joined_down", "joined_up")
 """Buffers that hold the base's branch beside a 16-bit copy of the adapter (`adapters.joined`): they count as INT4 weights."""
 LIBRARY_WORKSPACE = 32 * MIB
-"""What cuBLAS takes per thread that calls it, on sm_90; the backward pass has a thread of its own."""
+"""What cuBLAS takes per thread and stream that call it, on sm_90; the backward pass has a thread of its own. A captured step runs on
+one stream, before its capture and in it."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ def dry_train(
 ) -> DryRun:
     """One optimizer step of `model`, whose values may be on meta and are fake from here on.
 
-    captured: as `step.GraphStep` does it, gradients stay between steps.
+    captured: as `step.GraphStep` does it, gradients stay between steps. `max_memory_allocated` shows this peak if a step was captured
+    when the optimizer had its states already (a resumed run, one that validated); a replay's memory counts as reserved alone.
 
     loss: makes a batch (of fake tensors, since it is called where all are) and returns the scalar. Trained is what requires
     a gradient. Raises ValueError if nothing does.
@@ -219,7 +221,7 @@ class StorageTracker(TorchDispatchMode):
         self.fusion.op(self.phase, cost, read, map(_key, results), fuses=fuses)
 
     def library_threads(self, count: int) -> None:
-        """Allocates what the matrix library keeps for each of `count` threads."""
+        """Allocates what the matrix library keeps for each of `count` threads and their streams."""
         for _ in range(count):
             self._take(LIBRARY_WORKSPACE, "workspace")
             self.library += LIBRARY_WORKSPACE

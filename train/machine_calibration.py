@@ -23,6 +23,7 @@ from loragraft.adapters.inject import inject_adapter
 from loragraft.adapters.joined import JoinedFactors
 from loragraft.backbones.architectures import FLUX
 from loragraft.backbones.flow import flow_loss
+from loragraft.backbones.replay import Replay
 from loragraft.backbones.skeleton import meta_transformer, plan_architecture, randomize
 from loragraft.kernels.attention import Backend, attention, check_backend
 from loragraft.quantization.linear import SVDQuantLinear
@@ -35,6 +36,8 @@ from loragraft.train.step import GraphStep
 M, D, MLP, HEADS, HEAD = 4608, 3072, 12288, 24, 128
 COPIED = 2**28
 """Values of the vector whose copy measures the memory."""
+TOGETHER = 8
+"""Runs of a single op between two waits for the device."""
 BLOCKS = 3
 """Of each kind, in the narrow model."""
 NARROW, MIDDLE, LARGE = (1, 64, 16), (10, 512, 64), (HEADS, 1024, 512)
@@ -55,40 +58,50 @@ def calibrate(device: torch.device) -> Machine:
     return _corrected(machine, device)
 
 
-def time_of(run: Callable[[], object], repeats: int = 10) -> float:
-    """Median seconds of `run` on the current CUDA device, after three runs of warming up."""
+def time_of(run: Callable[[], object], repeats: int = 10, together: int = 1) -> float:
+    """Median seconds of `run` on the current CUDA device, after three runs of warming up. together: launched one behind the other
+    before the device is waited for, so that of a single op Python's time does not count."""
     for _ in range(3):
         run()
     torch.cuda.synchronize()
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
-        run()
+        for _ in range(together):
+            run()
         torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
+        times.append((time.perf_counter() - start) / together)
     return sorted(times)[repeats // 2]
+
+
+def replayed(run: Callable[[], object]) -> Callable[[], None]:
+    """`run` from a CUDA graph: a product of codes is done before Python has launched the next."""
+    run()
+    replay, _ = Replay().capture(run)
+    return replay
 
 
 def _rates(machine: Machine, device: torch.device) -> Machine:
     def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.randn(shape, device=device, dtype=dtype)
 
+    op_time = partial(time_of, together=TOGETHER)
     x, w, big = normal(M, D), normal(D, MLP), normal(COPIED)
-    bandwidth = 2 * big.nbytes / time_of(lambda: big.mul(2.0))
+    bandwidth = 2 * big.nbytes / op_time(lambda: big.mul(2.0))
     x32, w32 = normal(M, D, dtype=torch.float32), normal(D, D, dtype=torch.float32)
     picture, kernel = normal(1, 640, 64, 64), normal(640, 640, 3, 3)
     q, k, v = (normal(1, HEADS, M, HEAD).requires_grad_() for _ in range(3))
-    forward = time_of(lambda: scaled_dot_product_attention(q, k, v))
+    forward = op_time(lambda: scaled_dot_product_attention(q, k, v))
     out = scaled_dot_product_attention(q, k, v)
     grad = torch.ones_like(out)
-    backward = time_of(lambda: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True))
+    backward = op_time(lambda: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True))
     flops = 4 * HEADS * M * M * HEAD
-    gemm = 2 * M * D * MLP / time_of(lambda: x @ w)
+    gemm = 2 * M * D * MLP / op_time(lambda: x @ w)
     rates = {
         "gemm": gemm,
         "memory": gemm,
-        "gemm32": 2 * M * D * D / time_of(lambda: x32 @ w32),
-        "conv": 2 * 64 * 64 * 640 * 640 * 9 / time_of(lambda: conv2d(picture, kernel, padding=1)),
+        "gemm32": 2 * M * D * D / op_time(lambda: x32 @ w32),
+        "conv": 2 * 64 * 64 * 640 * 640 * 9 / op_time(lambda: conv2d(picture, kernel, padding=1)),
         "attention": flops / forward,
         "attention_backward": 2.5 * flops / backward,
     }
@@ -98,7 +111,7 @@ def _rates(machine: Machine, device: torch.device) -> Machine:
     holder = nn.ModuleList([layer])
     randomize(holder, device, torch.bfloat16)
     with torch.no_grad():
-        whole = time_of(lambda: layer(x))
+        whole = op_time(replayed(lambda: layer(x)))
     beside = part_seconds("memory", 0, M * D * 3, machine) + part_seconds("gemm", 2 * M * MLP * 32, 0, machine)
     return replace(machine, rates={**rates, "int8": 2 * M * D * MLP / max(whole - beside, 0.2 * whole)})
 
@@ -114,10 +127,11 @@ def _fast_attention(rates: dict[str, float], flops: int, device: torch.device) -
         q, k, v = (
             torch.randn(1, M, HEADS, HEAD, device=device, dtype=torch.bfloat16).requires_grad_() for _ in range(3)
         )
+        op_time = partial(time_of, together=TOGETHER)
         out = attention(q, k, v, backend)
         grad = torch.ones_like(out)
-        forward = time_of(partial(attention, q, k, v, backend))
-        backward = time_of(partial(torch.autograd.grad, out, (q, k, v), grad, retain_graph=True))
+        forward = op_time(partial(attention, q, k, v, backend))
+        backward = op_time(partial(torch.autograd.grad, out, (q, k, v), grad, retain_graph=True))
         found["fast_attention"] = max(found["fast_attention"], flops / forward)
         if backend == "flash_attn_4":
             found["fast_attention_backward"] = 2.5 * flops / backward

@@ -13,7 +13,7 @@ from loragraft.train.preflight import GIB
 from loragraft.train.roofline import CARDS, Machine, run_seconds
 
 
-def _once(run: Callable[[], object], repeats: int = 1) -> float:
+def _once(run: Callable[[], object], repeats: int = 1, together: int = 1) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
@@ -33,7 +33,8 @@ class _Launched:
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "time_of", _once)
     monkeypatch.setattr(calibration, "GraphStep", _Launched)
-    sizes = {"M": 64, "D": 128, "MLP": 256, "HEADS": 1, "COPIED": 2**16, "BLOCKS": 1}
+    monkeypatch.setattr(calibration, "replayed", lambda run: run)
+    sizes: dict[str, object] = {"M": 64, "D": 128, "MLP": 256, "HEADS": 1, "COPIED": 2**16, "BLOCKS": 1}
     sizes |= {"NARROW": (1, 64, 16), "MIDDLE": (1, 64, 16), "LARGE": (1, 128, 16)}
     for name, value in sizes.items():
         monkeypatch.setattr(calibration, name, value)
