@@ -1,4 +1,4 @@
-"""FLUX.1-dev-shaped LoRA training and inference on one GPU: ours against bf16, FP8 and NF4, each in a process of its own.
+"""FLUX.1-dev-shaped LoRA training and inference on one GPU: ours against bf16, FP8, NF4 and SDNQ, each in a process of its own.
 
     python benchmarks/flux_training.py all --parts parts --out benchmarks/results/flux_training.json --commit $(git rev-parse HEAD)
     python benchmarks/flux_training.py run ours_1024 --parts parts --profile
@@ -61,7 +61,7 @@ DEVICE = torch.device("cuda")
 
 @dataclass(frozen=True)
 class Variant:
-    """One process. base: int4, bf16, fp8 or nf4."""
+    """One process. base: int4, bf16, fp8, nf4 or sdnq."""
 
     base: str = "int4"
     resolution: int = 1024
@@ -96,6 +96,7 @@ VARIANTS = {
     "bf16_compiled_512": Variant("bf16", 512),
     "fp8_compiled_1024": Variant("fp8"),
     "nf4_eager_1024": Variant("nf4", compiled=False),
+    "sdnq_eager_1024": Variant("sdnq", compiled=False),  # it compiles its own functions
     "ours_image": Variant(attention="flash_attn_4", infer=True),
     "bf16_image": Variant("bf16", attention="flash_attn_4", infer=True),
 }
@@ -339,6 +340,7 @@ def collect(parts: Path, fidelity: Path | None, preflight: Path | None = None) -
         "step_1024_vs_compiled_same_attention": ratio("bf16_compiled_1024_same_attention", "ours_1024"),
         "step_1024_vs_fp8": ratio("fp8_compiled_1024", "ours_1024"),
         "step_1024_vs_nf4": ratio("nf4_eager_1024", "ours_1024"),
+        "step_1024_vs_sdnq": ratio("sdnq_eager_1024", "ours_1024"),
         "step_512_vs_eager": ratio("bf16_eager_512", "ours_512"),
         "step_512_vs_compiled": ratio("bf16_compiled_512", "ours_512"),
         "peak_gib_ckpt_1024": figure("ours_1024_ckpt", "peak_gib"),

@@ -1,4 +1,9 @@
-"""Frozen linear layers of other precisions that pass gradients to x, for LoRA over bf16, FP8 and NF4 bases."""
+"""Frozen linear layers of other precisions that pass gradients to x, for LoRA over bf16, FP8, NF4 and SDNQ bases.
+
+FP8: y from rowwise codes of x and W, both e4m3; dx = dy W in bf16 with W dequantized. NF4: bitsandbytes, everything in bf16.
+SDNQ: UINT4 weights, INT8 products forward and backward, as its own training mode chooses; GPL, so it is imported in the process of
+its variant alone.
+"""
 
 from typing import Any
 
@@ -8,7 +13,7 @@ from torch import Tensor, nn
 
 
 def frozen_linear(kind: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
-    """The layer of `weight` [N, K], bf16 on its device, in `kind`: bf16, fp8 or nf4 (bitsandbytes)."""
+    """The layer of `weight` [N, K], bf16 on its device, in `kind`: bf16, fp8, nf4 (bitsandbytes) or sdnq."""
     bias = None if bias is None else bias.to(torch.bfloat16)
     if kind == "fp8":
         return Fp8Linear(weight, bias)
@@ -26,7 +31,19 @@ def frozen_linear(kind: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
     linear.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
         linear.bias = nn.Parameter(bias, requires_grad=False)
-    return linear
+    return _sdnq(linear) if kind == "sdnq" else linear
+
+
+def _sdnq(linear: nn.Linear) -> nn.Module:
+    """Autocast does not reach into its ops, which answer in x's dtype: x is cast here, as autocast casts that of others."""
+    from sdnq.training import sdnq_training_post_load_quant
+
+    frame = nn.Sequential(linear)
+    sdnq_training_post_load_quant(
+        frame, weights_dtype="uint4", use_quantized_matmul=True, use_grad_ckpt=False, use_stochastic_rounding=False, add_skip_keys=False,
+    )  # fmt: skip
+    frame[0].register_forward_pre_hook(lambda _, args: (args[0].to(torch.bfloat16), *args[1:]))
+    return frame[0]
 
 
 class Fp8Linear(nn.Linear):
@@ -52,6 +69,7 @@ class _Fp8Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(codes, scale)
+        ctx.dtype = x.dtype
         rounded, x_scale = rowwise(x, FP8_MAX, torch.float8_e4m3fn)
         return torch._scaled_mm(
             rounded, codes.T, scale_a=x_scale, scale_b=scale.T, out_dtype=torch.bfloat16, use_fast_accum=True
@@ -60,4 +78,4 @@ class _Fp8Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         codes, scale = ctx.saved_tensors
-        return dy @ (codes.to(dy.dtype) * scale.to(dy.dtype)), None, None
+        return (dy @ (codes.to(dy.dtype) * scale.to(dy.dtype))).to(ctx.dtype), None, None

@@ -73,7 +73,7 @@ class Parked:
     def park(self, tensor: Tensor) -> int:
         """Starts the tensor's copy to the host; returns its place."""
         if not self._hosts:
-            self._captured = tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+            self._captured = _capturing(tensor.device)
             before, self._buffers.last = self._previous(), weakref.ref(self)
             if before is not None:
                 before._leave()
@@ -121,8 +121,16 @@ class Parked:
         self._here, self._awaited = dict(enumerate(made)), False
 
     def __del__(self) -> None:
+        if self._here and not self._awaited:  # nothing asked for them: no gradient passes the block
+            device = self._layouts[0][0]
+            if self._captured == _capturing(device):  # a graph cannot wait for what was copied outside of it
+                self._buffers.wait(device)
         for host in self._hosts:
             self._buffers.give(host)
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def offloaded_inputs(buffers: HostBuffers) -> saved_tensors_hooks:

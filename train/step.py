@@ -160,6 +160,7 @@ class GraphStep:
             clock("waiting for the layers' kernels")
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
+        torch._C._cuda_clearCublasWorkspaces()  # of the run above: the capture's stream gets its own
         torch.cuda.empty_cache()  # the graph's pool is another: without this both would hold a step's activations
         graph = torch.cuda.CUDAGraph()
         # A data loader's thread may pin memory meanwhile.

@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from loragraft.backbones.compiled import compile_blocks
+from loragraft.backbones.flow import flow_loss
 from loragraft.kernels.layout import relative_rms
 from loragraft.train.memory import set_checkpointing
 from loragraft.train.offloading import HostBuffers, Parked, offloaded_inputs
@@ -97,6 +100,38 @@ def test_two_blocks_inputs_are_on_the_device(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(Parked, "fetch", watched)
     chain(HostBuffers(), torch.ones(1, 3, 4, requires_grad=True))
     assert seen == [2, 2, 2, 2, 1], "this block's and that of the next one in the backward pass"
+
+
+@pytest.mark.parametrize("frozen", [range(2), range(3, 5), range(5)])
+def test_the_side_stream_is_joined_where_no_gradient_passes(frozen: range) -> None:
+    """A captured side stream that nobody waits for breaks the capture."""
+    buffers, out = LateBuffers(), torch.ones(1, 3, 4)
+    weights = [torch.ones(4, requires_grad=number not in frozen) for number in range(5)]
+    for weight in weights:
+        with offloaded_inputs(buffers):
+            out = checkpoint(
+                partial(lambda w, h: (h.detach() if w is weights[3] else h) * w, weight), out, use_reentrant=False
+            )
+    if out.requires_grad:
+        out.sum().backward()
+    del out
+    assert not buffers.later
+
+
+def test_compiled_blocks_are_not_compiled_again(two_ranks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what has been on the host: two kinds of block are two graphs."""
+    monkeypatch.setattr("loragraft.train.memory._check_offload", lambda device: None)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    model, parameters = two_ranks.build_tiny_flux()
+    set_checkpointing(model, "block", offload=True)
+    compile_blocks(model)
+    text = {"prompt_embeds": torch.ones(1, 5, 64), "pooled_prompt_embeds": torch.ones(1, 32)}
+    torch._dynamo.reset()
+    counters.clear()
+    for _ in range(2):
+        loss = flow_loss(model, torch.ones(1, 4, 8, 8), torch.zeros(1, 4, 8, 8), torch.ones(1) / 2, text)
+        torch.autograd.grad(loss, parameters)
+    assert counters["stats"]["unique_graphs"] == 2
 
 
 def test_a_layout_comes_back_as_it_was() -> None:

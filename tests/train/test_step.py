@@ -85,6 +85,8 @@ def rehearsed(monkeypatch: pytest.MonkeyPatch) -> Callable[[GraphStep], list[str
 
     for name in ("synchronize", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, partial(calls.append, name))
+    clear = partial(calls.append, "clear workspaces")
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", clear, raising=False)  # not in builds for a CPU
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: len(calls))
     monkeypatch.setattr("loragraft.train.step.capture_stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
