@@ -90,8 +90,12 @@ def _export(args: argparse.Namespace) -> int:
     if adapter.approximation:
         print(f"note: {adapter.approximation}", file=sys.stderr)
     dtype = getattr(torch, DTYPES[args.dtype]) if args.dtype else None
-    for path in export_adapter(adapter, args.style, Path(args.out), dtype):
+    written = export_adapter(adapter, args.style, Path(args.out), dtype)
+    for path in written:
         print(path)
+    if args.style == "comfyui" and len(written) == 1:
+        base = adapter.metadata.get("base", "this base")
+        print(f"note: no workflow beside it: ComfyUI does not know {base}", file=sys.stderr)
     return 0
 
 

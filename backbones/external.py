@@ -72,7 +72,8 @@ def check_weights(spec: BaseSpec, weights: Weights | None) -> None:
         raise ValueError(
             f"the weights of {spec.name} do not travel with the package: say where they are, weights.path=FOLDER_OR_FILE (a "
             f"diffusers pipeline, an INT4 checkpoint, an SVDQuant file), fetch them, weights.path={spec.external.hub_id} "
-            "weights.allow_download=true, or try its shapes without any: weights.random=true"
+            "weights.allow_download=true, or try its shapes without any: weights.random=true. `loragraft generate` calls these "
+            "--weights, --allow-download and --random-weights"
         )
 
 

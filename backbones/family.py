@@ -1,8 +1,10 @@
 """What bases of one kind share: what their denoiser reads, which process it is trained on, which stock pipeline draws with it.
 
-    flow.FLUX_LIKE      FLUX.1, pocket      FluxTransformer2DModel, rectified flow, velocity
-    unet.SD_LIKE        SD1.5, SD-Turbo     UNet2DConditionModel, DDPM, noise; text through cross-attention
-    unet.SDXL_LIKE      SDXL, SDXL-Turbo    the same, and a pooled text vector and six numbers of size and crop
+    flow.FLUX_LIKE          FLUX.1, pocket      FluxTransformer2DModel, rectified flow, velocity
+    unet.SD_LIKE            SD1.5, SD-Turbo     UNet2DConditionModel, DDPM, noise; text through cross-attention
+    unet.SDXL_LIKE          SDXL, SDXL-Turbo    the same, and a pooled text vector and six numbers of size and crop
+    masked_dit.SANA_LIKE    SANA                SanaTransformer2DModel, rectified flow, velocity; masked text
+    masked_dit.PIXART_LIKE  PixArt-Sigma        PixArtTransformer2DModel, DDPM, noise; masked text
 
 A kind is one object; a base names it (`BaseSpec.family`). Shape legend as in `spec.py`. Times are in [0, 1] everywhere, 1 = noise.
 """

@@ -28,6 +28,7 @@ from pocket_runs import (
     SIXTEEN,
     about,
     add_shared_options,
+    add_variant_options,
     device,
     features_of,
     pictures,
@@ -53,10 +54,7 @@ def main() -> int:
     """Runs the stages; exit code 2 with a message for what is lacking."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_shared_options(parser, STAGES)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--plot", type=Path, help="PNG to write")
-    parser.add_argument("--recipe", default="marketing")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    add_variant_options(parser, VARIANTS, VARIANTS)
     args = parser.parse_args()
     return run_stages(args, {"train": train_variants, "render": render, "measure": measure_all, "plot": plot})
 

@@ -60,6 +60,14 @@ def add_shared_options(parser: argparse.ArgumentParser, stages: Sequence[str]) -
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe overrides")
 
 
+def add_variant_options(parser: argparse.ArgumentParser, variants: Sequence[str], default: Sequence[str]) -> None:
+    """Of benchmarks that plot several numerics of one recipe; `variants` are keys of `LABELS`."""
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--plot", type=Path, help="PNG to write")
+    parser.add_argument("--recipe", default="marketing")
+    parser.add_argument("--variants", nargs="+", choices=variants, default=list(default))
+
+
 def run_stages(args: argparse.Namespace, stages: Mapping[str, Stage], then: Callable[[], int] = lambda: 0) -> int:
     """Those of --stages in the order of `stages`; the exit code is that of `then`, or 2 with a message for what is lacking."""
     if args.threads:

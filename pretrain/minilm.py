@@ -17,7 +17,6 @@ from torch import Tensor
 from transformers import BertConfig, BertModel
 
 TOKENS = 32
-WIDTH = 384
 
 
 def open_tokenizer(path: Path) -> Tokenizer:

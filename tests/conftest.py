@@ -39,6 +39,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+def _module_of(file: Path, name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def module_of() -> Callable[[Path, str], ModuleType]:
+    """(file, name) -> the file as a module of that name: the folders of tests are no packages."""
+    return _module_of
+
+
 @pytest.fixture(scope="session")
 def benchmark_module() -> Callable[..., ModuleType]:
     """(name of a script of benchmarks/, the scripts `beside` it that it imports) -> the first as a module; `benchmarks/` itself
@@ -46,14 +60,10 @@ def benchmark_module() -> Callable[..., ModuleType]:
 
     def load(name: str, beside: str | tuple[str, ...] = ()) -> ModuleType:
         others = (beside,) if isinstance(beside, str) else beside
-        spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmarks" / f"{name}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
         with pytest.MonkeyPatch.context() as patch:
             if others:
                 patch.syspath_prepend(str(ROOT / "benchmarks"))
-            spec.loader.exec_module(module)
+            module = _module_of(ROOT / "benchmarks" / f"{name}.py", f"benchmark_{name}")
         for other in others:
             sys.modules.pop(other)
         return module

@@ -1,6 +1,5 @@
 """A FLUX.1 pipeline small enough for a CPU: every part of a diffusers folder, with tokenizers that were never trained."""
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -115,14 +114,9 @@ def schnell_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_unets() -> ModuleType:
+def tiny_unets(module_of: Callable[[Path, str], ModuleType]) -> ModuleType:
     """`tiny_unets.py`."""
-    spec = importlib.util.spec_from_file_location("tiny_unets", Path(__file__).with_name("tiny_unets.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_of(Path(__file__).with_name("tiny_unets.py"), "tiny_unets")
 
 
 @pytest.fixture(scope="session")

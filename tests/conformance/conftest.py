@@ -2,8 +2,7 @@
 
 import dataclasses
 import importlib
-import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -96,21 +95,16 @@ class Case:
         return load_adapter(write_adapter(pairs, folder, about, component=self.spec.family.component))
 
 
-def _tiny() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("conformance_tiny", Path(__file__).with_name("tiny.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def _accept(config: Any, where: str) -> None:
     """In the place of `External.check`: a tiny configuration is no published one."""
 
 
 @pytest.fixture(scope="module", params=list_bases())
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
+def case(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    module_of: Callable[[Path, str], ModuleType],
+) -> Iterator[Case]:
     """Each base in turn, quantized with one round and one candidate. No longer than a module: `find_spec` answers for all tests."""
     root = tmp_path_factory.mktemp(request.param)
     spec = find_spec(request.param)
@@ -122,7 +116,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         if spec.external is None:
             yield Case(spec, None, root / "cache")
             return
-        tiny = _tiny()
+        tiny = module_of(Path(__file__).with_name("tiny.py"), "conformance_tiny")
         config = tiny.tiny_config(spec.external.config)
         folder = tiny.write_pipeline(spec, config, root / "pipeline")
         opened = spec.external.open_encoders

@@ -1,7 +1,6 @@
 """Fixtures: `pocket` with two adapters that change every picture, one of them of another base."""
 
-import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -17,13 +16,9 @@ OTHER_BASE = "0123456789abcdef" * 4
 
 
 @pytest.fixture(scope="package")
-def driver() -> ModuleType:
+def driver(module_of: Callable[[Path, str], ModuleType]) -> ModuleType:
     """driver.py, which screenshots.py imports as a script does."""
-    spec = importlib.util.spec_from_file_location("demo_driver", Path(__file__).with_name("driver.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_of(Path(__file__).with_name("driver.py"), "demo_driver")
 
 
 @dataclass(frozen=True)

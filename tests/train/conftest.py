@@ -1,6 +1,5 @@
 """A tiny FLUX of random weights with an adapter that matters, and one loss of it."""
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -13,14 +12,9 @@ from loragraft.backbones.flow import flow_loss
 
 
 @pytest.fixture(scope="session")
-def two_ranks() -> ModuleType:
+def two_ranks(module_of: Callable[[Path, str], ModuleType]) -> ModuleType:
     """What test_several.py runs in two processes, as a module: the model and its steps."""
-    spec = importlib.util.spec_from_file_location("two_ranks", Path(__file__).with_name("two_ranks.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_of(Path(__file__).with_name("two_ranks.py"), "two_ranks")
 
 
 @pytest.fixture

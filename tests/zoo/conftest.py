@@ -1,6 +1,5 @@
 """Fixtures: a finished run without training, and places to publish it to."""
 
-import importlib.util
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -95,17 +94,8 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def loopback_module() -> ModuleType:
-    return sibling("loopback_hub")
-
-
-def sibling(name: str) -> ModuleType:
-    """A helper beside the tests, which are no package."""
-    spec = importlib.util.spec_from_file_location(f"zoo_{name}", Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def loopback_module(module_of: Callable[[Path, str], ModuleType]) -> ModuleType:
+    return module_of(Path(__file__).with_name("loopback_hub.py"), "zoo_loopback_hub")
 
 
 @pytest.fixture

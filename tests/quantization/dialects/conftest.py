@@ -1,6 +1,5 @@
 """Fixtures of the dialect tests: the packing formulas as index arithmetic, and a maker of Nunchaku files built on them."""
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -15,22 +14,14 @@ from loragraft.quantization.convert import plan_layers, quantize_model
 from loragraft.quantization.settings import QuantSettings
 
 
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"dialect_{name}", Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture(scope="session")
+def formulas(module_of: Callable[[Path, str], ModuleType]) -> ModuleType:
+    return module_of(Path(__file__).with_name("formulas.py"), "dialect_formulas")
 
 
 @pytest.fixture(scope="session")
-def formulas() -> ModuleType:
-    return _load("formulas")
-
-
-@pytest.fixture(scope="session")
-def nunchaku_maker() -> ModuleType:
-    return _load("nunchaku_maker")
+def nunchaku_maker(module_of: Callable[[Path, str], ModuleType]) -> ModuleType:
+    return module_of(Path(__file__).with_name("nunchaku_maker.py"), "dialect_nunchaku_maker")
 
 
 @pytest.fixture
