@@ -35,7 +35,7 @@ def figures() -> str:
                 _ladder(_read("precision_ladder")),
                 _transfer(_read("adapters")),
                 _engine(_read("int4_engine"), _read("quantizer")),
-                _training(_read("flux_training")),
+                _training(_read("flux_training"), _read("preflight")),
                 _bases(_read("bases"), _read("conv")),
             )
             for line in (*part, "")
@@ -228,7 +228,11 @@ def _kid(entry: dict[str, Any]) -> str:
     return _interval(entry["kid_lite0"], 3)
 
 
-def _training(result: dict[str, Any]) -> list[str]:
+def _in_time(preflight: dict[str, Any]) -> int:
+    return sum(found["time_holds"] for found in preflight["configurations"].values())
+
+
+def _training(result: dict[str, Any], preflight: dict[str, Any]) -> list[str]:
     parts = result["parts"]
     shown = {
         "bf16 + PEFT, eager": "bf16_eager_1024",
@@ -238,6 +242,8 @@ def _training(result: dict[str, Any]) -> list[str]:
         "ours, `gelu`": "ours_1024",
         "ours, `cheap`": "ours_1024_cheap",
         "ours, `block`": "ours_1024_ckpt",
+        "ours, `block`, `offload_activations`": "ours_1024_ckpt_offload",
+        "FP8 weights and activations + PEFT, compiled (SDPA)": "fp8_compiled_1024",
         "bf16 + PEFT, eager, NF4 weights (bitsandbytes)": "nf4_eager_1024",
         "bf16 + PEFT, eager, 512 px": "bf16_eager_512",
         "bf16 + PEFT, compiled, 512 px": "bf16_compiled_512",
@@ -249,8 +255,9 @@ def _training(result: dict[str, Any]) -> list[str]:
     ]
     whole, small, versions = parts["whole_run_1024"], parts["whole_run_512"], result["versions"]
     ours, rival = parts["ours_image"], parts["bf16_image"]
+    one, two, idle = parts["ddp_1"], parts["ddp_2"], parts["idle"]
     return [
-        f"**Training at FLUX.1-dev's size** ({', '.join(result['device'])}, torch {versions['torch']}, Triton {versions['triton']}; "
+        f"**Training at FLUX.1-dev's size** ({parts['ours_1024']['device']}, torch {versions['torch']}, Triton {versions['triton']}; "
         "random weights, 1024 px, batch 1, rank 16 on attention and feed-forward, FlashAttention-4 unless SDPA is the rule there, "
         "forward + backward + AdamW; each variant in its own process, on commits "
         f"{', '.join(commit[:7] for commit in result['commit'])}). With `gelu` a step is {result['step_1024_vs_compiled']:.2f} times as "
@@ -259,13 +266,20 @@ def _training(result: dict[str, Any]) -> list[str]:
         f"differ from bf16 on the same weights by at most {result['loss_worst_pct']:.1f} %. A whole run of `train/lora.py` (encode, "
         f"train, validate, sample, save; SDPA, `block`) finished under a hard cap of {whole['cap_gib']} GiB of reserved memory; at "
         f"512 px, with `adamw8bit` and `offload_activations`, under {small['cap_gib']} GiB, its first step after "
-        f"{small['first_step_seconds']:.0f} s.",
+        f"{small['first_step_seconds']:.0f} s. First steps: `gelu`'s is with cold caches, the others are as their calls found them.",
         "",
         f"An image of 1024 px, decoding included, compiled, FlashAttention-4 on both sides: 20 steps "
         f"{ours['image_20_steps_seconds']:.2f} s ({ours['grafted_image_20_steps_seconds']:.2f} with an adapter grafted) against "
         f"{rival['image_20_steps_seconds']:.2f} s in bf16, {result['image_20_steps_vs_bf16']:.2f} times as fast; 4 steps "
         f"{ours['image_4_steps_seconds']:.2f} against {rival['image_4_steps_seconds']:.2f} s. The transformer takes "
         f"{ours['transformer_gib']:.1f} GiB instead of {rival['transformer_gib']:.1f}.",
+        "",
+        f"Two GPUs (2 x {two['device']}, commit {two['commit'][:7]}, {one['images']} cached images of four formats at {one['edge']} px, batch "
+        f"{one['batch']} each): {two['images_per_second']:.1f} images a second, {result['ddp2_scaling']:.2f} times one GPU's; one GPU is idle "
+        f"{100 * idle['idle_share']:.1f} % of the time. With FSDP each holds {100 * result['fsdp_held_share']:.0f} % of the base. Preflight foretold "
+        f"the peaks of {len(preflight['configurations'])} configurations of FLUX.1, SDXL and SANA within "
+        f"{preflight['preflight_worst_pct']:.1f} %, and the seconds of {_in_time(preflight)} of them within 25 % (worst "
+        f"{preflight['time_worst_pct']:.0f} %; commit {preflight['commit'][:7]}).",
         "",
         "| | ms a step | peak GiB | seconds to the first step |",
         "|---|---|---|---|",
