@@ -64,10 +64,10 @@ def test_what_a_recipe_has_is_kept(recipe: Recipe) -> None:
         "train.join_factors=false",
     )
     tried = settings(spare, ALL)  # type: ignore[arg-type]
-    expected = ["", apart, block, f"{block} {apart}", f"{block} {offload}", f"{block} {offload} {apart}"]
+    expected = ["", apart, block, f"{block} {offload}", f"{block} {apart}", f"{block} {offload} {apart}"]
     assert [setting.overrides for setting in tried] == expected
     blocks = settings(load_recipe("marketing", ["train.batch_size=1", "train.checkpointing=block"]), ALL)  # type: ignore[arg-type]
-    assert blocks[3].overrides == offload, "what is so already need not be typed"
+    assert blocks[2].overrides == offload, "what is so already need not be typed"
     pairs = replace(recipe, data=replace(recipe.data, prior=replace(recipe.data.prior, images=4, prompt="a")))
     sizes = {setting.recipe.train.batch_size for setting in settings(pairs, ("none",))}
     assert sizes == {4, 2}  # an image and a class image
