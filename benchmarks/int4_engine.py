@@ -10,7 +10,7 @@ benchmarks/rivals.py FP8 with and without its activation quantization, `torch._i
 (comfy-kitchen), the last two where they are installed. Layers that read one x (q, k, v; in single blocks the feed-forward too)
 are one layer here; of bf16 as one matrix or as several the faster counts. Training: forward and the gradients of x and of the
 adapter, against `nn.Linear` with PEFT's LoRA. --quantizer, --calibrated and
---accuracy are what benchmarks/quantizer.py and quantizer_accuracy.py wrote on the same machine.
+--accuracy are what benchmarks/quantizer.py (on a GPU) and quantizer_accuracy.py (anywhere) wrote.
 """
 
 import argparse
@@ -315,6 +315,14 @@ def from_other_scripts(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _command(arguments: argparse.Namespace) -> str:
+    """The line that was given, files by their names."""
+    files = {"out": arguments.out, "quantizer": arguments.quantizer, "calibrated": arguments.calibrated,
+             "accuracy": arguments.accuracy}  # fmt: skip
+    given = " ".join(f"--{name} {path.name}" for name, path in files.items() if path is not None)
+    return f"python benchmarks/int4_engine.py --shapes {arguments.shapes} {given}"
+
+
 def _without_nan(value: Any) -> Any:
     """JSON knows no NaN: null."""
     if isinstance(value, dict):
@@ -353,7 +361,7 @@ def main() -> int:
         "versions": {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda,
                      "python": platform.python_version()},
         "commit": arguments.commit,
-        "command": f"python benchmarks/int4_engine.py --shapes {arguments.shapes} --out {arguments.out.name}",
+        "command": _command(arguments),
         **summary(rows, training),
         "w4a16_bandwidth_fraction": adaln["fraction_of_copy"],
         "max_rel_err": error,
