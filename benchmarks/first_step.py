@@ -1,18 +1,42 @@
 """Where the time to the first optimizer step goes: phases, what the captures took, torch's compiler, our Triton kernels."""
 
+import json
+import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 
 
-class Phases:
-    """Seconds of each phase up to the first optimizer step, with the GPU at rest; a name that was called before is passed over."""
+class Progress:
+    """What a run has reached, printed to stderr and kept in `file`, so that a run cut short still tells."""
 
-    def __init__(self) -> None:
+    def __init__(self, file: Path) -> None:
+        self.file, self._start = file, time.perf_counter()
+        self.found: dict[str, Any] = {"reached_seconds": {}}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.unlink(missing_ok=True)
+
+    def __call__(self, name: str, **figures: Any) -> None:
+        """`name` is done, seconds after the start; figures replace those of the same name."""
+        seconds = time.perf_counter() - self._start
+        self.found["reached_seconds"][name] = seconds
+        self.found |= figures
+        self.file.write_text(json.dumps(self.found, indent=1) + "\n")
+        print(f"{seconds:7.1f} s  {name}", file=sys.stderr, flush=True)
+
+
+class Phases:
+    """Seconds of each phase up to the first optimizer step, with the GPU at rest; a name that was called before is passed over.
+
+    tell: called with each new name."""
+
+    def __init__(self, tell: Callable[[str], None] = lambda _: None) -> None:
         self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
+        self.tell, self._last = tell, time.perf_counter()
 
     def __call__(self, name: str) -> None:
         if name in self.seconds:
@@ -20,6 +44,7 @@ class Phases:
         torch.cuda.synchronize()
         now = time.perf_counter()
         self.seconds[name], self._last = now - self._last, now
+        self.tell(name)
 
 
 def first_step_parts(phases: Phases, captures: dict[str, float], kernels: dict[str, float]) -> dict[str, Any]:

@@ -7,7 +7,8 @@
 Every variant trains the same rank-16 adapter (attention and feed-forward, 418 layers) on the same latents, text and noise, over
 weights that stand for the same matrices: those of the rivals are the dequantized ones of the INT4 model, whose codes are random.
 One step = forward + loss + backward + clipping + AdamW. bf16 runs as people run it: PEFT, float32 factors, autocast, SDPA, eager or
-after `compile_repeated_blocks`. A variant that is in `--parts` already is not run again.
+after `compile_repeated_blocks`. A variant that is in `--parts` already is not run again; one that is cut short leaves NAME.partial there:
+what it reached when, and the milliseconds of its steps so far. SDNQ compiles its products before its first step (`sdnq_rehearsal.py`).
 """
 
 import argparse
@@ -27,8 +28,9 @@ from typing import Any, Literal
 import torch
 import triton
 from diffusers import AutoencoderKL, FluxTransformer2DModel
-from first_step import Phases, first_step_parts, kernel_seconds, phase_lines
+from first_step import Phases, Progress, first_step_parts, kernel_seconds, phase_lines
 from frozen_linears import frozen_linear
+from sdnq_rehearsal import rehearse
 from torch import Tensor, nn
 
 from loragraft.adapters.checkpoint import Adapter
@@ -145,7 +147,7 @@ def loss_of(transformer: nn.Module, autocast: bool) -> Callable[[dict[str, Tenso
     return loss
 
 
-def train(variant: Variant, profile: bool) -> dict[str, Any]:
+def train(variant: Variant, profile: bool, progress: Progress) -> dict[str, Any]:
     """Twenty steps: losses, milliseconds of a step (median of the last fifteen), peak memory, seconds to the first step."""
     if variant.cap_gib:
         torch.cuda.set_per_process_memory_fraction(variant.cap_gib * GIB / torch.cuda.mem_get_info()[1])
@@ -154,8 +156,9 @@ def train(variant: Variant, profile: bool) -> dict[str, Any]:
     transformer = build_transformer(variant.base)
     torch.cuda.synchronize()
     static = torch.cuda.memory_allocated() / GIB
+    progress("model built", static_gib=static)
     torch.cuda.empty_cache()
-    start, phases = time.perf_counter(), Phases()
+    start, phases = time.perf_counter(), Phases(progress)
     if workers is not None:
         workers.join()
     phases("compilers started")
@@ -179,12 +182,19 @@ def train(variant: Variant, profile: bool) -> dict[str, Any]:
     graph = graph_step(transformer, loss, parameters) if ours else None
     optimizer = choose_optimizer(parameters, OptimConfig(name=variant.optimizer, learning_rate=RATE), fused=True)
     phases("blocks marked, factors joined, optimizer made")
+    batches, kernels = [batch(variant.resolution, number) for number in range(LOSS_STEPS)], kernel_seconds()
+    if variant.base == "sdnq":
+        rehearse(lambda: loss(batches[0]).backward(), phases)
+        optimizer.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
     def step(tensors: dict[str, Tensor]) -> Tensor:
         if graph is not None:
             value = graph(tensors, last=True)
         else:
             value = loss(tensors)
+            phases("first forward pass")
             value.backward()
         phases("first micro-batch")
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -193,9 +203,8 @@ def train(variant: Variant, profile: bool) -> dict[str, Any]:
         optimizer.zero_grad(set_to_none=graph is None)
         return value.detach()
 
-    batches = [batch(variant.resolution, number) for number in range(LOSS_STEPS)]
     losses, times = [], []
-    first, kernels = 0.0, kernel_seconds()
+    first = 0.0
     for number, tensors in enumerate(batches):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
@@ -206,6 +215,7 @@ def train(variant: Variant, profile: bool) -> dict[str, Any]:
         if number == 0:
             first = time.perf_counter() - start
             parts = first_step_parts(phases, {} if graph is None else graph.seconds, kernels)
+        progress(f"step {number + 1}", steps_ms=times, losses=losses)
     result = {
         "step_ms": statistics.median(times[TIMED_FROM:]),
         "step_ms_worst": max(times[TIMED_FROM:]),
@@ -302,12 +312,14 @@ def run(name: str, parts: Path, profile: bool, commit: str) -> dict[str, Any]:
     """One variant in this process; its figures go to `parts`/NAME.json."""
     variant = VARIANTS[name]
     torch.manual_seed(0)
-    figures = infer(variant) if variant.infer else train(variant, profile)
+    progress = Progress(parts / f"{name}.partial")
+    figures = infer(variant) if variant.infer else train(variant, profile, progress)
     versions = {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda}
     made = {"variant": name, "device": torch.cuda.get_device_name(), "versions": versions, "commit": commit}
     figures = {**made, **asdict(variant), **figures}
     parts.mkdir(parents=True, exist_ok=True)
     (parts / f"{name}.json").write_text(json.dumps(figures, indent=1) + "\n")
+    progress.file.unlink(missing_ok=True)
     return figures
 
 
@@ -412,7 +424,10 @@ def _in_its_own_process(name: str, args: argparse.Namespace) -> None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=args.timeout, env=dict(os.environ))
     except subprocess.TimeoutExpired:
-        print(f"{name}: not done after {args.timeout:.0f} s")
+        reached = args.parts / f"{name}.partial"
+        print(
+            f"{name}: not done after {args.timeout:.0f} s; {reached.read_text() if reached.exists() else 'nothing built'}"
+        )
         return
     file = args.parts / f"{name}.json"
     if done.returncode or not file.exists():

@@ -1,14 +1,15 @@
 """Frozen linear layers of other precisions that pass gradients to x, for LoRA over bf16, FP8, NF4 and SDNQ bases.
 
 FP8: y from rowwise codes of x and W, both e4m3; dx = dy W in bf16 with W dequantized. NF4: bitsandbytes, everything in bf16.
-SDNQ: UINT4 weights, INT8 products forward and backward, as its own training mode chooses; GPL, so it is imported in the process of
-its variant alone.
+SDNQ: UINT4 weights, INT8 products forward and backward, as its own training mode chooses without gradient checkpointing: each layer
+keeps its weight rounded to INT8 from the forward pass for the backward pass. GPL, so it is imported in the process of its variant alone.
 """
 
+import os
 from typing import Any
 
 import torch
-from rivals import FP8_MAX, rowwise
+from rivals import FP8_MAX, RivalError, rowwise
 from torch import Tensor, nn
 
 
@@ -35,13 +36,20 @@ def frozen_linear(kind: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
 
 
 def _sdnq(linear: nn.Linear) -> nn.Module:
-    """Autocast does not reach into its ops, which answer in x's dtype: x is cast here, as autocast casts that of others."""
+    """Autocast does not reach into its ops, which answer in x's dtype: x is cast here, as autocast casts that of others.
+
+    Its products and compiled functions are its defaults; the variables only keep it from trying out at import what it may use.
+    Raises RivalError where it leaves the layer as it is."""
+    os.environ.setdefault("SDNQ_USE_TORCH_COMPILE", "1")
+    os.environ.setdefault("SDNQ_USE_OPENVINO_MM", "0")
     from sdnq.training import sdnq_training_post_load_quant
 
     frame = nn.Sequential(linear)
     sdnq_training_post_load_quant(
         frame, weights_dtype="uint4", use_quantized_matmul=True, use_grad_ckpt=False, use_stochastic_rounding=False, add_skip_keys=False,
     )  # fmt: skip
+    if "sdnq" not in type(frame[0]).__name__.lower():
+        raise RivalError(f"SDNQ left the layer unquantized (N, K = {tuple(linear.weight.shape)})")
     frame[0].register_forward_pre_hook(lambda _, args: (args[0].to(torch.bfloat16), *args[1:]))
     return frame[0]
 

@@ -60,3 +60,16 @@ def test_lora_over_fp8(
         adapter, (scale * up.T @ answers.T @ rows, scale * answers.T @ rows @ down.T), strict=True
     ):
         assert (found - expected).norm() < 0.02 * expected.norm()
+
+
+def test_a_layer_that_sdnq_leaves_alone_is_an_error(
+    frozen_linears: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = ModuleType("sdnq.training")
+    training.sdnq_training_post_load_quant = lambda model, **_: model  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "sdnq", ModuleType("sdnq"))
+    monkeypatch.setitem(sys.modules, "sdnq.training", training)
+    for name in ("SDNQ_USE_TORCH_COMPILE", "SDNQ_USE_OPENVINO_MM"):
+        monkeypatch.setenv(name, "0")
+    with pytest.raises(frozen_linears.RivalError, match=r"unquantized \(N, K = \(16, 32\)\)"):
+        frozen_linears.frozen_linear("sdnq", torch.zeros(16, 32), None)
