@@ -1,6 +1,6 @@
 """Seconds of a picture as `loragraft generate` draws it: launched kernel by kernel, from CUDA graphs, and with compiled blocks too.
 
-    python benchmarks/generate.py --out benchmarks/results/generate.json --commit $(git rev-parse HEAD)
+    python benchmarks/generate.py --out generate.json --commit $(git rev-parse HEAD)
     python benchmarks/generate.py --bases flux1-dev --resolutions 1024 --repeats 1 --out flux.json       two minutes; gives COMPILE_FROM
     python benchmarks/generate.py --bases pocket --modes eager captured compiled --out pocket.json       six kinds of block to compile
 

@@ -1,6 +1,6 @@
 """`pocket` on a GPU: the ledger, adapter gradients against a float32 CPU, and the seconds of a training step beside bf16.
 
-    python benchmarks/pocket.py --out benchmarks/results/pocket_gpu.json
+    python benchmarks/pocket.py --out pocket.json
 
 Gate first: adapter gradients of one step through the Triton kernels in bf16, against the same step in float32 on the CPU
 (torch reference, raw saved x, dequantized dgrad), for both profiles. Where bf16 and float32 differ, the rounding of an

@@ -83,6 +83,27 @@ def _rows(dtype: torch.dtype, N: int, K: int) -> Layout:
     return {"qweight": ((N, K), dtype), "row_scale": ((N,), torch.float32)}
 
 
+def _row_format(
+    name: FormatName,
+    codes: torch.dtype,
+    stored: torch.dtype,
+    engine: Engine,
+    product: Callable[[Tensor, Tensors], Tensor],
+    source: str,
+) -> Format:
+    return Format(
+        name=name,
+        source=source,
+        block=0,
+        layout=partial(_rows, stored),
+        encode=partial(rowwise.encode_rows, dtype=codes),
+        decode=lambda tensors, N, K: rowwise.decode_rows(tensors),
+        round_input=partial(rowwise.round_rows, dtype=codes),
+        engine=engine,
+        product=product,
+    )
+
+
 def _blocks(block: int, whole: Layout, N: int, K: int) -> Layout:
     count = -(-K // block)
     return {"qweight": ((N, count * block // 2), torch.uint8), "block_scale": ((N, count), torch.uint8), **whole}
@@ -115,27 +136,13 @@ def _integer(name: FormatName, bits: int) -> Format:
 
 
 _ALL = (
-    Format(
-        name="fp8",
-        source="arXiv:2209.05433; torch._scaled_mm, rowwise",
-        block=0,
-        layout=partial(_rows, torch.uint8),
-        encode=partial(rowwise.encode_rows, dtype=torch.float8_e4m3fn),
-        decode=lambda tensors, N, K: rowwise.decode_rows(tensors),
-        round_input=partial(rowwise.round_rows, dtype=torch.float8_e4m3fn),
-        engine="scaled_mm",
-        product=rowwise.scaled_product,
+    _row_format(
+        "fp8", torch.float8_e4m3fn, torch.uint8, "scaled_mm", rowwise.scaled_product,
+        "arXiv:2209.05433; torch._scaled_mm, rowwise",
     ),
-    Format(
-        name="int8",
-        source="LLM.int8(), arXiv:2208.07339, without outlier columns; torch._int_mm",
-        block=0,
-        layout=partial(_rows, torch.int8),
-        encode=partial(rowwise.encode_rows, dtype=torch.int8),
-        decode=lambda tensors, N, K: rowwise.decode_rows(tensors),
-        round_input=partial(rowwise.round_rows, dtype=torch.int8),
-        engine="int_mm",
-        product=rowwise.integer_product,
+    _row_format(
+        "int8", torch.int8, torch.int8, "int_mm", rowwise.integer_product,
+        "LLM.int8(), arXiv:2208.07339, without outlier columns; torch._int_mm",
     ),
     _nf4("nf4", double=False),
     _nf4("nf4-double", double=True),
@@ -163,5 +170,5 @@ _ALL = (
     ),
     _integer("int3", 3),
     _integer("int2", 2),
-)
+)  # fmt: skip
 FORMATS: dict[str, Format] = {found.name: found for found in _ALL}

@@ -1,6 +1,7 @@
 """The committed results hold what the documents point to, and the shipped weights stay light."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -33,6 +34,16 @@ def committed(name: str) -> dict[str, Any]:
     """benchmarks/results/<name>.json."""
     result: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
     return result
+
+
+def test_no_script_names_a_result_that_is_not_there() -> None:
+    named = {
+        (script.name, result)
+        for script in (ROOT / "benchmarks").glob("*.py")
+        for result in re.findall(r"benchmarks/results/\w+\.json", script.read_text(encoding="utf-8"))
+    }
+    assert ("fidelity.py", "benchmarks/results/fidelity.json") in named
+    assert [(script, result) for script, result in sorted(named) if not (ROOT / result).is_file()] == []
 
 
 def test_the_committed_main_job_has_every_figure() -> None:

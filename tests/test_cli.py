@@ -2,6 +2,8 @@
 
 import argparse
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -136,3 +138,9 @@ def test_demo_on_a_misspelt_base_ends_before_the_page(capsys: pytest.CaptureFixt
     pytest.importorskip("gradio")
     assert cli.main(["demo", "--base", "poket"]) == 2
     assert "Did you mean 'pocket'" in capsys.readouterr().err
+
+
+def test_the_options_of_all_verbs_need_no_package_of_the_zoo() -> None:
+    """Where jsonschema is missing, preflight beside a run is not what fails."""
+    code = "import sys; sys.modules['jsonschema'] = None; from loragraft import cli; cli.build_parser()"
+    subprocess.run([sys.executable, "-c", code], check=True)

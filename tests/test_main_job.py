@@ -205,8 +205,10 @@ def test_score_measures_both_sides(run: Path, at_place: Place) -> None:
 
 
 def test_publish_and_list(run: Path, at_place: Place, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(shlex.split(readme_command("loragraft publish runs/mine"))[1:]) == 0
-    assert "base_model_relation: adapter" in Path("zoo/mine/1.0.0/README.md").read_text()
+    command = shlex.split(readme_command("loragraft publish runs/mine"))
+    assert cli.main(command[1:]) == 0
+    place = Path(command[command.index("--to") + 1])
+    assert "base_model_relation: adapter" in (place / "mine" / "1.0.0" / "README.md").read_text()
     assert cli.main(shlex.split(readme_command("loragraft zoo"))[1:]) == 0
     assert "mine" in capsys.readouterr().out
 

@@ -6,6 +6,7 @@ GPU memory. On a CPU, where memory is not counted like this, there is no predict
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -17,10 +18,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from loragraft.versions import how_to_install
+
 GIB = 2**30
 ERRORS, REPORT = "errors.txt", "report.json"
 PATIENCE = 10.0
 """Seconds that a first step waits for a prediction that is not done."""
+LATE = "preflight: not ready yet; its prediction follows at the end"
+LACKING = re.compile(r"ModuleNotFoundError: No module named '([^']+)'")
 
 
 class Forecast:
@@ -31,6 +36,8 @@ class Forecast:
     ) -> None:
         self._process, self._folder = process, folder
         self._found: dict[str, Any] | None = None
+        self._failed = False
+        """Whether a failure was told."""
 
     @classmethod
     def start(cls, recipe: str, overrides: Sequence[str], accelerator: Accelerator) -> "Forecast":
@@ -64,16 +71,20 @@ class Forecast:
         )
 
     def after(self, measured: int | None = None) -> str:
-        """Predicted and measured peak (`torch.cuda.max_memory_allocated`) as a line; "" on a CPU. Ends the prediction."""
+        """Predicted and measured peak (`torch.cuda.max_memory_allocated`) as a line; "" on a CPU. Ends the prediction.
+
+        A failure that `before` has told is not told again.
+        """
         if self._process is None:
             return ""
+        told = self._failed
         measured = torch.cuda.max_memory_allocated() if measured is None else measured
         try:
-            failure = self._collect(0.0)
+            failure = self._collect(0.0, "preflight: not ready when training was, and ended")
         finally:
             self.close()
         if failure is not None:
-            return f"{failure}\n"
+            return "" if told else f"{failure}\n"
         assert self._found is not None
         predicted = self._found["peak"]
         off = 100 * (predicted / measured - 1)
@@ -88,8 +99,8 @@ class Forecast:
             self._folder.cleanup()
             self._folder = None
 
-    def _collect(self, patience: float) -> str | None:
-        """None once the prediction is there, else why it is not."""
+    def _collect(self, patience: float, late: str = LATE) -> str | None:
+        """None once the prediction is there, else why it is not; `late` where it is still being made."""
         assert self._process is not None
         if self._found is not None:
             return None
@@ -97,11 +108,15 @@ class Forecast:
         while self._process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.1)
         if self._process.poll() is None:
-            return "preflight: not ready yet; its prediction follows at the end"
+            return late
         if self._process.returncode:
             assert self._folder is not None
+            self._failed = True
             said = (Path(self._folder.name) / ERRORS).read_text().strip().splitlines()
-            return f"preflight failed, training goes on: {said[-1] if said else self._process.returncode}"
+            why = said[-1] if said else f"exit code {self._process.returncode}"
+            lacking = LACKING.match(why)
+            remedy = f"; {how_to_install(lacking[1])} brings it" if lacking else ""
+            return f"preflight failed, training goes on: {why}{remedy}"
         assert self._folder is not None
         self._found = json.loads((Path(self._folder.name) / REPORT).read_text())
         return None

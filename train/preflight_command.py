@@ -10,6 +10,7 @@ through as well. Times are measured figures of this machine's GPU where `--calib
 """
 
 import argparse
+import difflib
 import json
 import re
 import time
@@ -31,7 +32,7 @@ from loragraft.train.dry_run import KINDS
 from loragraft.train.fit import what_fits
 from loragraft.train.machine_calibration import calibrate
 from loragraft.train.preflight import CARDS_GIB, GIB, Preflight, preflight
-from loragraft.train.roofline import CARDS, Machine, machine_for, run_seconds, save_machine, seconds
+from loragraft.train.roofline import CARDS, Machine, card_names, machine_for, run_seconds, save_machine, seconds
 
 MAKERS = 6
 """Ops that are named as makers of what the forward pass keeps."""
@@ -52,8 +53,10 @@ def run(arguments: list[str]) -> int:
         raise ValueError("name a recipe (`loragraft recipe` lists them), or give --calibrate alone")
     recipe = load_recipe(args.recipe, args.overrides)
     started = time.perf_counter()
-    found = preflight(recipe, cache_root, processes=args.processes)
     machines = known_machines(cache_root, args.card)
+    if args.card is not None and not machines:
+        print(f"{unknown_card(args.card, cache_root)}\n", flush=True)  # before the half minute that memory takes
+    found = preflight(recipe, cache_root, processes=args.processes)
     print("\n".join(report_lines(recipe, found, machines, time.perf_counter() - started)))
     if not args.no_data:
         print("\n".join(data_lines(recipe, found.resolution, cache_root, args.processes)))
@@ -85,6 +88,18 @@ def known_machines(cache_root: Path, card: str | None = None) -> list[Machine]:
         return [machine_for(known.name, cache_root) or known for known in CARDS]
     found = machine_for(card, cache_root)
     return [] if found is None else [found]
+
+
+def unknown_card(card: str, cache_root: Path) -> str:
+    """No times for `card`: which name is the nearest, and which there are."""
+    names = card_names(cache_root)
+    folded = {name.lower(): name for name in names}
+    near = difflib.get_close_matches(card.lower(), folded, n=1)
+    meant = f" Did you mean {folded[near[0]]!r}?" if near else ""
+    return (
+        f"no times: the rates of --card {card!r} are not known.{meant} Known: {', '.join(names)}; any other after "
+        "`loragraft preflight --calibrate` on it. Memory does not depend on the card:"
+    )
 
 
 def report_lines(recipe: Recipe, found: Preflight, machines: list[Machine], took: float) -> list[str]:
@@ -220,6 +235,12 @@ def _size(text: str) -> int:
     return round(float(matched[1]) * (2**20 if matched[3] else GIB))
 
 
+def _processes(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of GPUs: 1 is one GPU alone, 2 train together")
+    return int(text)
+
+
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="loragraft preflight", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -231,7 +252,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         "--calibrate", action="store_true", help="measure this machine's GPU first, and keep the figures"
     )
     parser.add_argument("--no-data", action="store_true", help="leave the data set alone")
-    parser.add_argument("--processes", type=int, default=1, help="GPUs that will train together (default 1)")
+    parser.add_argument("--processes", type=_processes, default=1, help="GPUs that will train together (default 1)")
     parser.add_argument("--card", metavar="NAME", help="times for this card alone, by the name that torch reports")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     return parser.parse_intermixed_args(arguments)

@@ -13,6 +13,7 @@ Williams et al., "Roofline" (2009).
 """
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -130,6 +131,14 @@ def load_machine(name: str, cache_root: Path) -> Machine | None:
 
 
 def machine_for(name: str, cache_root: Path) -> Machine | None:
-    """Calibrated figures of the card whose name torch reports, else those of the known card that it contains."""
+    """Calibrated figures of the card whose name torch reports, else those of the known card that it contains as words: an L40S
+    is no L4."""
     measured = load_machine(name, cache_root)
-    return measured or next((card for card in CARDS if card.name in name), None)
+    return measured or next((card for card in CARDS if re.search(rf"\b{card.name}\b", name)), None)
+
+
+def card_names(cache_root: Path) -> list[str]:
+    """Of the cards that `machine_for` finds: those of `CARDS`, and the ones calibrated here."""
+    files = sorted((cache_root / "preflight").glob("*.json"))
+    calibrated = [str(json.loads(path.read_text())["name"]) for path in files]
+    return [*(card.name for card in CARDS), *(name for name in calibrated if load_machine(name, cache_root))]

@@ -14,10 +14,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jsonschema import Draft202012Validator
-from jsonschema.exceptions import best_match
+if TYPE_CHECKING:
+    from jsonschema import Draft202012Validator
 
 SCHEMA = 1
 ENTRY, STATUS, INDEX, SIGNATURE = "loragraft.json", "status.json", "index.json", "model.sig"
@@ -189,6 +189,8 @@ def parse_json(content: bytes, kind: str, where: str) -> Any:
 
 def check(value: Any, kind: str, where: str) -> None:
     """Raises ZooError naming the key of `value` that its schema refuses."""
+    from jsonschema.exceptions import best_match  # here and below: other commands import this module for its options
+
     error = best_match(_validator(kind).iter_errors(value))
     if error is None:
         return
@@ -272,6 +274,8 @@ def _refuse_constant(name: str) -> None:
 
 
 @cache
-def _validator(kind: str) -> Draft202012Validator:
+def _validator(kind: str) -> "Draft202012Validator":
+    from jsonschema import Draft202012Validator
+
     path = Path(__file__).resolve().with_name(kind.replace("loragraft", "entry").replace(".json", ".schema.json"))
     return Draft202012Validator(json.loads(path.read_text(encoding="utf-8")))

@@ -67,6 +67,16 @@ def open_place(text: str | None = None, *, public: bool = False) -> Place:
     return open_files(text)
 
 
+def check_no_source(target: str | Path, option: str) -> None:
+    """Raises ZooError where `target` is a folder of Python sources: in a checkout `zoo` and `adapters` are Loragraft's own."""
+    folder = Path(target).expanduser()
+    if "://" not in str(target) and any(folder.glob("*.py")):
+        name = folder.resolve().name
+        raise ZooError(
+            f"{target} holds Python sources, as the folders of a checkout do: give another one, such as {option}runs/{name}"
+        )
+
+
 def choose(place: Place, wanted: str) -> Listed:
     """`NAME` -> its newest version that is not yanked; `NAME@1.2.0` -> that one, yanked or not.
 

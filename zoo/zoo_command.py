@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loragraft.zoo.entry import Entry, Listed, Status, ZooError, index_to_bytes
-from loragraft.zoo.places import DEFAULT, HUB, VARIABLE, Place, choose, did_you_mean, open_place
+from loragraft.zoo.places import DEFAULT, HUB, VARIABLE, Place, check_no_source, choose, did_you_mean, open_place
 from loragraft.zoo.printing import describe, print_table
 
 if TYPE_CHECKING:
@@ -22,13 +22,14 @@ PLACES = f"""A zoo is a place that holds published adapters:
   an fsspec URL     s3://bucket/zoo, sftp://host/zoo; https://host/zoo to read (some need a package that fsspec names)
   the Hub           hf://OWNER, one repository per adapter; hf://OWNER/NAME, one of them. Log in with `hf auth login`
 
---zoo names it; without it ${VARIABLE}, and without that the folder `{DEFAULT}`."""
+--zoo names it; without it ${VARIABLE}, and without that the folder `{DEFAULT}`. In a checkout `zoo` and `adapters` are
+sources, into which nothing is written: publish --to runs/zoo, pull --zoo runs/zoo --out runs/adapters."""
 WALKTHROUGH = """
-  loragraft publish runs/marketing --to zoo        1. publish
-  loragraft zoo ls                                 2. what is there
-  loragraft zoo pull marketing                     3. fetch it to adapters/marketing, every byte checked
-  loragraft zoo verify adapters/marketing          4. is it what it says? Grafts it onto its base
-  loragraft generate --adapter adapters/marketing --prompt "..."
+  loragraft publish runs/marketing --to runs/zoo                      1. publish
+  loragraft zoo ls runs/zoo                                           2. what is there
+  loragraft zoo pull marketing --zoo runs/zoo --out runs/adapters     3. fetch it, every byte checked
+  loragraft zoo verify runs/adapters/marketing                        4. is it what it says? Grafts it onto its base
+  loragraft generate --adapter runs/adapters/marketing --prompt "..."
 """
 
 
@@ -57,6 +58,7 @@ def run_publish(args: argparse.Namespace) -> int:
     from loragraft.zoo.publish import publish
 
     to = args.to or _recipe_place(args.run)
+    check_no_source(to, "--to ")
     place = None if args.dry_run else open_place(to, public=args.public)
     done = publish(
         args.run, place, version=args.version, licence=args.licence, pictures=args.images, key=args.key
@@ -79,7 +81,7 @@ def _recipe_place(run: Path) -> str:
     to = load_recipe(str(recipe)).publish.to if recipe.is_file() else ""
     if not to:
         raise ZooError(
-            f"where to? --to zoo (a folder), --to s3://bucket/zoo, --to {HUB}OWNER, or publish.to in the recipe"
+            f"where to? --to runs/zoo (a folder), --to s3://bucket/zoo, --to {HUB}OWNER, or publish.to in the recipe"
         )
     return to
 
@@ -137,6 +139,7 @@ def _info(args: argparse.Namespace) -> int:
 def _pull(args: argparse.Namespace) -> int:
     from loragraft.zoo.pull import pull
 
+    check_no_source(args.out, "--out ")
     folder = pull(open_place(args.zoo), args.name, args.out, key=args.key)
     print(f'{folder}: every byte as published. loragraft generate --adapter {folder} --prompt "..."')
     return 0
@@ -268,6 +271,7 @@ def _only(place: Place, name: str) -> Listed:
 def _mirror(args: argparse.Namespace) -> int:
     from loragraft.zoo.pull import mirror
 
+    check_no_source(args.folder, "")
     copy = mirror(open_place(args.source), args.folder, key=args.key)
     print(f"{len(copy.listed())} versions in {args.folder}; offline: loragraft zoo ls {args.folder}")
     return 0

@@ -13,6 +13,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from loragraft.quantization.checkpoint import record_base_id
+from loragraft.quantization.convert import linear_paths
 from loragraft.quantization.dialects.files import FLOATS, TensorFiles
 from loragraft.quantization.linear import SVDQuantLinear
 from loragraft.quantization.names import named_module, nearest, replace_module
@@ -90,7 +91,7 @@ def assemble(opened: Opened, progress: Progress | None = None) -> Any:
     Raises CheckpointError naming file and tensor: what is missing, left over, of another shape or dtype, or not finite.
     """
     model = empty_model(opened.config, opened.source)
-    linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linears = linear_paths(model)
     for path in opened.layers:
         if path not in linears:
             raise CheckpointError(

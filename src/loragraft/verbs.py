@@ -270,7 +270,7 @@ VERBS = {
     "preflight": Verb("memory and time of a run before it starts, what it fits and what would make it fit"),
     "publish": Verb(
         "a finished adapter with card, pictures, score and index entry to a folder, a URL or the Hub",
-        "loragraft publish runs/marketing --to zoo                 a folder\n"
+        "loragraft publish runs/marketing --to runs/zoo            a folder\n"
         "loragraft publish runs/marketing --to s3://bucket/zoo     what fsspec opens\n"
         "loragraft publish runs/marketing --to hf://OWNER          the Hub: repository OWNER/marketing, private unless --public\n\n"
         "Killed or cut off at any moment, the place has its old or its new state; the same command goes on. What is there\n"

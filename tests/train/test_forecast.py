@@ -46,11 +46,32 @@ def test_a_run_is_told_before_and_after(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_slow_prediction_is_ended() -> None:
     slow = _process("import time; time.sleep(60)")
     assert "not ready yet" in slow.before(patience=0.2)
-    assert "not ready yet" in slow.after(GIB)
+    assert slow.after(GIB) == "preflight: not ready when training was, and ended\n"
     assert slow._process is not None
     assert slow._process.returncode is not None
 
 
-def test_a_failed_prediction_says_why() -> None:
+def test_a_failed_prediction_says_why_once() -> None:
     failed = _process("raise ValueError('no such thing')")
     assert failed.before(patience=30) == "preflight failed, training goes on: ValueError: no such thing\n"
+    assert failed.after(GIB) == ""
+
+
+def test_a_prediction_that_fails_late_says_why_at_the_end(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    failed = _process(
+        f"import os, time\nwhile not os.path.exists({str(gate)!r}): time.sleep(0.01)\nraise SystemExit(3)"
+    )
+    assert "not ready yet" in failed.before(patience=0.1)
+    gate.touch()
+    assert failed._process is not None
+    failed._process.wait(timeout=30)
+    assert failed.after(GIB) == "preflight failed, training goes on: exit code 3\n"
+
+
+def test_a_missing_package_is_named_with_the_command_that_brings_it() -> None:
+    failed = _process("import not_a_package_of_anyone.part")
+    told = failed.before(patience=30)
+    failed.close()
+    assert "No module named 'not_a_package_of_anyone'; pip install --upgrade loragraft" in told
+    assert told.endswith("brings it\n")

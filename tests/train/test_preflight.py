@@ -132,6 +132,7 @@ def test_the_roofline_by_hand() -> None:
 def test_figures_are_kept_per_card(tmp_path: Path) -> None:
     assert machine_for("NVIDIA H100 80GB HBM3", tmp_path) is next(card for card in CARDS if card.name == "H100")
     assert machine_for("Unheard-of card", tmp_path) is None
+    assert machine_for("NVIDIA L40S", tmp_path) is None, "no L4"
     measured = replace(MACHINE, name="NVIDIA H100 80GB HBM3")
     save_machine(measured, tmp_path)
     assert machine_for("NVIDIA H100 80GB HBM3", tmp_path) == measured

@@ -145,3 +145,18 @@ def test_signed(capsys: Say, make_run: Callable[..., Path]) -> None:
     assert "[signed]" in said(capsys, "zoo", "ls")
     said(capsys, "zoo", "pull", "marketing", "--key", "me.pem.pub")
     assert "ok      signature" in said(capsys, "zoo", "verify", "marketing", "--key", "me.pem.pub", "--no-graft")
+
+
+def test_nothing_is_written_into_the_sources_of_a_checkout(capsys: Say, make_run: Callable[..., Path]) -> None:
+    run = str(make_run())
+    said(capsys, "publish", run, "--to", "runs/zoo")
+    for folder in (Path("zoo"), Path("adapters")):
+        folder.mkdir()
+        (folder / "entry.py").write_text("")
+    assert "zoo holds Python sources" in said(capsys, "publish", run, "--to", "zoo", code=2)
+    assert "such as --to runs/zoo" in said(capsys, "publish", run, "--to", "./zoo", "--dry-run", code=2)
+    assert "--out runs/adapters" in said(capsys, "zoo", "pull", "marketing", "--zoo", "runs/zoo", code=2)
+    assert "such as runs/zoo" in said(capsys, "zoo", "mirror", "runs/zoo", "zoo", code=2)
+    assert [path.name for folder in ("zoo", "adapters") for path in Path(folder).iterdir()] == ["entry.py"] * 2
+    pulled = said(capsys, "zoo", "pull", "marketing", "--zoo", "runs/zoo", "--out", "runs/adapters")
+    assert "runs/adapters/marketing: every byte as published" in pulled
