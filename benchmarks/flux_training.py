@@ -426,7 +426,7 @@ def _in_its_own_process(name: str, args: argparse.Namespace) -> None:
     except subprocess.TimeoutExpired:
         reached = args.parts / f"{name}.partial"
         print(
-            f"{name}: not done after {args.timeout:.0f} s; {reached.read_text() if reached.exists() else 'nothing built'}"
+            f"{name}: not done after {args.timeout:.0f} s; {reached.read_text() if reached.exists() else 'nothing told'}"
         )
         return
     file = args.parts / f"{name}.json"
