@@ -27,8 +27,8 @@ Unit = Literal[
 attention by flash-2 or by what is faster (cuDNN forward, FlashAttention-4), convolutions, depthwise ones, memory alone. group_norm
 counts values, not operations: torch's kernel has one block for each group of a picture, so that most of the GPU waits."""
 OURS = "loragraft::"
-GRADIENTS = ("dgrad", "_dx", "row_product", "gradients", "backward")
-"""In the names of this project's ops that only a backward pass runs."""
+GRADIENTS = ("dgrad", "_dx", "row_product", "gradients", "backward", "adamw8bit")
+"""In the names of this project's ops that compute gradients or use them."""
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ class Machine:
     gpu_forward: float
     """The same for an op of this project that computes a layer."""
     gpu_gradient: float
-    """The same for one that computes gradients."""
+    """The same for one that computes gradients or uses them."""
     correction: float = 1.0
     """Of a block of true width, measured time over the roofline's."""
     calibrated: bool = False
