@@ -4,9 +4,9 @@
     python benchmarks/preflight.py --predict predicted.json          the memory alone, anywhere; two minutes of one core
 
 Each base has its published shapes, quantized in shape (W4A8) as it is loaded, an adapter of rank 16 where the base puts it, and is
-trained for a few steps, replayed from a CUDA graph as a run does it, or run forward, launched anew as validation does it. Memory:
-predicted against `torch.cuda.max_memory_allocated`, to be within max(10 %, 300 MiB). Time: a calibrated roofline against the median
-step, to be within 25 %. Predictions are made in processes beside, while the first model is drawn; then the machine is calibrated, and
+trained for a few steps, replayed from a CUDA graph as a run does it, or run forward, launched anew as validation does it and replayed
+as pictures are drawn. Memory: predicted against `torch.cuda.max_memory_allocated`, to be within max(10 %, 300 MiB). Time: a calibrated
+roofline against the median step, to be within 25 %. Predictions are made in processes beside, while the first model is drawn; then the machine is calibrated, and
 the configurations of a model share its weights. The file is written after each of them. Exit code 1 if one is not within its bounds.
 """
 
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from loragraft.adapters.inject import inject_adapter
 from loragraft.adapters.joined import JoinedFactors
 from loragraft.backbones.compiled import compile_blocks
+from loragraft.backbones.replay import Replay
 from loragraft.backbones.skeleton import randomize
 from loragraft.backbones.spec import BaseSpec
 from loragraft.data.cache import default_cache_root
@@ -90,28 +91,32 @@ class Configuration:
     trains: bool = True
     checkpointing: bool = False
     captured: bool = False
-    """The step replayed from a CUDA graph."""
+    """The step, or the pass as `backbones.replay` draws, replayed from a CUDA graph."""
     compiled: bool = False
     """The repeated blocks compiled as well, as a run on a GPU does it."""
 
     def __str__(self) -> str:
         how = "infer" if not self.trains else "train" + ("-checkpointed" if self.checkpointing else "")
         launched = "-launched" if self.trains and not self.captured else ""
-        return f"{self.model}-{self.pixels}-{how}{launched}{'-compiled' if self.compiled else ''}"
+        replayed = "-captured" if self.captured and not self.trains else ""
+        return f"{self.model}-{self.pixels}-{how}{launched}{replayed}{'-compiled' if self.compiled else ''}"
 
 
 _trained = partial(Configuration, captured=True)
 CONFIGURATIONS = (
     Configuration("flux", trains=False),
+    Configuration("flux", trains=False, captured=True),
     _trained("flux"),
     _trained("flux", checkpointing=True),
     _trained("flux", pixels=512),
     _trained("flux", pixels=512, checkpointing=True),
     Configuration("flux", pixels=512),
     Configuration("sdxl", trains=False),
+    Configuration("sdxl", trains=False, captured=True),
     _trained("sdxl"),
     _trained("sdxl", checkpointing=True),
     Configuration("sana", trains=False),
+    Configuration("sana", trains=False, captured=True),
     _trained("sana"),
     _trained("sana", checkpointing=True),
 )
@@ -135,7 +140,7 @@ def predict(model: Model, configuration: Configuration) -> DryRun:
     if configuration.trains:
         inject_adapter(module, AdapterConfig(), model.spec.lora_targets)
         set_checkpointing(module, "block" if configuration.checkpointing else "none")
-    if configuration.captured:
+    if configuration.captured and configuration.trains:
         JoinedFactors(module, torch.bfloat16)
     loss = partial(model.loss, module, cpu, configuration.pixels)
     if configuration.trains:
@@ -169,12 +174,27 @@ class Loaded:
         resting = torch.cuda.memory_allocated()
         loss = partial(self.model.loss, self.module, self.device, configuration.pixels)
         try:
-            found = self._trained(configuration, loss) if configuration.trains else timed(torch.no_grad()(loss), True)
+            found = (self._trained if configuration.trains else self._drawn)(configuration, loss)
             return {**found, "resting_bytes": resting}
         finally:
             for parameter in self.parameters:
                 parameter.grad = None
             free_memory()
+
+    def _drawn(self, configuration: Configuration, loss: Callable[[], Tensor]) -> dict[str, float]:
+        """A pass; captured as the product draws. Raises RuntimeError where the GPU has no room for a graph."""
+        step = torch.no_grad()(loss)
+        if not configuration.captured:
+            return timed(step, True)
+        replay = Replay()
+        try:
+            with replay.drawing(self.module):
+                found = timed(step, False)
+            if not replay.graphs:
+                raise RuntimeError(f"{configuration}: no pass was captured, `backbones.replay.ROOM` says when one is")
+            return found
+        finally:
+            replay.clear()
 
     def _trained(self, configuration: Configuration, loss: Callable[[], Tensor]) -> dict[str, float]:
         optimizer, graph = torch.optim.AdamW(self.parameters, fused=True), None

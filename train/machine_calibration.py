@@ -1,11 +1,13 @@
 """Measures what `roofline.Machine` holds, on the GPU that is here: a few products, attention, a convolution, a copy, some blocks.
 
-Rates come from single ops at FLUX.1's shapes; INT8 from `w4a8_linear` less what its other parts take. Host times come from
-steps and passes of a FLUX so narrow that only launching takes time, with and without quantized layers. The same step replayed from a
-CUDA graph, without quantized layers, says what an op costs the GPU beside its work. The correction c and what a custom op costs g come
-from two more captured steps, one large (a double and a single block of true width at 1024 px), one middling (width 1280, 1088 rows):
+Rates come from single ops at FLUX.1's shapes (linear attention and a depthwise convolution at SANA's, a group norm at SDXL's); INT8
+from `w4a8_linear` less what its other parts take. Host times come from steps and from passes without gradients of a FLUX so narrow that
+only launching takes time, with and without quantized layers. These are rotated, as the bases' are: layers that read one x then share its
+codes. The same step replayed from a CUDA graph, without quantized layers, says what an op costs the GPU beside its work. The correction c
+and what our ops cost, f in a forward pass and g for gradients, come from three more replays: a large step (a double and a single block of
+true width at 1024 px), a middling pass (width 1280, 1088 rows) and the step of the same:
 
-    c R + n gpu_op + k g = T          R the roofline's seconds, n and k ops of torch's and ours, T measured; two equations
+    c R + n gpu_op + k f + l g = T          R the roofline's seconds, n, k and l ops of each kind, T measured; three equations
 """
 
 import time
@@ -17,7 +19,7 @@ from typing import Any, get_args
 import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, scaled_dot_product_attention
+from torch.nn.functional import conv2d, group_norm, scaled_dot_product_attention
 
 from loragraft.adapters.inject import inject_adapter
 from loragraft.adapters.joined import JoinedFactors
@@ -36,6 +38,12 @@ from loragraft.train.step import GraphStep
 M, D, MLP, HEADS, HEAD = 4608, 3072, 12288, 24, 128
 COPIED = 2**28
 """Values of the vector whose copy measures the memory."""
+LINEAR = (70, 32, 1024)
+"""Heads of SANA 1.6B's linear attention, their width, tokens at 1024 px."""
+DEPTHWISE = (11200, 32)
+"""Channels and edge of the image in its feed-forward part."""
+GROUP_NORM = (320, 128)
+"""Channels and edge of SDXL's first level; 32 groups."""
 TOGETHER = 8
 """Runs of a single op between two waits for the device."""
 BLOCKS = 3
@@ -52,10 +60,14 @@ def calibrate(device: torch.device) -> Machine:
         )
     properties = torch.cuda.get_device_properties(device)
     torch.backends.cuda.enable_cudnn_sdp(False)  # as training does: its backward pass fails on some drivers
-    machine = Machine(properties.name, properties.total_memory, {}, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, calibrated=True)
-    machine = _rates(machine, device)
+    machine = _rates(unmeasured(properties.name, properties.total_memory), device)
     machine = _host(machine, device)
     return _corrected(machine, device)
+
+
+def unmeasured(name: str, memory: int) -> Machine:
+    """A machine whose figures are yet to come."""
+    return Machine(name, memory, {}, *(0.0,) * 8, calibrated=True)
 
 
 def time_of(run: Callable[[], object], repeats: int = 10, together: int = 1) -> float:
@@ -105,7 +117,7 @@ def _rates(machine: Machine, device: torch.device) -> Machine:
         "attention": flops / forward,
         "attention_backward": 2.5 * flops / backward,
     }
-    rates |= _fast_attention(rates, flops, device)
+    rates |= _fast_attention(rates, flops, device) | _small_rates(device)
     machine = replace(machine, rates=rates, bandwidth=bandwidth)
     layer = SVDQuantLinear.empty(D, MLP, "w4a8", rank=32, bias=True)
     holder = nn.ModuleList([layer])
@@ -114,6 +126,40 @@ def _rates(machine: Machine, device: torch.device) -> Machine:
         whole = op_time(replayed(lambda: layer(x)))
     beside = part_seconds("memory", 0, M * D * 3, machine) + part_seconds("gemm", 2 * M * MLP * 32, 0, machine)
     return replace(machine, rates={**rates, "int8": 2 * M * D * MLP / max(whole - beside, 0.2 * whole)})
+
+
+@torch.no_grad()
+def _small_rates(device: torch.device) -> dict[str, float]:
+    """Of ops that no large product stands for, replayed one behind the other: each is done before Python has launched the next."""
+
+    def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.randn(shape, device=device, dtype=dtype)
+
+    def each(run: Callable[[], object]) -> float:
+        return time_of(replayed(lambda: [run() for _ in range(TOGETHER)])) / TOGETHER
+
+    heads, width, tokens = LINEAR
+    values, queries = (
+        normal(heads, width + 1, tokens, dtype=torch.float32),
+        normal(heads, width, tokens, dtype=torch.float32),
+    )
+    sums = torch.bmm(values, queries.mT)
+    linear = each(lambda: torch.bmm(values, queries.mT)) + each(lambda: torch.bmm(sums, queries))
+    channels, edge = DEPTHWISE
+    picture, kernel = normal(1, channels, edge, edge), normal(channels, 1, 3, 3)
+    gradients = partial(
+        torch.ops.aten.convolution_backward, picture, picture, kernel, None, [1, 1], [1, 1], [1, 1], False, [0, 0], channels,
+        [True, False, False],
+    )  # fmt: skip
+    flops = 2 * 9 * picture.numel()
+    channels, edge = GROUP_NORM
+    level, scale = normal(1, channels, edge, edge), normal(channels)
+    return {
+        "batched32": 2 * 2 * sums.numel() * tokens / linear,
+        "depthwise": flops / each(lambda: conv2d(picture, kernel, padding=1, groups=len(kernel))),
+        "depthwise_backward": flops / each(gradients),
+        "group_norm": level.numel() / each(lambda: group_norm(level, 32, scale, scale)),
+    }
 
 
 def _fast_attention(rates: dict[str, float], flops: int, device: torch.device) -> dict[str, float]:
@@ -145,7 +191,7 @@ def flux(width_heads: int, blocks: int, *, quantized: bool = True) -> nn.Module:
         "num_attention_heads": width_heads, "joint_attention_dim": 4096, "pooled_projection_dim": 768,
         "guidance_embeds": False, "axes_dims_rope": [16, 56, 56],
     }  # fmt: skip
-    plan = partial(plan_architecture, FLUX, QuantSettings(rank=32, smoothing="auto")) if quantized else None
+    plan = partial(plan_architecture, FLUX, QuantSettings(rank=32, smoothing="hadamard")) if quantized else None
     return meta_transformer(FluxTransformer2DModel, config, plan)
 
 
@@ -166,11 +212,12 @@ class Timed:
     seconds: float
     run: DryRun
 
-    def counts(self) -> tuple[int, int]:
-        """(ops of torch's, ops of ours)."""
+    def counts(self) -> tuple[int, int, int]:
+        """(ops of torch's, ops of ours that compute layers, those that compute gradients)."""
         counted = [(cost, count) for cost, count in self.run.counted() if cost.parts]
         custom = sum(count for cost, count in counted if cost.custom)
-        return sum(count for _, count in counted) - custom, custom
+        forward = sum(count for cost, count in counted if cost.forward)
+        return sum(count for _, count in counted) - custom, forward, custom - forward
 
     def roofline(self, machine: Machine) -> float:
         """Seconds of the parts alone, uncorrected."""
@@ -193,7 +240,8 @@ def _timed(
     loss = partial(flux_loss, real, device, edge, tokens)
     imagined_loss = partial(flux_loss, imagined, "cpu", edge, tokens)
     if not trains:
-        return Timed(time_of(torch.no_grad()(loss)), dry_infer(imagined, imagined_loss))
+        with torch.no_grad():
+            return Timed(time_of(replayed(loss) if captured else loss), dry_infer(imagined, imagined_loss))
     parameters = inject_adapter(real, AdapterConfig(), FLUX.quantize)
     inject_adapter(imagined, AdapterConfig(), FLUX.quantize)
     if captured:
@@ -222,24 +270,33 @@ def _step(
 
 def _host(machine: Machine, device: torch.device) -> Machine:
     """Seconds of Python for an op of torch's and for one of ours, in a step and in a pass without gradients."""
-    plain = _timed(NARROW, BLOCKS, device, quantized=False)
-    host_op = plain.seconds / plain.counts()[0]
 
-    def custom(timed: Timed) -> float:
-        others, ours = timed.counts()
-        return max((timed.seconds - others * host_op) / ours, host_op)
+    def launched(trains: bool) -> tuple[float, float]:
+        plain = _timed(NARROW, BLOCKS, device, quantized=False, trains=trains)
+        op = plain.seconds / plain.counts()[0]
+        quantized = _timed(NARROW, BLOCKS, device, trains=trains)
+        others, forward, gradients = quantized.counts()
+        return op, max((quantized.seconds - others * op) / (forward + gradients), op)
 
-    step, passed = _timed(NARROW, BLOCKS, device), _timed(NARROW, BLOCKS, device, trains=False)
-    return replace(machine, host_op=host_op, host_custom=custom(step), host_infer=custom(passed))
+    (host_op, host_custom), (infer_op, infer) = launched(True), launched(False)
+    return replace(machine, host_op=host_op, host_custom=host_custom, host_infer_op=infer_op, host_infer=infer)
 
 
 def _corrected(machine: Machine, device: torch.device) -> Machine:
-    """gpu_op, then the two equations; where they contradict each other a custom op costs what one of torch's does."""
+    """gpu_op, then the three equations; where they contradict each other an op of ours costs what one of torch's does."""
     plain = _timed(NARROW, BLOCKS, device, quantized=False, captured=True)
     gpu_op = max(plain.seconds - plain.roofline(machine), 0.0) / plain.counts()[0]
-    middle, large = (_timed(size, 1, device, captured=True) for size in (MIDDLE, LARGE))
-    (n, k), (N, K) = middle.counts(), large.counts()
-    t, T = middle.seconds - n * gpu_op, large.seconds - N * gpu_op
-    r, R = middle.roofline(machine), large.roofline(machine)
-    gpu_custom = max((t * R - T * r) / (k * R - K * r), gpu_op)
-    return replace(machine, gpu_op=gpu_op, gpu_custom=gpu_custom, correction=(T - K * gpu_custom) / R)
+    timed = [
+        _timed(LARGE, 1, device, captured=True),
+        _timed(MIDDLE, 1, device, trains=False, captured=True),
+        _timed(MIDDLE, 1, device, captured=True),
+    ]
+    rows = [(run.roofline(machine), *run.counts()[1:]) for run in timed]
+    left = [run.seconds - run.counts()[0] * gpu_op for run in timed]
+    _, forward, gradient = torch.linalg.solve(
+        torch.tensor(rows, dtype=torch.float64), torch.tensor(left, dtype=torch.float64)
+    ).tolist()
+    forward, gradient = max(forward, gpu_op), max(gradient, gpu_op)
+    (R, k, m), T = rows[0], left[0]
+    correction = (T - k * forward - m * gradient) / R
+    return replace(machine, gpu_op=gpu_op, gpu_forward=forward, gpu_gradient=gradient, correction=correction)

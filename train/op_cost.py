@@ -20,11 +20,15 @@ from loragraft.kernels.block_codes import blocks_of
 from loragraft.kernels.taps import Window, tap_columns
 
 Unit = Literal[
-    "int8", "gemm", "gemm32", "attention", "attention_backward", "fast_attention", "fast_attention_backward", "conv", "memory"
+    "int8", "gemm", "gemm32", "batched32", "attention", "attention_backward", "fast_attention", "fast_attention_backward", "conv",
+    "depthwise", "depthwise_backward", "group_norm", "memory",
 ]  # fmt: skip
-"""What bounds a piece of work: INT8 or 16-bit tensor cores, float32 products, attention by flash-2 or by what is faster
-(cuDNN forward, FlashAttention-4), convolutions, memory alone."""
+"""What bounds a piece of work: INT8 or 16-bit tensor cores, float32 products, large or in batches of small ones (linear attention),
+attention by flash-2 or by what is faster (cuDNN forward, FlashAttention-4), convolutions, depthwise ones, memory alone. group_norm
+counts values, not operations: torch's kernel has one block for each group of a picture, so that most of the GPU waits."""
 OURS = "loragraft::"
+GRADIENTS = ("dgrad", "_dx", "row_product", "gradients", "backward", "adamw8bit")
+"""In the names of this project's ops that compute gradients or use them."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +54,15 @@ class OpCost:
         return self.name.startswith(OURS) and not self.name.startswith(f"{OURS}dry_")
 
     @property
+    def forward(self) -> bool:
+        """Whether it is `custom` and computes a layer, in a pass or again under checkpointing, rather than a gradient."""
+        return self.custom and not any(word in self.name for word in GRADIENTS)
+
+    @property
     def fusible(self) -> bool:
         """Whether a compiler joins it with its neighbours: an op of torch's that moves memory and multiplies nothing."""
-        return not self.custom and bool(self.parts) and all(p.unit == "memory" and not p.flops for p in self.parts)
+        moves = (p.unit == "group_norm" or (p.unit == "memory" and not p.flops) for p in self.parts)
+        return not self.custom and bool(self.parts) and all(moves)
 
 
 def cost_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], results: Sequence[Tensor]) -> OpCost:
@@ -87,6 +97,8 @@ def _aten_flops(
         return sdpa_flop_count(*(a.shape for a in args[:3])), "attention"
     if short == "_scaled_dot_product_flash_attention_for_cpu_backward":
         return sdpa_backward_flop_count(*(a.shape for a in args[:4])), "attention_backward"
+    if short == "native_group_norm":
+        return results[0].numel(), "group_norm"
     formula = flop_registry.get(func._overloadpacket)
     if formula is None:
         return 0, "memory"
@@ -94,8 +106,13 @@ def _aten_flops(
     if "attention" in short:
         return flops, "attention_backward" if "backward" in short else "attention"
     if "conv" in short:
-        return flops, "conv"
-    return flops, "gemm" if results[0].dtype.itemsize == 2 else "gemm32"
+        backward = "backward" in short
+        if args[2 if backward else 1].shape[1] > 1:
+            return flops, "conv"
+        return flops, "depthwise_backward" if backward else "depthwise"
+    if results[0].dtype.itemsize == 2:
+        return flops, "gemm"
+    return flops, "batched32" if short in ("bmm", "baddbmm") else "gemm32"
 
 
 def _bytes(tree: Any) -> int:

@@ -221,9 +221,9 @@ def _machine_lines(machine: Machine) -> list[str]:
         *rates,
         f"  {'memory':20s} {machine.bandwidth / 1e9:8.0f} GB/s",
         f"  host: {machine.host_op * 1e6:.1f} us an op, {machine.host_custom * 1e6:.1f} us one of ours "
-        f"({machine.host_infer * 1e6:.1f} without gradients)",
-        f"  beside its roofline an op takes {machine.gpu_op * 1e6:.1f} us, one of ours {machine.gpu_custom * 1e6:.1f} us; a block "
-        f"takes {machine.correction:.2f} of its roofline",
+        f"({machine.host_infer_op * 1e6:.1f} and {machine.host_infer * 1e6:.1f} without gradients)",
+        f"  beside its roofline an op takes {machine.gpu_op * 1e6:.1f} us, one of ours {machine.gpu_forward * 1e6:.1f} us forward and "
+        f"{machine.gpu_gradient * 1e6:.1f} us backward; a block takes {machine.correction:.2f} of its roofline",
     ]
 
 

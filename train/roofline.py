@@ -1,14 +1,14 @@
 """How long a dry run's ops take on a GPU: each piece at the rate of the unit that does it, or of the memory, whichever is slower.
 
-    t_op   = correction * sum over its parts of  max(flops / rate(unit), bytes / bandwidth)  +  gpu_op or gpu_custom
+    t_op   = correction * sum over its parts of  max(flops / rate(unit), bytes / bandwidth)  +  gpu_op, gpu_forward or gpu_gradient
     t_GPU  = sum over ops of t_op
-    t_host = ops * host_op + custom ops * host_custom or host_infer          Python and launches, where nothing is captured
-    t      = max(t_GPU, t_host)
+    t_host = ops * host_op + custom ops * host_custom          Python and launches, where nothing is captured; both differ
+    t      = max(t_GPU, t_host)                                between a step and a pass without gradients (`host_infer...`)
 
-gpu_op and gpu_custom are what an op costs beside its roofline, replayed from a CUDA graph: a custom op is several kernels, and on small
-models most of them are as long as the gap before the next. `calibrate` measures all of this on the GPU that is here (a minute, once) and
-keeps it in the cache folder, by the card's name. For a card that is not here the rates are its maker's peaks times `USUAL`, the shares
-that an H100 reaches with these kernels, and the costs of an op an H100's: six captured steps on one (`bases.json`) come out within 15 %.
+The gpu_... are what an op costs beside its roofline, replayed from a CUDA graph: a custom op is several kernels, more in a forward than
+in a backward pass, and on small models most of them are as long as the gap before the next. `calibrate` measures all of this on the GPU
+that is here (a minute, once) and keeps it in the cache folder, by the card's name. For a card that is not here the rates are its maker's
+peaks times `USUAL`, the shares that an H100 reaches with these kernels, and the costs of an op an H100's.
 Williams et al., "Roofline" (2009).
 """
 
@@ -25,11 +25,15 @@ from loragraft.train.op_cost import OpCost, Unit
 USUAL: dict[Unit, float] = {
     "int8": 0.6, "gemm": 0.7, "gemm32": 0.6, "attention": 0.33, "attention_backward": 0.28,
     "fast_attention": 0.65, "fast_attention_backward": 0.57, "conv": 0.4, "memory": 1.0,
+    "batched32": 0.12, "depthwise": 0.06, "depthwise_backward": 0.04, "group_norm": 0.03,
 }  # fmt: skip
-USUAL_BANDWIDTH, USUAL_GPU_OP, USUAL_GPU_CUSTOM = 0.75, 2e-6, 25e-6
-USUAL_HOST_OP, USUAL_HOST_CUSTOM, USUAL_HOST_INFER = 8e-6, 700e-6, 650e-6
+"""Measured on an H100, but the last four: those are what captured steps of SDXL and SANA on one leave over, shared out by eye."""
+USUAL_BANDWIDTH, USUAL_GPU_OP, USUAL_GPU_FORWARD, USUAL_GPU_GRADIENT = 0.75, 2e-6, 25e-6, 25e-6
+"""`w4a8_linear` of 512 to 1024 rows took 18 to 40 us more than its roofline (`int4_engine.json`), the median 23; six captured steps
+of `bases.json` come out within 16 %."""
+USUAL_HOST_OP, USUAL_HOST_CUSTOM, USUAL_HOST_INFER_OP, USUAL_HOST_INFER = 8e-6, 700e-6, 8e-6, 650e-6
 """Of the machine of that H100, with a slow core: its forward passes of FLUX.1, SD and SDXL Turbo took 560 to 690 us a custom op."""
-VERSION = 2
+VERSION = 3
 """Of the stored figures: raised when they mean something else."""
 
 
@@ -45,15 +49,19 @@ class Machine:
     bandwidth: float
     """Bytes."""
     host_op: float
-    """Seconds that Python needs per op."""
+    """Seconds that Python needs per op, in a training step: much of a backward pass is launched without it."""
     host_custom: float
-    """The same for an op of this project, in a training step."""
+    """The same for an op of this project."""
+    host_infer_op: float
+    """Per op of a pass without gradients."""
     host_infer: float
-    """The same in a pass without gradients."""
+    """The same for an op of this project."""
     gpu_op: float
     """Seconds that the GPU needs per op beside the roofline's."""
-    gpu_custom: float
-    """The same for an op of this project."""
+    gpu_forward: float
+    """The same for an op of this project that computes a layer."""
+    gpu_gradient: float
+    """The same for one that computes gradients or uses them."""
     correction: float = 1.0
     """Of a block of true width, measured time over the roofline's."""
     calibrated: bool = False
@@ -64,11 +72,13 @@ def known(name: str, memory_gb: int, gemm: float, int8: float, fp32: float, band
     peaks: dict[Unit, float] = {
         "int8": int8, "gemm": gemm, "gemm32": fp32, "attention": gemm, "attention_backward": gemm,
         "fast_attention": gemm, "fast_attention_backward": gemm, "conv": gemm, "memory": gemm,
+        "batched32": fp32, "depthwise": fp32, "depthwise_backward": fp32, "group_norm": bandwidth_gb / 2000,
     }  # fmt: skip
     rates = {str(unit): peaks[unit] * 1e12 * share for unit, share in USUAL.items()}
     bandwidth = bandwidth_gb * 1e9 * USUAL_BANDWIDTH
-    host = USUAL_HOST_OP, USUAL_HOST_CUSTOM, USUAL_HOST_INFER
-    return Machine(name, memory_gb * 2**30, rates, bandwidth, *host, USUAL_GPU_OP, USUAL_GPU_CUSTOM)
+    host = USUAL_HOST_OP, USUAL_HOST_CUSTOM, USUAL_HOST_INFER_OP, USUAL_HOST_INFER
+    gpu = USUAL_GPU_OP, USUAL_GPU_FORWARD, USUAL_GPU_GRADIENT
+    return Machine(name, memory_gb * 2**30, rates, bandwidth, *host, *gpu)
 
 
 CARDS = (
@@ -86,11 +96,15 @@ def seconds(ops: Iterable[tuple[OpCost, float]], machine: Machine, *, host: bool
     """Time of ops, each with how often it runs. host=False: launches cost nothing (CUDA graphs). trains: with gradients."""
     counted = [(cost, count) for cost, count in ops if cost.parts]
     custom = sum(count for cost, count in counted if cost.custom)
+    forward = sum(count for cost, count in counted if cost.forward)
     others = sum(count for _, count in counted) - custom
     ideal = sum(count * roofline_seconds(cost, machine) for cost, count in counted)
-    gpu = machine.correction * ideal + others * machine.gpu_op + custom * machine.gpu_custom
-    launched = others * machine.host_op + custom * (machine.host_custom if trains else machine.host_infer)
-    return max(gpu, launched if host else 0.0)
+    beside = others * machine.gpu_op + forward * machine.gpu_forward + (custom - forward) * machine.gpu_gradient
+    host_op, host_custom = (
+        (machine.host_op, machine.host_custom) if trains else (machine.host_infer_op, machine.host_infer)
+    )
+    launched = others * host_op + custom * host_custom
+    return max(machine.correction * ideal + beside, launched if host else 0.0)
 
 
 def roofline_seconds(cost: OpCost, machine: Machine) -> float:

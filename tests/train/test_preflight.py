@@ -34,7 +34,9 @@ from loragraft.train.roofline import (
 )
 
 UNITS = ("int8", "gemm", "gemm32", "attention", "attention_backward", "conv", "memory")
-MACHINE = Machine("Card X", 8 * GIB, dict.fromkeys(UNITS, 1e12), 1e9, 1e-5, 1e-4, 2e-4, 1e-6, 5e-6, calibrated=True)
+MACHINE = Machine(
+    "Card X", 8 * GIB, dict.fromkeys(UNITS, 1e12), 1e9, 1e-5, 1e-4, 2e-5, 2e-4, 1e-6, 5e-6, 3e-6, calibrated=True
+)
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +129,9 @@ def test_the_roofline_by_hand() -> None:
     launched = OpCost("loragraft::x", (Part("memory", 0, 8),))
     assert seconds([(launched, 10)], MACHINE) == pytest.approx(10 * 1e-4)
     assert seconds([(launched, 10)], MACHINE, trains=False) == pytest.approx(10 * 2e-4)
+    assert seconds([(short, 100)], MACHINE, trains=False) == pytest.approx(100 * 2e-5)
+    gradient = OpCost("loragraft::x_dgrad", (bound_by_compute, bound_by_memory))
+    assert seconds([(gradient, 2)], MACHINE) == pytest.approx(2 * (2e-3 + 1e-3 + 3e-6))
 
 
 def test_figures_are_kept_per_card(tmp_path: Path) -> None:
@@ -137,7 +142,7 @@ def test_figures_are_kept_per_card(tmp_path: Path) -> None:
     save_machine(measured, tmp_path)
     assert machine_for("NVIDIA H100 80GB HBM3", tmp_path) == measured
     file = machine_file(measured.name, tmp_path)
-    file.write_text(file.read_text().replace('"version": 2', '"version": 1'))
+    file.write_text(file.read_text().replace('"version": 3', '"version": 2'))
     assert load_machine(measured.name, tmp_path) is None
 
 
