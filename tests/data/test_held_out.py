@@ -34,7 +34,7 @@ def test_the_fraction_that_is_named_does(tmp_path: Path, count: int, split: str)
     assert f"data.{split}_fraction=" in told
     fraction = float(told.partition("_fraction=")[2].split()[0])
     for given, enough in ((fraction, True), (fraction - 0.01, False)):
-        changed = replace(data, **{f"{split}_fraction": given})
+        changed = replace(data, test_fraction=given) if split == "test" else replace(data, validation_fraction=given)
         raised = open_source(changed, 8, tmp_path)
         assert (_held(raised, split) >= SCORED) is enough
         assert (few_held_out(raised, changed, score) is None) is enough
