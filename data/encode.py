@@ -12,9 +12,10 @@ import hashlib
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 from typing import NoReturn, TypeVar
 
 import torch
@@ -148,13 +149,23 @@ class _Job:
 
 
 class Pictures:
-    """Samples -> latents of one size. Of the samples that it is told of, `readers` threads decode the next few."""
+    """Samples -> latents of one size. Of the samples that it is told of, `readers` threads decode the next few.
+
+    Both sides meet in queues written in C. A ctrl-C inside the standard library's futures may leave a lock taken that the threads
+    need to end.
+    """
 
     def __init__(self, encode_images: EncodeImages, shape: Shape, readers: int) -> None:
         self._encode, self._shape, self._readers = encode_images, shape, readers
-        self._pool = ThreadPoolExecutor(readers, thread_name_prefix="pictures") if readers else None
         self._told: deque[Sample] = deque()
-        self._decoding: deque[Future[Tensor]] = deque()
+        self._asked: SimpleQueue[tuple[int, Sample] | None] = SimpleQueue()
+        self._found: SimpleQueue[tuple[int, Tensor | BaseException]] = SimpleQueue()
+        self._early: dict[int, Tensor | BaseException] = {}
+        """Decoded before their turn."""
+        self._next, self._after = 0, 0
+        """The number that is expected, and the first that was not asked for yet."""
+        self._threads: list[Thread] = []
+        self._closed = False
 
     def ahead(self, samples: Sequence[Sample]) -> None:
         """These will be asked for, in this order."""
@@ -164,18 +175,43 @@ class Pictures:
         return _checked({"latents": self._encode(torch.stack([self._pixels(sample) for sample in batch]))}, batch)
 
     def _pixels(self, sample: Sample) -> Tensor:
-        if self._pool is None:
+        while len(self._threads) < self._readers:
+            self._threads.append(Thread(target=self._work, name="pictures", daemon=True))
+            self._threads[-1].start()
+        while self._readers and self._told and self._after < self._next + 2 * self._readers:
+            self._asked.put((self._after, self._told.popleft()))
+            self._after += 1
+        if self._next == self._after:  # no threads, or not told of it
             return load_pixels(sample.image, self._shape)
-        while self._told and len(self._decoding) < 2 * self._readers:
-            self._decoding.append(self._pool.submit(load_pixels, self._told.popleft().image, self._shape))
-        return self._decoding.popleft().result()
+        while self._next not in self._early:
+            number, decoded = self._found.get()
+            self._early[number] = decoded
+        found = self._early.pop(self._next)
+        self._next += 1
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    def _work(self) -> None:
+        for number, sample in iter(self._asked.get, None):
+            if self._closed:
+                continue
+            try:
+                self._found.put((number, load_pixels(sample.image, self._shape)))
+            except BaseException as error:
+                self._found.put((number, error))
 
     def __enter__(self) -> "Pictures":
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+        """Drops what was not begun and ends the threads."""
+        self._closed = True
+        for _thread in self._threads:
+            self._asked.put(None)
+        for thread in self._threads:
+            if thread.is_alive():  # not one whose start was interrupted
+                thread.join()
 
 
 def _entries(sample: Sample, sizes: Sizes, encoder_id: str) -> list[Entry]:

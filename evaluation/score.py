@@ -20,6 +20,7 @@ from typing import Any
 from loragraft.adapters.checkpoint import Adapter
 from loragraft.backbones.minilm import MiniLMEncoder
 from loragraft.backbones.spec import Backbone
+from loragraft.data.held_out import SCORED
 from loragraft.data.sources import Sample
 from loragraft.evaluation import measure
 from loragraft.evaluation.controls import GENERAL_PROMPTS, untrained_like
@@ -53,9 +54,9 @@ class ScorePlan:
     full: bool = False
 
     def __post_init__(self) -> None:
-        if len(self.held_out) < 4:
+        if len(self.held_out) < SCORED:
             raise ValueError(
-                f"a score needs at least 4 held-out images, and the {self.config.split} split has {len(self.held_out)}; "
+                f"a score needs at least {SCORED} held-out images, and the {self.config.split} split has {len(self.held_out)}; "
                 f"raise data.{self.config.split}_fraction and train again"
             )
         if self.config.images < 4:

@@ -39,6 +39,7 @@ from loragraft.data.buckets import BucketReport, Sizes, warn_enlarged
 from loragraft.data.cache import default_cache_root
 from loragraft.data.dataset import LatentCache, LatentDataset
 from loragraft.data.encode import check_captions, encode_dataset, not_encoded
+from loragraft.data.held_out import warn_few_held_out
 from loragraft.data.overlap import check_overlap
 from loragraft.data.sources import Sample, check_source, open_source
 from loragraft.outcome import guarded
@@ -141,6 +142,8 @@ def _open(
         samples = [] if recipe.data.streaming else open_source(recipe.data, backbone.resolution, default_cache_root())
         check_overlap(samples, recipe.data, default_cache_root())
         first = accelerator.is_main_process
+        if first and samples:
+            warn_few_held_out(samples, recipe.data, recipe.eval)
         path = Path(args.out or f"runs/{recipe.name}")
         return samples, RunFolder.open(path, recipe, backbone.base_id, fresh=args.fresh and first, exclusive=first)
 

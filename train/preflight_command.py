@@ -15,7 +15,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ import torch
 from loragraft.backbones.load import find_spec
 from loragraft.data.buckets import BucketReport, Sizes
 from loragraft.data.cache import default_cache_root
+from loragraft.data.held_out import few_held_out
 from loragraft.data.sample import Sample
 from loragraft.data.scan import Scan, scan_samples
 from loragraft.data.sources import open_source
@@ -159,8 +160,10 @@ def data_lines(recipe: Recipe, resolution: int, cache_root: Path, processes: int
     samples = open_source(config, resolution, cache_root)
     per_step = recipe.train.batch_size * recipe.train.accumulation * processes
     smallest = min(config.edges(resolution))
-    lines = scan_lines(scan_samples(samples, smallest, cache_root, readable=_readable(recipe), per_step=per_step))
-    return [*lines, *bucket_lines(recipe, samples, resolution, processes)]
+    scan = scan_samples(samples, smallest, cache_root, readable=_readable(recipe), per_step=per_step)
+    if few := few_held_out(samples, config, recipe.eval):
+        scan = replace(scan, findings=(*scan.findings, few))
+    return [*scan_lines(scan), *bucket_lines(recipe, samples, resolution, processes)]
 
 
 def bucket_lines(recipe: Recipe, samples: Sequence[Sample], resolution: int, processes: int) -> list[str]:

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from loragraft.data import encode
 from loragraft.data.buckets import Sizes
 from loragraft.data.dataset import LatentCache
 from loragraft.data.encode import encode_dataset
+from loragraft.data.images import load_pixels
 from loragraft.data.order import BatchOrder
 from loragraft.data.sample import Sample
 
@@ -134,6 +136,47 @@ def test_decoding_ahead_changes_nothing_and_names_a_corrupt_image(tmp_path: Path
     with pytest.raises(ValueError, match=r"9\.png is not a readable image"):
         encode_dataset(*arguments, tmp_path / "third", **options, readers=readers)
     assert not any(thread.name.startswith("pictures") for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_whatever_happens_pixels_are_right_and_the_threads_end(seed: int, tmp_path: Path) -> None:
+    """One or several readers, a corrupt image or none, leaving early, ctrl-C at any moment, leaving included."""
+    random = Random(seed)
+    samples = make_samples(tmp_path, 12)
+    expected = [load_pixels(sample.image, (32, 32)) for sample in samples]
+    (tmp_path / "corrupt").mkdir()
+    corrupt = make_samples(tmp_path / "corrupt", 12)
+    corrupt[5].image.write_bytes(b"nothing")
+    before, interrupted = signal.signal(signal.SIGALRM, signal.default_int_handler), 0
+    for _ in range(30):
+        leaves, bad = random.randint(1, 12), random.random() < 0.2
+        given, number = corrupt if bad else samples, 1
+        pictures = encode.Pictures(lambda pixels: pixels, (32, 32), readers=random.randint(1, 4))
+        pictures.ahead(given)
+        assert torch.equal(pictures([given[0]])["latents"][0], expected[0])  # starts the threads
+        try:
+            try:
+                with pictures:
+                    signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-5, 2e-3))
+                    while number < leaves:
+                        assert torch.equal(pictures([given[number]])["latents"][0], expected[number])
+                        number += 1
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+        except KeyboardInterrupt:
+            interrupted += 1
+        except ValueError:
+            assert bad and number == 5
+        leaving = threading.Thread(target=pictures.__exit__, daemon=True)
+        leaving.start()
+        leaving.join(timeout=20)
+        assert not leaving.is_alive(), "leaving stands still"
+        deadline = time.monotonic() + 20  # nobody joins a thread twice whose join was interrupted, but it ends
+        while any(thread.name == "pictures" for thread in threading.enumerate()):
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+    signal.signal(signal.SIGALRM, before)
+    assert interrupted
 
 
 def test_a_corrupt_image_in_a_bucket_is_named_and_the_other_buckets_are_kept(tmp_path: Path) -> None:

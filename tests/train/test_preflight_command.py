@@ -75,3 +75,8 @@ def test_no_processes_are_refused(wrong: str, capsys: pytest.CaptureFixture[str]
         cli.main(["preflight", "marketing", f"--processes={wrong}"])
     assert stop.value.code == 2
     assert f"'{wrong}' is no number of GPUs: 1 is one GPU alone" in capsys.readouterr().err
+
+
+def test_too_few_images_for_a_score_are_a_finding(recipe: Recipe, tmp_path: Path) -> None:
+    told = "\n".join(data_lines(recipe, 128, tmp_path / "cache"))
+    assert "needs 4 images of the test split, and of these 10 images 0 are in it: data.test_fraction=0.35 holds" in told
