@@ -329,6 +329,7 @@ def _engine(result: dict[str, Any], quantizer: dict[str, Any]) -> list[str]:
         f"gradients {result['train_linears_speedup_w4a8']:.2f} times as fast as bf16 with PEFT's LoRA "
         f"({result['train_linears_speedup_w4a8_bf16_dgrad']:.2f} with a bf16 gradient of x), GPU time of replayed graphs: "
         f"launched one by one from Python, ours still takes {1 / result['train_linears_speedup_w4a8_eager']:.1f} times as long. "
+        f"The branch costs {result['branch_cost_pct']:.1f} % over none, a second adapter of rank 16 {result['graft_cost_pct']:.1f} % more. "
         f"W4A4 in groups of 64 runs at {result['w4a4_vs_bf16']:.2f} of bf16, {result['w4a4_vs_comfy_kitchen']:.0f} times "
         f"comfy-kitchen's kernels on this card; NF4 at {result['nf4_vs_bf16']:.2f} of bf16. Largest error against float64 of "
         f"the same codes {100 * result['max_rel_err']:.2f} %. A FLUX.1-dev-shaped model is quantized without data in "
@@ -337,6 +338,8 @@ def _engine(result: dict[str, Any], quantizer: dict[str, Any]) -> list[str]:
         "| layers (M x N x K), microseconds | bf16 | W4A8 | ratio | FP8 | W4A4 | training: bf16 + PEFT | W4A8 | ratio |",
         "|---|---|---|---|---|---|---|---|---|",
         *rows,
+        "",
+        "![operations a second against operations a byte](docs/images/roofline.png)",
     ]
 
 
