@@ -1,8 +1,8 @@
 """Whether the GPU kernels read and write only what is theirs: every op of kernels/ under NVIDIA's compute-sanitizer.
 
     python benchmarks/sanitizer.py all --out sanitizer.json --commit $(git rev-parse HEAD)
-    python benchmarks/sanitizer.py all --cases w4a8 conv --tools memcheck racecheck --jobs 4
-    python benchmarks/sanitizer.py case w4a8
+    python benchmarks/sanitizer.py all --cases w4a8-branch conv --tools memcheck racecheck --jobs 4
+    python benchmarks/sanitizer.py case w4a8-branch
 
 all   Each case (`sanitizer_cases.py`: an op, forward and backward, at small ragged shapes, compared with its float64 reference)
       runs once by itself, which compiles its kernels, and then once under each tool, --jobs processes at a time. Every tensor
@@ -22,12 +22,13 @@ import argparse
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -104,21 +105,26 @@ def judge(tool: str, code: int | None, output: str) -> dict[str, Any]:
 
 
 def in_parallel(
-    tasks: Iterable[tuple[str, str]], work: Callable[[str, str], dict[str, Any]], jobs: int,
+    tools: Mapping[str, Sequence[str]], work: Callable[[str, str], dict[str, Any]], jobs: int,
     done: Callable[[str, str, dict[str, Any]], None],
 ) -> None:  # fmt: skip
-    """`work` on each (case, tool), `jobs` at a time; `done` as they end."""
+    """`work` on each case by itself, then on it under its tools, `jobs` at a time; `done` as they end."""
     with ThreadPoolExecutor(jobs) as pool:
-        running = {pool.submit(work, *task): task for task in tasks}
-        for future in as_completed(running):
-            done(*running[future], future.result())
+        running = {pool.submit(work, name, ALONE): (name, ALONE) for name in tools}
+        while running:
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                name, tool = running.pop(future)
+                done(name, tool, future.result())
+                if tool == ALONE:
+                    running |= {pool.submit(work, name, tool): (name, tool) for tool in tools[name]}
 
 
 def summarize(runs: Mapping[str, Mapping[str, Any]], tools: Sequence[str], whole: bool) -> dict[str, Any]:
-    """What a report concludes from {case: {tool: run}}."""
+    """What a report concludes from {case: {tool: run}}; whole: every kernel must have been launched under every tool."""
     planted = runs.get(PLANTED, {}).get("memcheck")
     found = planted is not None and planted["verdict"] == "errors" and any("planted" in why for why in planted["why"])
     others = {case: of for case, of in runs.items() if case != PLANTED}
+    complete = all(tool in of for of in others.values() for tool in (ALONE, *tools))
     dirty = [f"{case}, {tool}: {one['verdict']}" for case, of in others.items() for tool, one in of.items()
              if one["verdict"] != "clean"]  # fmt: skip
     told = [one["result"] for of in runs.values() for one in of.values() if one["result"]]
@@ -128,7 +134,7 @@ def summarize(runs: Mapping[str, Mapping[str, Any]], tools: Sequence[str], whole
     for tool in tools:
         results = [of[tool]["result"] for of in others.values() if tool in of and of[tool]["verdict"] == "clean"]
         unlaunched[tool] = sorted(wanted - {kernel for result in results for kernel in result["kernels"]})
-    passed = found and not dirty and not (whole and any(unlaunched.values()))
+    passed = complete and found and not dirty and not (whole and any(unlaunched.values()))
     device = {key: told[0][key] for key in ("device", "torch", "triton")} if told else {}
     return {
         "passed": passed, "planted_found": found, "not_clean": dirty, "kernels": len(wanted), "not_launched": unlaunched, **device
@@ -137,10 +143,16 @@ def summarize(runs: Mapping[str, Mapping[str, Any]], tools: Sequence[str], whole
 
 def run_all(args: argparse.Namespace) -> int:
     """The report, written anew whenever a process ends. 1 if it does not pass."""
+    if shutil.which("compute-sanitizer") is None:
+        sys.exit(
+            "sanitizer.py: no compute-sanitizer on PATH; it is part of the CUDA toolkit (cuda-sanitizer), in its bin/"
+        )
     began = time.perf_counter()
+    version = subprocess.run(["compute-sanitizer", "--version"], capture_output=True, text=True, check=True).stdout
     names = list(args.cases or (name for name in CASES if name != PLANTED))
-    runs: dict[str, dict[str, Any]] = {name: {} for name in (*names, PLANTED)}
+    runs: dict[str, dict[str, Any]] = {name: {} for name in (PLANTED, *names)}
     report: dict[str, Any] = {"commit": args.commit, "command": " ".join(sys.argv), "tools": args.tools}
+    report["sanitizer"] = version.strip().splitlines()[-1]
 
     def work(name: str, tool: str) -> dict[str, Any]:
         start = time.perf_counter()
@@ -150,7 +162,7 @@ def run_all(args: argparse.Namespace) -> int:
     def done(name: str, tool: str, one: dict[str, Any]) -> None:
         runs[name][tool] = one
         report.update(
-            summarize(runs, args.tools, whole=not args.cases), seconds=time.perf_counter() - began, cases=runs
+            summarize(runs, args.tools, whole=not args.cases), seconds=round(time.perf_counter() - began, 1), cases=runs
         )
         if args.out:
             args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -158,20 +170,21 @@ def run_all(args: argparse.Namespace) -> int:
         for line in one["why"]:
             print(f"          {line}", flush=True)
 
-    in_parallel([(name, ALONE) for name in names], work, args.jobs, done)
-    in_parallel([(PLANTED, "memcheck"), *((n, tool) for tool in args.tools for n in names)], work, args.jobs, done)
+    in_parallel({PLANTED: ["memcheck"], **dict.fromkeys(names, args.tools)}, work, args.jobs, done)
     print(json.dumps({key: report[key] for key in ("passed", "planted_found", "not_clean", "not_launched")}))
     return 0 if report["passed"] else 1
 
 
 def run_one(args: argparse.Namespace) -> int:
     """A case and its last line. 1 if something is wrong or a GPU was asked for and launched nothing."""
-    result = run_case(args.name, args.device)
     on_gpu = args.device != "cpu"
-    device = torch.cuda.get_device_name() if on_gpu else "cpu"
-    capability = list(torch.cuda.get_device_capability()) if on_gpu else None
-    versions = {"torch": torch.__version__, "triton": triton.__version__}
-    print(RESULT + json.dumps({**result, "device": device, "capability": capability, **versions}), flush=True)
+    about: dict[str, Any] = {"device": "cpu", "capability": None}
+    if on_gpu:  # asked before the case, whose errors would fail every later call
+        about = {"device": torch.cuda.get_device_name(), "capability": list(torch.cuda.get_device_capability())}
+    result = run_case(args.name, args.device)
+    print(
+        RESULT + json.dumps({**result, **about, "torch": torch.__version__, "triton": triton.__version__}), flush=True
+    )
     return 1 if result["wrong"] or (on_gpu and not result["kernels"]) else 0
 
 

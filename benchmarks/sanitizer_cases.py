@@ -46,11 +46,13 @@ class Linear(NamedTuple):
     smooth: bool = True
 
 
-W4A8 = (
+W4A8_BARE = (
     Linear(LinearCase(1, 72, 128, R=0, r=0, bias=False), smooth=False),
+    Linear(LinearCase(130, 136, 104, R=0, r=8, bias=False)),
+)
+W4A8_BRANCH = (
     Linear(LinearCase(77, 72, 320, R=48, r=16, hadamard=True)),
     Linear(LinearCase(130, 200, 320, R=48, r=0), smooth=False),
-    Linear(LinearCase(130, 136, 104, R=0, r=8, bias=False)),
 )
 """N leaves a part of a tile of 128 outputs, K a part of a group."""
 W4A8_LARGE = (
@@ -229,7 +231,7 @@ def optimizer_errors(sizes: tuple[int, ...], device: str) -> Errors:
     return {"values that differ": (float((found[0] != found[1]).sum()), 0.5)}
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def planted_kernel(p_x: Any, BLOCK: tl.constexpr) -> None:
     """Adds 1 to BLOCK values, however few p_x has: the error that memcheck must find."""
     o = tl.arange(0, BLOCK)
@@ -272,12 +274,13 @@ def portable(case: Case, device: str, dtype: torch.dtype) -> Checks:
 PLANTED = "planted"
 FP16 = "w4a8-fp16"
 CASES: dict[str, Case] = {
-    "quantizers": quantizers,
-    "quantizers-portable": partial(portable, quantizers),
-    "w4a8": partial(linears, "w4a8", W4A8),
     "w4a8-large": partial(linears, "w4a8", W4A8_LARGE),
+    "w4a8-bare": partial(linears, "w4a8", W4A8_BARE),
+    "w4a8-branch": partial(linears, "w4a8", W4A8_BRANCH),
     FP16: partial(linears, "w4a8", W4A8_FP16),
     "w4a8-portable": partial(portable, partial(linears, "w4a8", W4A8_PORTABLE)),
+    "quantizers": quantizers,
+    "quantizers-portable": partial(portable, quantizers),
     "w4a4": partial(linears, "w4a4", W4A4),
     "w4a4-unsigned": partial(linears, "w4a4", W4A4_UNSIGNED),
     "w4a16-few": partial(linears, "w4a16", W4A16_FEW),
