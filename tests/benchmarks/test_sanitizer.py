@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+from triton.compiler.compiler import LazyDict
 
 from loragraft.kernels.compile_table import TABLE
 
@@ -95,6 +97,20 @@ def test_wrong_results_and_exceptions_are_told(cases: ModuleType, monkeypatch: p
     assert "ZeroDivisionError" in raised["wrong"][0]
     with pytest.raises(ValueError, match="run it on a GPU"):
         cases.run_case(cases.PLANTED, "cpu")
+
+
+def test_launches_are_counted_where_triton_tells_of_them(cases: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    hook = triton.knobs.runtime.launch_enter_hook
+
+    def launched() -> dict[str, tuple[float, float]]:
+        for name in ("a_kernel", "b_kernel", "a_kernel"):
+            hook(LazyDict({"name": name}))
+        return {"y": (0.0, 1.0)}
+
+    monkeypatch.setitem(cases.CASES, "conv", lambda device, dtype: iter([("label", launched)]))
+    result = cases.run_case("conv", "cpu")
+    assert result == {"checks": 1, "wrong": [], "kernels": {"a_kernel": 2, "b_kernel": 1}}
+    assert hook.calls == []
 
 
 def test_portable_cases_are_off_hopper_while_they_run(cases: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
