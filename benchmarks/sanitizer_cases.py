@@ -232,7 +232,7 @@ def optimizer_errors(sizes: tuple[int, ...], device: str) -> Errors:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def planted_kernel(p_x: Any, BLOCK: tl.constexpr) -> None:
+def planted_kernel(p_x, BLOCK: tl.constexpr) -> None:
     """Adds 1 to BLOCK values, however few p_x has: the error that memcheck must find."""
     o = tl.arange(0, BLOCK)
     tl.store(p_x + o, tl.load(p_x + o) + 1)

@@ -198,7 +198,7 @@ def _hopper() -> list[Build]:
         "p_s": "*fp32",
         **dict.fromkeys(hopper_gemm.COUNTS, "i32"),
     }
-    tiles = {"RANK_STEPS": 2, "BM": 256, "WN": 64, "BX": 0}
+    tiles = {"RANKS": 48, "BM": 256, "WN": 64, "BX": 0}
     packed = {"PACKED": True, "UP_BY_RANK": False, "STAGES": 4, **tiles}
     plain = {"PACKED": False, "UP_BY_RANK": True, "STAGES": 3, **tiles}
     transposed = {"up_desc": _descriptor("bf16", [32, 64], 128), "p_words": "None", "p_bias": "None"}

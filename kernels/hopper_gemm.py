@@ -6,7 +6,9 @@ x INT8; w either packed UINT4 with one 32-bit word of scales and offsets per row
 INT8 as it lies. Tiles are computed as Y^T = W X^T: the weight is the tensor core's A operand, which may come from registers,
 so widened codes are never written anywhere. One warp keeps STAGES tiles of 128 columns in flight (TMA); two warpgroups, WN
 weight rows each, share every tile of x. They run out of step, so one widens or finishes a tile while the other multiplies.
-The low-rank branch is one more step through the same stages, after the sums were scaled in place; ranks beyond R read as 0.
+The low-rank branch is one more step through the same stages, after the sums were scaled in place: its first 64 ranks are one
+stage, in which h fills the tiles of x; of U 32 ranks lie where weights do, 32 where the tile before left its outputs. Every
+further 32 are a stage. Sixteen ranks are multiplied at a time, and those beyond R read as 0.
 Programs are persistent. INT32 sums are exact, so results do not depend on the schedule.
 
 A convolution reads the same tiles of x out of the codes of an image (`block_codes`): BX outputs that are neighbours find each
@@ -40,7 +42,6 @@ from loragraft.kernels.layout import on_device
 from loragraft.kernels.tiles import WIDEN_HIGH, WIDEN_LOW
 
 SHARED_BYTES = 232448 - 512  # of one SM, less barriers
-STEP_RANKS = 32  # ranks of one branch step: 64 bytes, a box of x
 
 
 @gluon.jit
@@ -94,7 +95,7 @@ def _part(buffer, part: gl.constexpr, BM: gl.constexpr, BX: gl.constexpr):
 def _produce(
     x_desc, w_desc, h_desc, up_desc, full, empty, xs, ws, M, N, steps, group_m,
     across, block_height, block_rows, steps_x, stride, kernel, columns, BX: gl.constexpr,
-    PACKED: gl.constexpr, UP_BY_RANK: gl.constexpr, RANK_STEPS: gl.constexpr, BM: gl.constexpr, WN: gl.constexpr,
+    PACKED: gl.constexpr, UP_BY_RANK: gl.constexpr, RANKS: gl.constexpr, BM: gl.constexpr, WN: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
     stage, phase = 0, 1
@@ -131,18 +132,17 @@ def _produce(
             stage += 1
             if stage == STAGES:
                 stage, phase = 0, phase ^ 1
-        for step in gl.static_range(RANK_STEPS):
+        for step in gl.static_range(_rank_steps(RANKS)):
             mbarrier.wait(empty.index(stage), phase)
             barrier = full.index(stage)
-            mbarrier.expect(barrier, BM * 64 + 2 * WN * 64)
-            tma_load(h_desc, [t_m * BM, step * 64], barrier, xs.index(2 * stage))
+            first_rank = 32 * step + (32 if step > 0 else 0)
+            mbarrier.expect(barrier, (2 if step == 0 and RANKS > 32 else 1) * BM * 64 + 2 * WN * 64)
+            tma_load(h_desc, [t_m * BM, first_rank * 2], barrier, xs.index(2 * stage))
+            if step == 0 and RANKS > 32:
+                tma_load(h_desc, [t_m * BM, 64], barrier, xs.index(2 * stage + 1))
             for group in gl.static_range(2):
                 up = _up_tile(ws.index(BOXES * stage + group), up_desc.dtype, WN, UP_BY_RANK)
-                row = (2 * t_n + group) * WN
-                if UP_BY_RANK:
-                    tma_load(up_desc, [step * 32, row], barrier, up)
-                else:
-                    tma_load(up_desc, [row, step * 32], barrier, up)
+                _load_up(up_desc, first_rank, (2 * t_n + group) * WN, barrier, up, UP_BY_RANK)
             stage += 1
             if stage == STAGES:
                 stage, phase = 0, phase ^ 1
@@ -160,6 +160,38 @@ def _up_tile(buffer, dtype: gl.constexpr, WN: gl.constexpr, UP_BY_RANK: gl.const
 
 
 @gluon.jit
+def _load_up(desc, rank, row, barrier, up, UP_BY_RANK: gl.constexpr):
+    """32 ranks of U for WN rows of the weight."""
+    if UP_BY_RANK:
+        tma_load(desc, [rank, row], barrier, up)
+    else:
+        tma_load(desc, [row, rank], barrier, up)
+
+
+@gluon.jit
+def _branch_product(up, h, b_y, RANKS: gl.constexpr, UP_BY_RANK: gl.constexpr):
+    """b_y + U h^T over the first RANKS (16 or 32) of the 32 that lie there, under way."""
+    if RANKS == 16:
+        up = up.slice(0, 16, 0 if UP_BY_RANK else 1)
+        h = h.slice(0, 16, 1)
+    if UP_BY_RANK:
+        up = up.permute((1, 0))
+    return warpgroup_mma(up, h.permute((1, 0)), b_y, is_async=True)
+
+
+@gluon.constexpr_function
+def _rank_steps(ranks):
+    """Stages of a branch."""
+    return 0 if ranks == 0 else 1 + max(0, (ranks - 33) // 32)
+
+
+@gluon.constexpr_function
+def _step_ranks(ranks, step):
+    """Ranks of a stage's last 32."""
+    return min(32, ranks - (0 if ranks <= 32 else 32 * (step + 1)))
+
+
+@gluon.jit
 def _widen(b_w, word, HALF: gl.constexpr):
     """INT8 codes of the low or the high nibbles; the four words of pack=4 are one row's, hence equal."""
     b_word = word[:, None].broadcast_to(b_w.shape)
@@ -168,8 +200,8 @@ def _widen(b_w, word, HALF: gl.constexpr):
 
 @gluon.jit
 def _consume(
-    GROUP: gl.constexpr, p_a, p_words, p_s, p_bias, up_desc, y_desc, full, empty, xs, ws, ys, scales, M, N, steps, group_m,
-    PACKED: gl.constexpr, UP_BY_RANK: gl.constexpr, RANK_STEPS: gl.constexpr, BM: gl.constexpr, WN: gl.constexpr,
+    GROUP: gl.constexpr, p_a, p_words, p_s, p_bias, up_desc, y_desc, full, empty, up_full, xs, ws, ys, scales, M, N,
+    steps, group_m, PACKED: gl.constexpr, UP_BY_RANK: gl.constexpr, RANKS: gl.constexpr, BM: gl.constexpr, WN: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
     INT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
@@ -181,7 +213,9 @@ def _consume(
     o_word = gl.arange(0, WN, layout=gl.SliceLayout(1, A_INT))
     o_n = gl.arange(0, WN, layout=gl.SliceLayout(1, FLOAT))
     o_m = gl.arange(0, BM, layout=FLAT)
-    stage, phase = 0, 0
+    stage, phase, up_phase = 0, 0, 0
+    CODES: gl.constexpr = gl.NVMMASharedLayout(64, 8)
+    second_up = _up_tile(reinterpret(ys, gl.int8, [BM // 32, WN, 64], CODES).index(0), up_desc.dtype, WN, UP_BY_RANK)
     for tile in range(gl.program_id(0), gl.cdiv(M, BM) * gl.cdiv(N, 2 * WN), gl.num_programs(0)):
         t_m, t_n = _tile(tile, M, N, group_m, BM, 2 * WN)
         first = (2 * t_n + GROUP) * WN
@@ -215,26 +249,34 @@ def _consume(
             stage += 1
             if stage == STAGES:
                 stage, phase = 0, phase ^ 1
+            if (RANKS > 32) & (k == 0):
+                tma.store_wait(0)  # the tile before has left ys; what comes there now is wanted after the sums
+                thread_barrier()
+                mbarrier.expect(up_full, WN * 64)
+                _load_up(up_desc, 32, first, up_full, second_up, UP_BY_RANK)
         scales.store(b_a)  # a value per column: through shared memory, as a thread needs many of them
         thread_barrier()
         b_y = gl.convert_layout(acc.to(gl.float32), FLOAT)
         b_y = b_y * (b_s[:, None] * scales.load(gl.SliceLayout(0, FLOAT))[None, :]) + b_bias[:, None]
-        for step in gl.static_range(RANK_STEPS):
+        for step in gl.static_range(_rank_steps(RANKS)):
             mbarrier.wait(full.index(stage), phase)
             up = _up_tile(ws.index(BOXES * stage + GROUP), up_desc.dtype, WN, UP_BY_RANK)
-            if UP_BY_RANK:
-                up = up.permute((1, 0))
             h = reinterpret(xs.index(2 * stage), up_desc.dtype, [BM, 32], HALF)
-            b_y = warpgroup_mma(up, h.permute((1, 0)), b_y, is_async=True)
-            if step % 2 == 1 or step == RANK_STEPS - 1:  # one wait for two steps
-                b_y = warpgroup_mma_wait(0, deps=(b_y,))
-                if step % 2 == 1:
-                    mbarrier.arrive(empty.index(gl.where(stage == 0, STAGES - 1, stage - 1)))
-                mbarrier.arrive(empty.index(stage))
+            if step == 0 and RANKS > 32:
+                b_y = _branch_product(up, h, b_y, 32, UP_BY_RANK)
+                mbarrier.wait(up_full, up_phase)
+                h = reinterpret(xs.index(2 * stage + 1), up_desc.dtype, [BM, 32], HALF)
+                b_y = _branch_product(second_up, h, b_y, _step_ranks(RANKS, step), UP_BY_RANK)
+            else:
+                b_y = _branch_product(up, h, b_y, _step_ranks(RANKS, step), UP_BY_RANK)
+            b_y = warpgroup_mma_wait(0, deps=(b_y,))
+            mbarrier.arrive(empty.index(stage))
             stage += 1
             if stage == STAGES:
                 stage, phase = 0, phase ^ 1
-        tma.store_wait(0)  # the tile before has left ys
+        up_phase ^= 1
+        if RANKS <= 32:
+            tma.store_wait(0)  # the tile before has left ys
         thread_barrier()
         ys.store(b_y.to(ys.dtype))
         fence_async_shared()
@@ -250,9 +292,10 @@ COUNTS = ("steps", "group_m", "across", "block_height", "block_rows", "steps_x",
 def hopper_gemm_kernel(
     x_desc, w_desc, h_desc, up_desc, y_desc, p_a, p_words, p_s, p_bias, M, N, steps, group_m,
     across, block_height, block_rows, steps_x, stride, kernel, columns, BX: gl.constexpr,
-    PACKED: gl.constexpr, UP_BY_RANK: gl.constexpr, RANK_STEPS: gl.constexpr, BM: gl.constexpr, WN: gl.constexpr,
+    PACKED: gl.constexpr, UP_BY_RANK: gl.constexpr, RANKS: gl.constexpr, BM: gl.constexpr, WN: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
+    """RANKS: of the branch, rounded up to a multiple of 16."""
     TRANSPOSED: gl.constexpr = gl.NVMMASharedLayout(128, 16, transposed=True)
     BOXES: gl.constexpr = 2 if PACKED else 4
     xs = gl.allocate_shared_memory(gl.int8, [2 * STAGES, BM, 64], x_desc.layout)
@@ -264,15 +307,20 @@ def hopper_gemm_kernel(
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=2)
+    up_full = full
+    if RANKS > 32:
+        up_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        for group in gl.static_range(2):
+            mbarrier.init(up_full.index(group), count=1)
     fence_async_shared()
     gl.warp_specialize(
         [
-            (_consume, (0, p_a, p_words, p_s, p_bias, up_desc, y_desc, full, empty, xs, ws, ys.index(0), scales.index(0), M, N,
-                        steps, group_m, PACKED, UP_BY_RANK, RANK_STEPS, BM, WN, STAGES)),
-            (_consume, (1, p_a, p_words, p_s, p_bias, up_desc, y_desc, full, empty, xs, ws, ys.index(1), scales.index(1), M, N,
-                        steps, group_m, PACKED, UP_BY_RANK, RANK_STEPS, BM, WN, STAGES)),
+            (_consume, (0, p_a, p_words, p_s, p_bias, up_desc, y_desc, full, empty, up_full.index(0), xs, ws, ys.index(0),
+                        scales.index(0), M, N, steps, group_m, PACKED, UP_BY_RANK, RANKS, BM, WN, STAGES)),
+            (_consume, (1, p_a, p_words, p_s, p_bias, up_desc, y_desc, full, empty, up_full.index(1), xs, ws, ys.index(1),
+                        scales.index(1), M, N, steps, group_m, PACKED, UP_BY_RANK, RANKS, BM, WN, STAGES)),
             (_produce, (x_desc, w_desc, h_desc, up_desc, full, empty, xs, ws, M, N, steps, group_m, across, block_height,
-                        block_rows, steps_x, stride, kernel, columns, BX, PACKED, UP_BY_RANK, RANK_STEPS, BM, WN, STAGES)),
+                        block_rows, steps_x, stride, kernel, columns, BX, PACKED, UP_BY_RANK, RANKS, BM, WN, STAGES)),
         ],
         [4, 1],
         [232, 40],
@@ -305,7 +353,7 @@ def hopper_gemm(
     x_desc = TensorDescriptor.from_tensor(x_MK, [BX or BM, 64], box)
     w_desc = TensorDescriptor.from_tensor(weight.view(torch.int8), [WN, 64], box)
     h_desc = TensorDescriptor.from_tensor(h_MR.view(torch.int8), [BM, 64], box) if R else x_desc
-    by_rank = up_NR.stride(1) != 1  # the transpose of a [R, N] matrix
+    by_rank = R > 0 and up_NR.stride(1) != 1  # the transpose of a [R, N] matrix
     if by_rank:
         up_desc = TensorDescriptor.from_tensor(up_NR.T, [32, WN], gl.NVMMASharedLayout(128, 16))
     elif R:
@@ -318,7 +366,7 @@ def hopper_gemm(
     with on_device(x_MK):
         hopper_gemm_kernel[(min(tiles, programs),)](
             x_desc, w_desc, h_desc, up_desc, y_desc, a_M1, words, s_N, bias, M, N, KP // 128, config["GROUP_M"],
-            *_geometry(blocks, x_MK.shape[1]), BX=BX, PACKED=packed, UP_BY_RANK=by_rank, RANK_STEPS=triton.cdiv(R, STEP_RANKS), BM=BM, WN=WN, STAGES=stages, num_warps=4,
+            *_geometry(blocks, x_MK.shape[1]), BX=BX, PACKED=packed, UP_BY_RANK=by_rank, RANKS=16 * triton.cdiv(R, 16), BM=BM, WN=WN, STAGES=stages, num_warps=4,
         )  # fmt: skip
     return y_MN
 

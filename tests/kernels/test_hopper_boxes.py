@@ -80,7 +80,7 @@ def test_boxes_are_the_windows(window, columns, BM, python, monkeypatch):
     weight = torch.zeros(128, KP // 2, dtype=torch.int8)
     hopper_gemm._produce.fn(
         codes, weight, None, None, barriers, barriers, xs, ws, P, 128, steps, GROUP_M,
-        *hopper_gemm._geometry(blocks, columns), BX=blocks.columns, PACKED=True, UP_BY_RANK=False, RANK_STEPS=0,
+        *hopper_gemm._geometry(blocks, columns), BX=blocks.columns, PACKED=True, UP_BY_RANK=False, RANKS=0,
         BM=BM, WN=WN, STAGES=STAGES,
     )  # fmt: skip
     seen.append(xs.tiles[2 * (len(seen) % STAGES) :][:2].clone())

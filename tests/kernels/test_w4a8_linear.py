@@ -13,7 +13,8 @@ W4A8 = next(op for op in OPS if op.name == "w4a8")
 
 
 def gradients(inputs, dy, **modes):
-    leaves = {name: inputs[name].clone().requires_grad_() for name in ("x", "adapter_down", "adapter_up")}
+    names = [name for name in ("x", "adapter_down", "adapter_up") if inputs[name] is not None]
+    leaves = {name: inputs[name].clone().requires_grad_() for name in names}
     y = w4a8_linear(**{**inputs, **leaves}, **modes)
     return dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), dy), strict=True))
 
@@ -63,6 +64,18 @@ def test_int8_dgrad_is_exact_on_its_grid(device):
     dy = (codes / 127).to(device) / inputs["row_scale"]
     exact, int8 = gradients(inputs, dy, dgrad="dequantized"), gradients(inputs, dy, dgrad="int8")
     assert relative_rms(int8["x"], exact["x"]) < 1e-5
+
+
+@pytest.mark.parametrize("ranks", [(0, 0), (8, 0), (32, 16), (32, 32), (48, 48)])
+def test_int8_dgrad_without_a_branch_and_with_many_ranks(ranks, device, dtype, tolerance):
+    """On Hopper the product of dgrad takes its branch from the other side, and its ranks in stages of 64 and 32."""
+    inputs = cast(W4A8.inputs(LinearCase(130, 96, 192, *ranks)), dtype, device)
+    dy = torch.randn(130, 96, generator=torch.Generator().manual_seed(7)).to(device, dtype)
+    wide = cast(inputs, torch.float32, "cpu")
+    exact, int8 = gradients(wide, dy.float().cpu(), dgrad="dequantized"), gradients(inputs, dy, dgrad="int8")
+    assert relative_rms(int8["x"].cpu(), exact["x"]) < 1.5e-2 + tolerance
+    if ranks[1]:
+        assert relative_rms(int8["adapter_down"].cpu(), exact["adapter_down"]) < 4 * tolerance
 
 
 def test_rows_of_weight_zero_do_not_spoil_int8_dgrad(device):

@@ -1,6 +1,6 @@
 """A tiny FLUX of random weights with an adapter that matters, and one loss of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -15,6 +15,14 @@ from loragraft.backbones.flow import flow_loss
 def two_ranks(module_of: Callable[[Path, str], ModuleType]) -> ModuleType:
     """What test_several.py runs in two processes, as a module: the model and its steps."""
     return module_of(Path(__file__).with_name("two_ranks.py"), "two_ranks")
+
+
+@pytest.fixture(autouse=True)
+def no_cudnn_attention() -> Iterator[None]:
+    """As train/lora.py: its backward pass gives NaN on torch 2.11 with driver 580."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    yield
+    torch.backends.cuda.enable_cudnn_sdp(True)
 
 
 @pytest.fixture
