@@ -1,0 +1,229 @@
+"""Processes side by side as far as memory allows, in the order of their importance; `timed_alone.py` says how they are timed.
+
+A job starts if its expected peak fits into what the running ones leave, if fewer than so many run, and if it would not keep the first
+one that waits from starting when the largest of those that run is done. One that is `alone` runs with nothing beside it.
+None starts while another is timed. One that fails or takes too long is told and the others go on; time in which a job is stopped does
+not count for it. When the scheduler ends, by a signal too, nothing that it started is left.
+"""
+
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import inf
+from pathlib import Path
+from types import FrameType
+from typing import Literal
+
+import psutil
+from timed_alone import LOCK, adopt_orphans, continue_tree, kill_tree, lock
+
+POLL_SECONDS = 0.1
+How = Literal["done", "failed", "too slow", "cut short", "not started"]
+"""too slow: beyond `Limits.timeout`. cut short, not started: for the deadline."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One process. gib: expected peak of the GPU's memory, context included. seconds: expected, were it alone."""
+
+    name: str
+    command: tuple[str, ...]
+    gib: float
+    seconds: float
+    alone: bool = False
+    after: str = ""
+    """A job that has to have ended, where it is among the jobs."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """timeout: seconds of one job. deadline: seconds after the start; a job that would pass it is not started."""
+
+    gib: float = 77.0
+    jobs: int = 4
+    timeout: float = 240.0
+    deadline: float = inf
+
+
+@dataclass(frozen=True)
+class Ended:
+    """seconds: from start to end; `stopped` of them it stood still for others. log: the end of what it said, if it failed."""
+
+    job: Job
+    how: How
+    seconds: float = 0.0
+    stopped: float = 0.0
+    log: str = ""
+
+
+@dataclass(eq=False)
+class _Running:
+    job: Job
+    process: subprocess.Popen[bytes]
+    log: Path
+    started: float = field(default_factory=time.monotonic)
+    stopped: float = 0.0
+
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    def is_stopped(self) -> bool:
+        return psutil.Process(self.process.pid).status() == psutil.STATUS_STOPPED  # a child that is not waited for yet
+
+
+def pick(waiting: Sequence[Job], running: Collection[Job], limits: Limits) -> Job | None:
+    """The first of `waiting` that may start now; None: none may."""
+    names = {job.name for job in (*waiting, *running)}
+    ready = [job for job in waiting if not job.after or job.after not in names]
+    if not ready or len(running) >= limits.jobs or any(job.alone for job in running):
+        return None
+    first, used = ready[0], sum(job.gib for job in running)
+    if first.alone or not running:
+        return None if running else first
+    small = used - max(job.gib for job in running)
+    for job in ready:
+        fits = used + job.gib <= limits.gib
+        if fits and not job.alone and (job is first or small + job.gib + first.gib <= limits.gib):
+            return job
+    return None
+
+
+class SideBySide:
+    """Runs `jobs`, the first the most important; logs go to `parts`/NAME.log, the lock is `parts`/timing.lock.
+
+    say: told each line. about: what to add to the line of a job that is done."""
+
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        parts: Path,
+        limits: Limits,
+        say: Callable[[str], None] = lambda line: print(line, flush=True),
+        about: Callable[[str], str] = lambda _: "",
+    ) -> None:
+        self.waiting, self.parts, self.limits, self.say, self.about = list(jobs), parts, limits, say, about
+        self.running: list[_Running] = []
+        self.ended: list[Ended] = []
+        parts.mkdir(parents=True, exist_ok=True)
+        self.file = parts / LOCK
+
+    def run(self) -> list[Ended]:
+        """Every job, in the order in which they ended. Raises KeyboardInterrupt on SIGINT, SIGTERM or SIGHUP."""
+        self.start = self._last = time.monotonic()
+        self._before = {child.pid for child in psutil.Process().children()}
+        adopt_orphans(True)
+        with _signals_noted() as noted:
+            try:
+                while self.waiting or self.running:
+                    if noted:
+                        raise KeyboardInterrupt(noted[0].name)
+                    self._poll()
+                    if self.running:
+                        time.sleep(POLL_SECONDS)
+            finally:
+                for one in self.running:
+                    kill_tree(one.process.pid)
+                for one in self.running:
+                    one.process.wait()
+                self.running.clear()
+                self._end_orphans()
+                adopt_orphans(False)
+        return self.ended
+
+    def seconds(self) -> float:
+        """Since the start."""
+        return time.monotonic() - self.start
+
+    def _poll(self) -> None:
+        now = time.monotonic()
+        passed, self._last = now - self._last, now
+        for one in list(self.running):
+            self._look(one, passed)
+        with lock(self.file, wait=False) as nobody_times:
+            if nobody_times:
+                for one in self.running:  # their holder was killed
+                    if one.is_stopped():
+                        continue_tree(one.process.pid)
+                self._start()
+
+    def _look(self, one: _Running, passed: float) -> None:
+        code = one.process.poll()
+        if code is not None:
+            self._end(one, "failed" if code else "done")
+        elif one.is_stopped():
+            one.stopped += passed
+        elif one.seconds() - one.stopped > self.limits.timeout:
+            self._end(one, "too slow")
+        if code is None and self.seconds() > self.limits.deadline and one in self.running:
+            self._end(one, "cut short")
+
+    def _end(self, one: _Running, how: How) -> None:
+        kill_tree(one.process.pid)  # of one that ended by itself, what it left
+        one.process.wait()
+        self.running.remove(one)
+        self._end_orphans()
+        log = "" if how == "done" else one.log.read_text(errors="replace")[-1500:]
+        self._tell(Ended(one.job, how, one.seconds(), one.stopped, log))
+
+    def _end_orphans(self) -> None:
+        """What jobs that have ended left in other groups."""
+        ours = self._before | {one.process.pid for one in self.running}
+        while orphans := [child for child in psutil.Process().children() if child.pid not in ours]:
+            for orphan in orphans:
+                kill_tree(orphan.pid)
+                orphan.wait()
+
+    def _start(self) -> None:
+        for job in [job for job in self.waiting if self.seconds() + job.seconds > self.limits.deadline]:
+            self.waiting.remove(job)
+            self._tell(Ended(job, "not started"))
+        while (chosen := pick(self.waiting, [one.job for one in self.running], self.limits)) is not None:
+            self.waiting.remove(chosen)
+            log = self.parts / f"{chosen.name}.log"
+            with log.open("wb") as output:
+                process = subprocess.Popen(
+                    chosen.command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, process_group=0
+                )
+            self.running.append(_Running(chosen, process, log))
+            together = sum(one.job.gib for one in self.running)
+            self.say(
+                f"{self.seconds():6.1f} s  {chosen.name} starts; {len(self.running)} run, {together:.0f} GiB expected"
+            )
+
+    def _tell(self, ended: Ended) -> None:
+        self.ended.append(ended)
+        name, still = ended.job.name, f", stopped for {ended.stopped:.0f} s of it" if ended.stopped >= 1 else ""
+        line = f"{self.seconds():6.1f} s  {name}: {ended.how}"
+        line += "" if ended.how == "not started" else f" after {ended.seconds:.0f} s{still}"
+        about = self.about(name) if ended.how == "done" else ""
+        self.say(line + (f"; {about}" if about else "") + (f"\n{ended.log}" if ended.log else ""))
+
+
+def table(ended: Sequence[Ended]) -> str:
+    """A line a job: how it ended, its seconds, those that were expected, those in which it was stopped."""
+    wide = max((len(one.job.name) for one in ended), default=0)
+    lines = [f"{'':{wide}}  how          seconds  expected  stopped"]
+    for one in ended:
+        lines.append(
+            f"{one.job.name:{wide}}  {one.how:11}  {one.seconds:7.0f}  {one.job.seconds:8.0f}  {one.stopped:7.0f}"
+        )
+    return "\n".join(lines)
+
+
+@contextmanager
+def _signals_noted() -> Iterator[list[signal.Signals]]:
+    """Yields the list of what came of SIGINT, SIGTERM and SIGHUP: an exception amid starting a process would lose it."""
+    noted: list[signal.Signals] = []
+
+    def note(number: int, _: FrameType | None) -> None:
+        noted.append(signal.Signals(number))
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
