@@ -1,16 +1,18 @@
 """Processes side by side as far as memory allows, in the order of their importance; `timed_alone.py` says how they are timed.
 
-A job starts if its expected peak fits into what the running ones leave, if fewer than so many run, and if it would not keep the first
-one that waits from starting when the largest of those that run is done. One that is `alone` runs with nothing beside it.
-None starts while another is timed. One that fails or takes too long is told and the others go on; time in which a job is stopped does
+A job starts if its expected memory fits into what the running ones leave, if fewer than so many run, and if it would not keep the first
+one that waits from going on when the largest of those that run is done. One that is `alone` runs with nothing beside it. One that needs
+less `before` its first step asks for the rest (`wait_for_memory`) and is given it by the same rule; none starts that would leave some of
+them waiting for one another. Nothing starts or grows while another is timed. One that fails or takes too long is told and the others go on; time in which a job is stopped does
 not count for it. When the scheduler ends, by a signal too, nothing that it started is left.
 """
 
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
@@ -34,8 +36,27 @@ class Job:
     gib: float
     seconds: float
     alone: bool = False
-    after: str = ""
-    """A job that has to have ended, where it is among the jobs."""
+    before: float | None = None
+    """GiB until it calls `wait_for_memory`; None: it does not."""
+
+    @property
+    def early(self) -> float:
+        """GiB that it starts with."""
+        return self.gib if self.before is None else self.before
+
+
+@dataclass(frozen=True)
+class Held:
+    """A job that runs. grown: it may take all of its memory. asks: it waits for that."""
+
+    job: Job
+    grown: bool = True
+    asks: bool = False
+
+    @property
+    def gib(self) -> float:
+        """What it may take now."""
+        return self.job.gib if self.grown else self.job.early
 
 
 @dataclass(frozen=True)
@@ -64,31 +85,58 @@ class _Running:
     job: Job
     process: subprocess.Popen[bytes]
     log: Path
+    asking: Path
+    """A file that is there once it waits for memory."""
+    grown: bool
     started: float = field(default_factory=time.monotonic)
     stopped: float = 0.0
 
     def seconds(self) -> float:
         return time.monotonic() - self.started
 
+    def held(self) -> Held:
+        return Held(self.job, self.grown, not self.grown and self.asking.exists())
+
     def is_stopped(self) -> bool:
         return psutil.Process(self.process.pid).status() == psutil.STATUS_STOPPED  # a child that is not waited for yet
 
 
-def pick(waiting: Sequence[Job], running: Collection[Job], limits: Limits) -> Job | None:
-    """The first of `waiting` that may start now; None: none may."""
-    names = {job.name for job in (*waiting, *running)}
-    ready = [job for job in waiting if not job.after or job.after not in names]
-    if not ready or len(running) >= limits.jobs or any(job.alone for job in running):
+def wait_for_memory(parts: Path, name: str) -> None:
+    """In a job with `before`: returns when all of its memory is there for it; its standard input is the scheduler's."""
+    _asking(parts, name).touch()
+    sys.stdin.readline()
+
+
+def _asking(parts: Path, name: str) -> Path:
+    return parts / f"{name}.asks"
+
+
+def pick(waiting: Sequence[Job], running: Sequence[Held], limits: Limits) -> Job | None:
+    """The first that may start, of `waiting`, or grow, of `running`; None: none may."""
+    if any(held.job.alone for held in running):
         return None
-    first, used = ready[0], sum(job.gib for job in running)
-    if first.alone or not running:
-        return None if running else first
-    small = used - max(job.gib for job in running)
-    for job in ready:
-        fits = used + job.gib <= limits.gib
-        if fits and not job.alone and (job is first or small + job.gib + first.gib <= limits.gib):
+    asking = [held.job for held in running if held.asks]
+    queue = [*asking, *(waiting if len(running) < limits.jobs else ())]
+    if not queue or not running:
+        return queue[0] if queue else None
+    first, used = queue[0], sum(held.gib for held in running)
+    rest = used - max((held.gib for held in running if held.grown), default=0.0)
+    needed = first.gib - (first.early if first in asking else 0.0)
+    for job in queue:
+        more = job.gib - job.early if job in asking else job.early
+        fits = used + more <= limits.gib and (job is first or rest + more + needed <= limits.gib)
+        if fits and not job.alone and (job in asking or _all_can_grow(job, running, limits)):
+            return job
+        if len(running) == 1 and job in asking:  # larger than the limit: then with nothing beside it
             return job
     return None
+
+
+def _all_can_grow(job: Job, running: Sequence[Held], limits: Limits) -> bool:
+    """Whether each of those that are yet to grow, `job` among them, could as the first of them, once the grown ones are done."""
+    early = [held.job for held in running if not held.grown] + [job] * (job.before is not None)
+    together = sum(one.early for one in early)
+    return all(together - one.early + one.gib <= limits.gib for one in early)
 
 
 class SideBySide:
@@ -113,7 +161,7 @@ class SideBySide:
     def run(self) -> list[Ended]:
         """Every job, in the order in which they ended. Raises KeyboardInterrupt on SIGINT, SIGTERM or SIGHUP."""
         self.start = self._last = time.monotonic()
-        self._before = {child.pid for child in psutil.Process().children()}
+        self._earlier = {child.pid for child in psutil.Process().children()}
         adopt_orphans(True)
         with _signals_noted() as noted:
             try:
@@ -163,6 +211,7 @@ class SideBySide:
     def _end(self, one: _Running, how: How) -> None:
         kill_tree(one.process.pid)  # of one that ended by itself, what it left
         one.process.wait()
+        one.asking.unlink(missing_ok=True)
         self.running.remove(one)
         self._end_orphans()
         log = "" if how == "done" else one.log.read_text(errors="replace")[-1500:]
@@ -170,7 +219,7 @@ class SideBySide:
 
     def _end_orphans(self) -> None:
         """What jobs that have ended left in other groups."""
-        ours = self._before | {one.process.pid for one in self.running}
+        ours = self._earlier | {one.process.pid for one in self.running}
         while orphans := [child for child in psutil.Process().children() if child.pid not in ours]:
             for orphan in orphans:
                 kill_tree(orphan.pid)
@@ -180,18 +229,35 @@ class SideBySide:
         for job in [job for job in self.waiting if self.seconds() + job.seconds > self.limits.deadline]:
             self.waiting.remove(job)
             self._tell(Ended(job, "not started"))
-        while (chosen := pick(self.waiting, [one.job for one in self.running], self.limits)) is not None:
-            self.waiting.remove(chosen)
-            log = self.parts / f"{chosen.name}.log"
-            with log.open("wb") as output:
-                process = subprocess.Popen(
-                    chosen.command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, process_group=0
-                )
-            self.running.append(_Running(chosen, process, log))
-            together = sum(one.job.gib for one in self.running)
+        while (chosen := pick(self.waiting, [one.held() for one in self.running], self.limits)) is not None:
+            grows = next((one for one in self.running if one.job is chosen), None)
+            if grows is None:
+                self._start_one(chosen)
+            else:
+                grows.asking.unlink()
+                grows.grown = True
+                self._answer(grows)
+            together = sum(one.held().gib for one in self.running)
+            what = "starts" if grows is None else "takes its memory"
             self.say(
-                f"{self.seconds():6.1f} s  {chosen.name} starts; {len(self.running)} run, {together:.0f} GiB expected"
+                f"{self.seconds():6.1f} s  {chosen.name} {what}; {len(self.running)} run, {together:.0f} GiB expected"
             )
+
+    def _start_one(self, job: Job) -> None:
+        self.waiting.remove(job)
+        log, asking = self.parts / f"{job.name}.log", _asking(self.parts, job.name)
+        asking.unlink(missing_ok=True)
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                job.command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, process_group=0
+            )
+        self.running.append(_Running(job, process, log, asking, grown=job.before is None))
+
+    def _answer(self, one: _Running) -> None:
+        assert one.process.stdin is not None
+        with suppress(BrokenPipeError):  # it has just ended: the next look tells
+            one.process.stdin.write(b"\n")
+            one.process.stdin.flush()
 
     def _tell(self, ended: Ended) -> None:
         self.ended.append(ended)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -65,18 +66,56 @@ def test_memory_and_number_are_kept_to(module: ModuleType, tmp_path: Path) -> No
 def test_what_waits_first_is_not_kept_waiting_by_small_ones(module: ModuleType) -> None:
     """Beside 52 of 77 GiB there is room for 24, but 58 come next, and 58 + 24 do not fit."""
     jobs = {name: module.Job(name, (), gib, 60) for name, gib in {"a": 52.0, "b": 58.0, "c": 24.0, "d": 12.0}.items()}
-    waiting, limits = [jobs["b"], jobs["c"], jobs["d"]], module.Limits()
-    assert module.pick(waiting, [jobs["a"]], limits) is jobs["d"]
-    assert module.pick([jobs["b"], jobs["c"]], [jobs["a"], jobs["d"]], limits) is None
-    assert module.pick([jobs["b"], jobs["c"]], [jobs["d"]], limits) is jobs["b"]
+    held = {name: module.Held(job) for name, job in jobs.items()}
+    limits = module.Limits()
+    assert module.pick([jobs["b"], jobs["c"], jobs["d"]], [held["a"]], limits) is jobs["d"]
+    assert module.pick([jobs["b"], jobs["c"]], [held["a"], held["d"]], limits) is None
+    assert module.pick([jobs["b"], jobs["c"]], [held["d"]], limits) is jobs["b"]
     assert module.pick([module.Job("too large for any", (), 99, 60)], [], limits).gib == 99
 
 
-def test_a_job_comes_after_another_only_where_that_one_is_to_run(module: ModuleType) -> None:
-    early, late = module.Job("early", (), 10, 60), module.Job("late", (), 10, 60, after="early")
-    assert module.pick([late, early], [], module.Limits()) is early
-    assert module.pick([late], [early], module.Limits()) is None
-    assert module.pick([late], [], module.Limits()) is late
+def test_what_is_yet_to_grow_can(module: ModuleType) -> None:
+    """Two of 25 GiB now and 50 later fit into 77, not into 74; nothing starts that would leave them waiting for one another."""
+    one, other = (module.Job(name, (), 50, 60, before=25) for name in ("one", "other"))
+    small, limits = module.Job("small", (), 20, 60, before=2), module.Limits(gib=77)
+    grown, waits, asks = (module.Held(one, *state) for state in ((True, False), (False, False), (False, True)))
+    assert module.pick([other], [grown], limits) is other
+    assert module.pick([small], [waits, module.Held(other, False)], limits) is small
+    tight = module.Limits(gib=74)
+    assert module.pick([other], [waits], tight) is None
+    assert module.pick([], [asks, module.Held(other, False)], limits) is one
+    assert module.pick([], [module.Held(other), asks], limits) is None
+    assert module.pick([small], [module.Held(other), asks], limits) is small
+    assert module.pick([], [module.Held(module.Job("too large", (), 99, 60, before=1), False, True)], limits).gib == 99
+
+
+GROWING = """
+import json, sys, time
+from pathlib import Path
+from side_by_side import wait_for_memory
+folder, name = Path(sys.argv[1]), sys.argv[2]
+begin = time.monotonic()
+wait_for_memory(folder, name)
+grown = time.monotonic()
+time.sleep(0.3)
+(folder / f"{name}.json").write_text(json.dumps([begin, grown, time.monotonic()]))
+"""
+
+
+def test_memory_is_asked_for_when_it_is_needed(
+    module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(BENCHMARKS))
+    names = ("a", "b", "c")
+    commands = {name: (sys.executable, "-c", GROWING, str(tmp_path), name) for name in names}
+    ended, lines = schedule(module, tmp_path, [module.Job(n, commands[n], 60, 1, before=8) for n in names])
+    assert {one.how for one in ended.values()} == {"done"}, [one.log for one in ended.values()]
+    found = sorted(json.loads((tmp_path / f"{name}.json").read_text()) for name in names)
+    assert all(begin < found[0][2] for begin, _, _ in found), "they began together"
+    in_order = sorted(found, key=lambda times: times[1])
+    assert all(earlier[2] <= later[1] for earlier, later in pairwise(in_order)), "they had their memory in turn"
+    assert sum("takes its memory" in line for line in lines) == 3
+    assert list(tmp_path.glob("*.asks")) == []
 
 
 def test_failures_and_slow_ones_are_told_and_the_others_go_on(module: ModuleType, tmp_path: Path) -> None:
