@@ -24,8 +24,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -36,10 +36,10 @@ import triton
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from first_step import Phases, Progress, first_step_parts, kernel_seconds, phase_lines
 from flux_figures import collect
-from flux_variants import CONTEXT_GIB, EXPECTED, FIRST, VARIANTS, Variant
+from flux_variants import CONTEXT_GIB, EXPECTED, FIRST, VARIANTS, Variant, gib_before
 from frozen_linears import frozen_linear
 from sdnq_rehearsal import rehearse
-from side_by_side import Job, Limits, SideBySide, table
+from side_by_side import Job, Limits, SideBySide, table, wait_for_memory
 from timed_alone import Alone, end_with
 from torch import Tensor, nn
 
@@ -114,8 +114,12 @@ def loss_of(transformer: nn.Module, autocast: bool) -> Callable[[dict[str, Tenso
     return loss
 
 
-def train(variant: Variant, profile: bool, progress: Progress, alone: Alone) -> dict[str, Any]:
-    """Twenty steps: losses, milliseconds of a step (median of the last fifteen), peak memory, seconds to the first step."""
+def train(
+    variant: Variant, profile: bool, progress: Progress, alone: Alone, grow: Callable[[], None] | None
+) -> dict[str, Any]:
+    """Twenty steps: losses, milliseconds of a step (median of the last fifteen), peak memory, seconds to the first step.
+
+    grow: waits for the memory of a whole step; a compiled rival compiles before that, as the time to its first step does not count."""
     if variant.cap_gib:
         torch.cuda.set_per_process_memory_fraction(variant.cap_gib * GIB / torch.cuda.mem_get_info()[1])
     # As train/lora.py does, while weights are read; what is not done by then counts.
@@ -150,11 +154,18 @@ def train(variant: Variant, profile: bool, progress: Progress, alone: Alone) -> 
     optimizer = choose_optimizer(parameters, OptimConfig(name=variant.optimizer, learning_rate=RATE), fused=True)
     phases("blocks marked, factors joined, optimizer made")
     batches, kernels = [batch(variant.resolution, number) for number in range(LOSS_STEPS)], kernel_seconds()
-    if variant.base == "sdnq":
-        rehearse(lambda: loss(batches[0]).backward(), phases, alone)
+    if not ours and (variant.base == "sdnq" or (variant.compiled and grow is not None)):
+        with few_blocks(transformer):
+            if variant.base == "sdnq":
+                rehearse(lambda: loss(batches[0]).backward(), phases, alone)
+            else:
+                loss(batches[0]).backward()
         optimizer.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+        progress("compiled")
+    if grow is not None:
+        grow()
 
     def step(tensors: dict[str, Tensor]) -> Tensor:
         if graph is not None:
@@ -203,6 +214,20 @@ def train(variant: Variant, profile: bool, progress: Progress, alone: Alone) -> 
         "parameters": sum(p.numel() for p in parameters),
         **profile_of_a_step,
     }
+
+
+@contextmanager
+def few_blocks(transformer: nn.Module) -> Iterator[None]:
+    """The transformer with two blocks of each kind, the first and one whose input needs a gradient: all that is to be compiled."""
+    names = ("transformer_blocks", "single_transformer_blocks")
+    whole = {name: transformer.get_submodule(name) for name in names}
+    try:
+        for name in names:
+            transformer.set_submodule(name, nn.ModuleList(list(whole[name].children())[:2]))
+        yield
+    finally:
+        for name in names:
+            transformer.set_submodule(name, whole[name])
 
 
 def profiled(call: Callable[[], object]) -> dict[str, float]:
@@ -294,7 +319,8 @@ def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
     variant, parts = VARIANTS[name], args.parts
     torch.manual_seed(0)
     progress, alone = Progress(parts / f"{name}.partial"), Alone(parts, args.beside)
-    figures = infer(variant, alone) if variant.infer else train(variant, args.profile, progress, alone)
+    grow = partial(wait_for_memory, parts, name) if args.grow else None
+    figures = infer(variant, alone) if variant.infer else train(variant, args.profile, progress, alone, grow)
     if args.beside is not None and not args.first_step and not variant.infer:
         figures |= {
             "first_step_seconds": None,
@@ -334,10 +360,14 @@ def run_all(args: argparse.Namespace) -> bool:
 def job(name: str, args: argparse.Namespace) -> Job:
     """The process of a variant or of a whole run."""
     gib, seconds = EXPECTED[name]
+    before = gib_before(name)
     script = [__file__, "run"] if name in VARIANTS else [str(Path(__file__).with_name("whole_run.py"))]
     options = ["--parts", str(args.parts), "--commit", args.commit, "--beside", str(os.getpid())]
     options += ["--profile", "--first-step"] if name == FIRST else []
-    return Job(name, (sys.executable, *script, name, *options), gib + CONTEXT_GIB, seconds, alone=name == FIRST)
+    options += [] if before is None else ["--grow"]
+    command = (sys.executable, *script, name, *options)
+    before = None if before is None else before + CONTEXT_GIB
+    return Job(name, command, gib + CONTEXT_GIB, seconds, alone=name == FIRST, before=before)
 
 
 def told(name: str, parts: Path) -> str:
@@ -371,6 +401,7 @@ def main() -> int:
     several.add_argument("--caches", type=Path, help="folder for compiled code (default: one that is removed)")
     one = parser.add_argument_group("run, as `all` calls it")
     one.add_argument("--beside", type=int, metavar="PID", help="of `all`, whose other processes stop for the timing")
+    one.add_argument("--grow", action="store_true", help="ask `all` for the memory of a step before the first one")
     one.add_argument("--first-step", action="store_true", help="the time to the first step counts all the same")
     args = parser.parse_args()
     complete = True
