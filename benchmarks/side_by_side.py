@@ -3,10 +3,12 @@
 A job starts if its expected memory fits into what the running ones leave, if fewer than so many run, and if it would not keep the first
 one that waits from going on when the largest of those that run is done. One that is `alone` runs with nothing beside it. One that needs
 less `before` its first step asks for the rest (`wait_for_memory`) and is given it by the same rule; none starts that would leave some of
-them waiting for one another. Nothing starts or grows while another is timed. One that fails or takes too long is told and the others go on; time in which a job is stopped does
-not count for it. When the scheduler ends, by a signal too, nothing that it started is left.
+them waiting for one another. Nothing starts or grows while another is timed. One that fails or takes too long is told and the others go
+on; time in which a job is stopped or waits for memory does not count for it. When the scheduler ends, by a signal too, nothing that it
+started is left.
 """
 
+import os
 import signal
 import subprocess
 import sys
@@ -71,12 +73,12 @@ class Limits:
 
 @dataclass(frozen=True)
 class Ended:
-    """seconds: from start to end; `stopped` of them it stood still for others. log: the end of what it said, if it failed."""
+    """seconds: from start to end; `waited` of them it was stopped, or lacked memory. log: the end of what it said, if it failed."""
 
     job: Job
     how: How
     seconds: float = 0.0
-    stopped: float = 0.0
+    waited: float = 0.0
     log: str = ""
 
 
@@ -89,7 +91,7 @@ class _Running:
     """A file that is there once it waits for memory."""
     grown: bool
     started: float = field(default_factory=time.monotonic)
-    stopped: float = 0.0
+    waited: float = 0.0
 
     def seconds(self) -> float:
         return time.monotonic() - self.started
@@ -172,10 +174,10 @@ class SideBySide:
                     if self.running:
                         time.sleep(POLL_SECONDS)
             finally:
-                for one in self.running:
+                for one in self.running:  # all of them before the first is waited for
                     kill_tree(one.process.pid)
                 for one in self.running:
-                    one.process.wait()
+                    self._kill(one)
                 self.running.clear()
                 self._end_orphans()
                 adopt_orphans(False)
@@ -198,24 +200,31 @@ class SideBySide:
                 self._start()
 
     def _look(self, one: _Running, passed: float) -> None:
-        code = one.process.poll()
-        if code is not None:
-            self._end(one, "failed" if code else "done")
-        elif one.is_stopped():
-            one.stopped += passed
-        elif one.seconds() - one.stopped > self.limits.timeout:
-            self._end(one, "too slow")
-        if code is None and self.seconds() > self.limits.deadline and one in self.running:
+        if os.waitid(os.P_PID, one.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+            self._end(one, None)
+        elif self.seconds() > self.limits.deadline:
             self._end(one, "cut short")
+        elif one.is_stopped() or one.held().asks:
+            one.waited += passed
+        elif one.seconds() - one.waited > self.limits.timeout:
+            self._end(one, "too slow")
 
-    def _end(self, one: _Running, how: How) -> None:
-        kill_tree(one.process.pid)  # of one that ended by itself, what it left
-        one.process.wait()
+    def _end(self, one: _Running, how: How | None) -> None:
+        """how: None if it ended by itself; its number is not another's until it is waited for here."""
+        code = self._kill(one)
+        how = how or ("failed" if code else "done")
         one.asking.unlink(missing_ok=True)
         self.running.remove(one)
         self._end_orphans()
         log = "" if how == "done" else one.log.read_text(errors="replace")[-1500:]
-        self._tell(Ended(one.job, how, one.seconds(), one.stopped, log))
+        self._tell(Ended(one.job, how, one.seconds(), one.waited, log))
+
+    def _kill(self, one: _Running) -> int:
+        """What is left of it too; returns its exit code."""
+        kill_tree(one.process.pid)
+        if one.process.stdin is not None:
+            one.process.stdin.close()
+        return one.process.wait()
 
     def _end_orphans(self) -> None:
         """What jobs that have ended left in other groups."""
@@ -261,7 +270,7 @@ class SideBySide:
 
     def _tell(self, ended: Ended) -> None:
         self.ended.append(ended)
-        name, still = ended.job.name, f", stopped for {ended.stopped:.0f} s of it" if ended.stopped >= 1 else ""
+        name, still = ended.job.name, f", {ended.waited:.0f} s of it waiting" if ended.waited >= 1 else ""
         line = f"{self.seconds():6.1f} s  {name}: {ended.how}"
         line += "" if ended.how == "not started" else f" after {ended.seconds:.0f} s{still}"
         about = self.about(name) if ended.how == "done" else ""
@@ -269,12 +278,12 @@ class SideBySide:
 
 
 def table(ended: Sequence[Ended]) -> str:
-    """A line a job: how it ended, its seconds, those that were expected, those in which it was stopped."""
+    """A line a job: how it ended, its seconds, those that were expected, those in which it waited for others."""
     wide = max((len(one.job.name) for one in ended), default=0)
-    lines = [f"{'':{wide}}  how          seconds  expected  stopped"]
+    lines = [f"{'':{wide}}  how          seconds  expected   waited"]
     for one in ended:
         lines.append(
-            f"{one.job.name:{wide}}  {one.how:11}  {one.seconds:7.0f}  {one.job.seconds:8.0f}  {one.stopped:7.0f}"
+            f"{one.job.name:{wide}}  {one.how:11}  {one.seconds:7.0f}  {one.job.seconds:8.0f}  {one.waited:7.0f}"
         )
     return "\n".join(lines)
 

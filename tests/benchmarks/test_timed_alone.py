@@ -72,7 +72,7 @@ def test_only_one_is_timed_and_only_it_moves(module: ModuleType, tmp_path: Path)
     in_order = sorted(found.values())
     assert all(earlier[1] <= later[0] for earlier, later in pairwise(in_order))
     assert in_order[0][3] == {"timed_alone": True, "others_stopped": 2}
-    assert max(one.stopped for one in ended.values()) > 0.1
+    assert max(one.waited for one in ended.values()) > 0.1
 
 
 def test_a_holder_that_is_killed_leaves_nobody_stopped(module: ModuleType, tmp_path: Path) -> None:
