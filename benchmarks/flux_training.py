@@ -17,6 +17,7 @@ first step is the one that counts, the others' are null. Exit code 1 if a part i
 """
 
 import argparse
+import gc
 import json
 import math
 import os
@@ -24,11 +25,12 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -62,8 +64,9 @@ from loragraft.train.warm import start_workers
 
 GIB = 2**30
 LOSS_STEPS, TIMED_FROM, SETTLING = 20, 5, 2  # so many steps before the first that is timed, the clock settles
-TEXT_TOKENS, RATE = 512, 1e-4
+TEXT_TOKENS, RATE, SEED = 512, 1e-4, 0
 CONFIG = {"guidance_embeds": False}  # FluxTransformer2DModel's defaults are FLUX.1's; the guidance embedder is 0.1 ms
+FEW_BLOCKS = {"num_layers": 2, "num_single_layers": 2}
 VAE = {
     "block_out_channels": [128, 256, 512, 512], "down_block_types": ["DownEncoderBlock2D"] * 4, "layers_per_block": 2,
     "up_block_types": ["UpDecoderBlock2D"] * 4, "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False,
@@ -71,10 +74,10 @@ VAE = {
 DEVICE = torch.device("cuda")
 
 
-def build_transformer(base: str) -> nn.Module:
+def build_transformer(base: str, config: Mapping[str, Any] = CONFIG) -> nn.Module:
     """A FLUX.1-dev-shaped model with random codes, or one of another kind over the same matrices."""
     settings = QuantSettings(numerics="w4a8", rank=FOLDER_RANK, smoothing="hadamard")
-    skeleton = meta_transformer(FluxTransformer2DModel, CONFIG, partial(plan_architecture, FLUX, settings))
+    skeleton = meta_transformer(FluxTransformer2DModel, dict(config), partial(plan_architecture, FLUX, settings))
     model = randomize(skeleton, DEVICE, torch.bfloat16)
     if base == "int4":
         return model
@@ -119,11 +122,18 @@ def train(
 ) -> dict[str, Any]:
     """Twenty steps: losses, milliseconds of a step (median of the last fifteen), peak memory, seconds to the first step.
 
-    grow: waits for the memory of a whole step; a compiled rival compiles before that, as the time to its first step does not count."""
+    grow: waits for the memory of a whole model and step; what a rival compiles it compiles before that (None: as steps come to it)."""
     if variant.cap_gib:
         torch.cuda.set_per_process_memory_fraction(variant.cap_gib * GIB / torch.cuda.mem_get_info()[1])
     # As train/lora.py does, while weights are read; what is not done by then counts.
     workers = start_workers(variant.attention, DEVICE) if variant.compiled else None
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass fails on some drivers
+    if grow is not None:
+        compile_beforehand(variant, workers, progress, alone)
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.manual_seed(SEED)  # the adapter's start, which is the other variants' too
+        grow()
     transformer = build_transformer(variant.base)
     torch.cuda.synchronize()
     static = torch.cuda.memory_allocated() / GIB
@@ -134,7 +144,6 @@ def train(
         workers.join()
     phases("compilers started")
     torch.cuda.reset_peak_memory_stats()
-    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass fails on some drivers
     set_attention(transformer, variant.attention)
     parameters = inject_adapter(transformer, AdapterConfig(), FLUX.quantize)
     phases("adapter injected")
@@ -154,18 +163,11 @@ def train(
     optimizer = choose_optimizer(parameters, OptimConfig(name=variant.optimizer, learning_rate=RATE), fused=True)
     phases("blocks marked, factors joined, optimizer made")
     batches, kernels = [batch(variant.resolution, number) for number in range(LOSS_STEPS)], kernel_seconds()
-    if not ours and (variant.base == "sdnq" or (variant.compiled and grow is not None)):
-        with few_blocks(transformer):
-            if variant.base == "sdnq":
-                rehearse(lambda: loss(batches[0]).backward(), phases, alone)
-            else:
-                loss(batches[0]).backward()
+    if variant.base == "sdnq" and grow is None:
+        rehearse(lambda: loss(batches[0]).backward(), phases, alone)
         optimizer.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        progress("compiled")
-    if grow is not None:
-        grow()
 
     def step(tensors: dict[str, Tensor]) -> Tensor:
         if graph is not None:
@@ -216,18 +218,23 @@ def train(
     }
 
 
-@contextmanager
-def few_blocks(transformer: nn.Module) -> Iterator[None]:
-    """The transformer with two blocks of each kind, the first and one whose input needs a gradient: all that is to be compiled."""
-    names = ("transformer_blocks", "single_transformer_blocks")
-    whole = {name: transformer.get_submodule(name) for name in names}
-    try:
-        for name in names:
-            transformer.set_submodule(name, nn.ModuleList(list(whole[name].children())[:2]))
-        yield
-    finally:
-        for name in names:
-            transformer.set_submodule(name, whole[name])
+def compile_beforehand(variant: Variant, workers: Thread | None, tell: Callable[[str], None], alone: Alone) -> None:
+    """What a rival compiles, on a model with two blocks of each kind, the first and one whose input needs a gradient.
+
+    What is compiled belongs to the code of a block, not to the blocks of a model: those of a whole one find it."""
+    transformer = build_transformer(variant.base, CONFIG | FEW_BLOCKS)
+    if workers is not None:
+        workers.join()
+    set_attention(transformer, variant.attention)
+    inject_adapter(transformer, AdapterConfig(), FLUX.quantize)
+    if variant.compiled:
+        transformer.compile_repeated_blocks(fullgraph=True)
+    loss, tensors = loss_of(transformer, autocast=True), batch(variant.resolution, 0)
+    if variant.base == "sdnq":
+        rehearse(lambda: loss(tensors).backward(), tell, alone)
+    else:
+        loss(tensors).backward()
+    tell("compiled beforehand")
 
 
 def profiled(call: Callable[[], object]) -> dict[str, float]:
@@ -317,7 +324,7 @@ def _random_adapter(transformer: nn.Module) -> Adapter:
 def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """One variant in this process; its figures go to `--parts`/NAME.json."""
     variant, parts = VARIANTS[name], args.parts
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
     progress, alone = Progress(parts / f"{name}.partial"), Alone(parts, args.beside)
     grow = partial(wait_for_memory, parts, name) if args.grow else None
     figures = infer(variant, alone) if variant.infer else train(variant, args.profile, progress, alone, grow)

@@ -1,14 +1,22 @@
 """What `all` runs and how it is asked for; the rivals' compilation on few blocks leaves the model as it was."""
 
+import gc
 import json
+import weakref
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
+
+from loragraft.adapters.inject import inject_adapter
+from loragraft.backbones.architectures import FLUX
+from loragraft.backbones.flow import flow_loss
+from loragraft.recipes.schema import AdapterConfig
 
 BESIDE = (
     "first_step",
@@ -49,7 +57,9 @@ def test_every_variant_and_whole_run_is_in_the_plan(
         if name in module.VARIANTS and module.VARIANTS[name].cap_gib:
             assert job.gib - module.CONTEXT_GIB == module.VARIANTS[name].cap_gib
     assert Path(jobs["whole_run_512"].command[1]).name == "whole_run.py"
-    assert jobs["bf16_eager_1024"].before is not None
+    assert {name for name, job in jobs.items() if job.before is not None} == {
+        "bf16_compiled_1024", "bf16_compiled_1024_same_attention", "bf16_compiled_512", "fp8_compiled_1024", "sdnq_eager_1024",
+    }  # fmt: skip
 
 
 def test_what_is_there_is_not_run_again(
@@ -91,17 +101,27 @@ def test_a_first_step_beside_others_is_not_reported(
     assert json.loads((tmp_path / "ours_512.json").read_text())["first_step_seconds"] == 27.0
 
 
-def test_few_blocks_are_what_is_compiled_and_all_come_back(module: ModuleType) -> None:
-    sizes = {
-        "num_layers": 3,
-        "num_single_layers": 4,
-        "attention_head_dim": 16,
-        "num_attention_heads": 2,
-        "in_channels": 8,
-    }
-    model = FluxTransformer2DModel(**sizes, joint_attention_dim=16, pooled_projection_dim=8, axes_dims_rope=(4, 6, 6))
-    before = {name: id(block) for name, block in model.named_modules()}
-    with module.few_blocks(model):
-        assert (len(model.transformer_blocks), len(model.single_transformer_blocks)) == (2, 2)
-        assert id(model.transformer_blocks[1]) == before["transformer_blocks.1"]
-    assert {name: id(block) for name, block in model.named_modules()} == before
+def test_what_few_blocks_compiled_serves_a_whole_model(module: ModuleType) -> None:
+    """Nothing is compiled a second time though the small model is gone, and nothing of it stays in memory."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    def step(blocks: dict[str, int]) -> "weakref.ref[torch.Tensor]":
+        sizes = {"attention_head_dim": 128, "num_attention_heads": 1, "in_channels": 8, "joint_attention_dim": 16}
+        model = FluxTransformer2DModel(**sizes, **blocks, pooled_projection_dim=8, guidance_embeds=False)
+        parameters = inject_adapter(model, AdapterConfig(), FLUX.quantize)
+        model.compile_repeated_blocks(fullgraph=True, backend=backend)
+        text = {"prompt_embeds": torch.randn(1, 3, 16), "pooled_prompt_embeds": torch.randn(1, 8)}
+        with torch.autocast("cpu", torch.bfloat16):
+            flow_loss(model, torch.randn(1, 2, 8, 8), torch.randn(1, 2, 8, 8), torch.rand(1), text).backward()
+        return weakref.ref(parameters[0])
+
+    held = step(module.FEW_BLOCKS)
+    gc.collect()
+    assert held() is None
+    assert (few := len(graphs)) >= 2
+    step({"num_layers": 3, "num_single_layers": 4})
+    assert len(graphs) == few
