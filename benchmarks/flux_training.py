@@ -408,7 +408,7 @@ def main() -> int:
     several.add_argument("--caches", type=Path, help="folder for compiled code (default: one that is removed)")
     one = parser.add_argument_group("run, as `all` calls it")
     one.add_argument("--beside", type=int, metavar="PID", help="of `all`, whose other processes stop for the timing")
-    one.add_argument("--grow", action="store_true", help="ask `all` for the memory of a step before the first one")
+    one.add_argument("--grow", action="store_true", help="ask `all` for the memory of the model once all is compiled")
     one.add_argument("--first-step", action="store_true", help="the time to the first step counts all the same")
     args = parser.parse_args()
     complete = True
@@ -416,6 +416,10 @@ def main() -> int:
         if args.beside is not None:
             end_with(args.beside)
         for name in args.variant:
+            if name not in VARIANTS:
+                parser.error(
+                    f"{name} is a whole run, which has a script of its own: python benchmarks/whole_run.py {name}"
+                )
             figures = run(name, args)
             print("\n".join(phase_lines(figures["first_step_parts"])) if args.phases else json.dumps(figures, indent=1))
         return 0

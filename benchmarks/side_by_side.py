@@ -2,7 +2,7 @@
 
 A job starts if its expected memory fits into what the running ones leave, if fewer than so many run, and if it would not keep the first
 one that waits from going on when the largest of those that run is done. One that is `alone` runs with nothing beside it. One that needs
-less `before` its first step asks for the rest (`wait_for_memory`) and is given it by the same rule; none starts that would leave some of
+less at first (`before`) asks for the rest (`wait_for_memory`) and is given it by the same rule; none starts that would leave some of
 them waiting for one another. Nothing starts or grows while another is timed. One that fails or takes too long is told and the others go
 on; time in which a job is stopped or waits for memory does not count for it. When the scheduler ends, by a signal too, nothing that it
 started is left.
