@@ -1,6 +1,7 @@
 """FLUX.1-dev-shaped LoRA training and inference on one GPU: ours against bf16, FP8, NF4 and SDNQ, each in a process of its own.
 
     python benchmarks/flux_training.py all --parts parts --out benchmarks/results/flux_training.json --commit $(git rev-parse HEAD)
+    python benchmarks/flux_training.py all ours_512 whole_run_512 --parts parts --deadline 570
     python benchmarks/flux_training.py run ours_1024 --parts parts --profile
     python benchmarks/flux_training.py run ours_512_8gib --parts parts --phases              where the time to the first step goes
 
@@ -9,35 +10,46 @@ weights that stand for the same matrices: those of the rivals are the dequantize
 One step = forward + loss + backward + clipping + AdamW. bf16 runs as people run it: PEFT, float32 factors, autocast, SDPA, eager or
 after `compile_repeated_blocks`. A variant that is in `--parts` already is not run again; one that is cut short leaves NAME.partial there:
 what it reached when, and the milliseconds of its steps so far. SDNQ compiles its products before its first step (`sdnq_rehearsal.py`).
+
+`all` runs variants and whole runs (`whole_run.py`) side by side, as most of their time is the compiler's (`side_by_side.py`), and stops the
+others while one is timed (`timed_alone.py`). `ours_1024` comes first, with nothing beside it and caches that are empty: its time to the
+first step is the one that counts, the others' are null. Exit code 1 if a part is missing in the end; the same command goes on.
 """
 
 import argparse
+import gc
 import json
+import math
 import os
 import statistics
-import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from threading import Thread
+from typing import Any
 
 import torch
 import triton
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from first_step import Phases, Progress, first_step_parts, kernel_seconds, phase_lines
+from flux_figures import collect
+from flux_variants import CONTEXT_GIB, EXPECTED, FIRST, VARIANTS, Variant, gib_before
 from frozen_linears import frozen_linear
 from sdnq_rehearsal import rehearse
+from side_by_side import Job, Limits, SideBySide, table, wait_for_memory
+from timed_alone import Alone, end_with
 from torch import Tensor, nn
 
 from loragraft.adapters.checkpoint import Adapter
 from loragraft.adapters.inject import inject_adapter
 from loragraft.adapters.switching import AdapterSwitch
 from loragraft.backbones.architectures import FLUX, FOLDER_RANK
-from loragraft.backbones.attention import Attention, set_attention
+from loragraft.backbones.attention import set_attention
 from loragraft.backbones.compiled import compile_blocks
 from loragraft.backbones.flow import flow_loss, predict_velocity
 from loragraft.backbones.replay import Replay
@@ -45,15 +57,16 @@ from loragraft.backbones.skeleton import meta_transformer, plan_architecture, ra
 from loragraft.quantization.linear import SVDQuantLinear
 from loragraft.quantization.settings import QuantSettings
 from loragraft.recipes.schema import AdapterConfig, OptimConfig
-from loragraft.train.memory import Checkpointing, set_checkpointing
+from loragraft.train.memory import set_checkpointing
 from loragraft.train.optim import choose_optimizer
 from loragraft.train.step import graph_step
 from loragraft.train.warm import start_workers
 
 GIB = 2**30
-LOSS_STEPS, TIMED_FROM = 20, 5
-TEXT_TOKENS, RATE = 512, 1e-4
+LOSS_STEPS, TIMED_FROM, SETTLING = 20, 5, 2  # so many steps before the first that is timed, the clock settles
+TEXT_TOKENS, RATE, SEED = 512, 1e-4, 0
 CONFIG = {"guidance_embeds": False}  # FluxTransformer2DModel's defaults are FLUX.1's; the guidance embedder is 0.1 ms
+FEW_BLOCKS = {"num_layers": 2, "num_single_layers": 2}
 VAE = {
     "block_out_channels": [128, 256, 512, 512], "down_block_types": ["DownEncoderBlock2D"] * 4, "layers_per_block": 2,
     "up_block_types": ["UpDecoderBlock2D"] * 4, "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False,
@@ -61,53 +74,10 @@ VAE = {
 DEVICE = torch.device("cuda")
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One process. base: int4, bf16, fp8, nf4 or sdnq."""
-
-    base: str = "int4"
-    resolution: int = 1024
-    compiled: bool = True
-    attention: Attention = "sdpa"
-    checkpointing: Checkpointing = "none"
-    dgrad: Literal["dequantized", "int8"] = "dequantized"
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    offload: bool = False
-    cap_gib: float = 0.0
-    """Of reserved memory; 0: none."""
-    infer: bool = False
-
-
-VARIANTS = {
-    "ours_1024": Variant(attention="flash_attn_4", checkpointing="gelu"),
-    "ours_1024_keep_all": Variant(attention="flash_attn_4"),
-    "ours_1024_cheap": Variant(attention="flash_attn_4", checkpointing="cheap"),
-    "ours_1024_sdpa": Variant(checkpointing="gelu"),
-    "ours_1024_int8_dgrad": Variant(attention="flash_attn_4", checkpointing="gelu", dgrad="int8"),
-    "ours_1024_ckpt": Variant(attention="flash_attn_4", checkpointing="block"),
-    "ours_1024_ckpt_offload": Variant(attention="flash_attn_4", checkpointing="block", offload=True),
-    "ours_1024_ckpt_adamw8bit": Variant(attention="flash_attn_4", checkpointing="block", optimizer="adamw8bit"),
-    "ours_512": Variant(resolution=512, attention="flash_attn_4"),
-    "ours_512_8gib": Variant(
-        "int4", 512, True, "flash_attn_4", "block", optimizer="adamw8bit", offload=True, cap_gib=8.0
-    ),
-    "bf16_eager_1024": Variant("bf16", compiled=False),
-    "bf16_compiled_1024": Variant("bf16"),
-    "bf16_compiled_1024_same_attention": Variant("bf16", attention="flash_attn_4"),
-    "bf16_eager_512": Variant("bf16", 512, compiled=False),
-    "bf16_compiled_512": Variant("bf16", 512),
-    "fp8_compiled_1024": Variant("fp8"),
-    "nf4_eager_1024": Variant("nf4", compiled=False),
-    "sdnq_eager_1024": Variant("sdnq", compiled=False),  # it compiles its own functions
-    "ours_image": Variant(attention="flash_attn_4", infer=True),
-    "bf16_image": Variant("bf16", attention="flash_attn_4", infer=True),
-}
-
-
-def build_transformer(base: str) -> nn.Module:
+def build_transformer(base: str, config: Mapping[str, Any] = CONFIG) -> nn.Module:
     """A FLUX.1-dev-shaped model with random codes, or one of another kind over the same matrices."""
     settings = QuantSettings(numerics="w4a8", rank=FOLDER_RANK, smoothing="hadamard")
-    skeleton = meta_transformer(FluxTransformer2DModel, CONFIG, partial(plan_architecture, FLUX, settings))
+    skeleton = meta_transformer(FluxTransformer2DModel, dict(config), partial(plan_architecture, FLUX, settings))
     model = randomize(skeleton, DEVICE, torch.bfloat16)
     if base == "int4":
         return model
@@ -147,12 +117,23 @@ def loss_of(transformer: nn.Module, autocast: bool) -> Callable[[dict[str, Tenso
     return loss
 
 
-def train(variant: Variant, profile: bool, progress: Progress) -> dict[str, Any]:
-    """Twenty steps: losses, milliseconds of a step (median of the last fifteen), peak memory, seconds to the first step."""
+def train(
+    variant: Variant, profile: bool, progress: Progress, alone: Alone, grow: Callable[[], None] | None
+) -> dict[str, Any]:
+    """Twenty steps: losses, milliseconds of a step (median of the last fifteen), peak memory, seconds to the first step.
+
+    grow: waits for the memory of a whole model and step; what a rival compiles it compiles before that (None: as steps come to it)."""
     if variant.cap_gib:
         torch.cuda.set_per_process_memory_fraction(variant.cap_gib * GIB / torch.cuda.mem_get_info()[1])
     # As train/lora.py does, while weights are read; what is not done by then counts.
     workers = start_workers(variant.attention, DEVICE) if variant.compiled else None
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass fails on some drivers
+    if grow is not None:
+        compile_beforehand(variant, workers, progress, alone)
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.manual_seed(SEED)  # the adapter's start, which is the other variants' too
+        grow()
     transformer = build_transformer(variant.base)
     torch.cuda.synchronize()
     static = torch.cuda.memory_allocated() / GIB
@@ -163,7 +144,6 @@ def train(variant: Variant, profile: bool, progress: Progress) -> dict[str, Any]
         workers.join()
     phases("compilers started")
     torch.cuda.reset_peak_memory_stats()
-    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass fails on some drivers
     set_attention(transformer, variant.attention)
     parameters = inject_adapter(transformer, AdapterConfig(), FLUX.quantize)
     phases("adapter injected")
@@ -183,8 +163,8 @@ def train(variant: Variant, profile: bool, progress: Progress) -> dict[str, Any]
     optimizer = choose_optimizer(parameters, OptimConfig(name=variant.optimizer, learning_rate=RATE), fused=True)
     phases("blocks marked, factors joined, optimizer made")
     batches, kernels = [batch(variant.resolution, number) for number in range(LOSS_STEPS)], kernel_seconds()
-    if variant.base == "sdnq":
-        rehearse(lambda: loss(batches[0]).backward(), phases)
+    if variant.base == "sdnq" and grow is None:
+        rehearse(lambda: loss(batches[0]).backward(), phases, alone)
         optimizer.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -203,31 +183,58 @@ def train(variant: Variant, profile: bool, progress: Progress) -> dict[str, Any]
         optimizer.zero_grad(set_to_none=graph is None)
         return value.detach()
 
-    losses, times = [], []
-    first = 0.0
-    for number, tensors in enumerate(batches):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        value = step(tensors)
-        end.record()
-        losses.append(float(value))
-        times.append(begin.elapsed_time(end))
-        if number == 0:
-            first = time.perf_counter() - start
-            parts = first_step_parts(phases, {} if graph is None else graph.seconds, kernels)
-        progress(f"step {number + 1}", steps_ms=times, losses=losses)
-    result = {
+    losses: list[float] = []
+    times: list[float] = []
+
+    def steps(numbers: range) -> None:
+        for number in numbers:
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            value = step(batches[number])
+            end.record()
+            losses.append(float(value))
+            times.append(begin.elapsed_time(end))
+            progress(f"step {number + 1}", steps_ms=times, losses=losses)
+
+    steps(range(1))
+    first = time.perf_counter() - start
+    parts = first_step_parts(phases, {} if graph is None else graph.seconds, kernels)
+    steps(range(1, TIMED_FROM - SETTLING))
+    with alone:
+        steps(range(TIMED_FROM - SETTLING, LOSS_STEPS))
+        peak, reserved = torch.cuda.max_memory_allocated() / GIB, torch.cuda.max_memory_reserved() / GIB
+        profile_of_a_step = {"profile": profiled(lambda: step(batches[0]))} if profile else {}
+    return {
         "step_ms": statistics.median(times[TIMED_FROM:]),
         "step_ms_worst": max(times[TIMED_FROM:]),
         "losses": losses,
         "static_gib": static,
-        "peak_gib": torch.cuda.max_memory_allocated() / GIB,
-        "reserved_gib": torch.cuda.max_memory_reserved() / GIB,
+        "peak_gib": peak,
+        "reserved_gib": reserved,
         "first_step_seconds": first,
         "first_step_parts": parts,
         "parameters": sum(p.numel() for p in parameters),
+        **profile_of_a_step,
     }
-    return result | ({"profile": profiled(lambda: step(batches[0]))} if profile else {})
+
+
+def compile_beforehand(variant: Variant, workers: Thread | None, tell: Callable[[str], None], alone: Alone) -> None:
+    """What a rival compiles, on a model with two blocks of each kind, the first and one whose input needs a gradient.
+
+    What is compiled belongs to the code of a block, not to the blocks of a model: those of a whole one find it."""
+    transformer = build_transformer(variant.base, CONFIG | FEW_BLOCKS)
+    if workers is not None:
+        workers.join()
+    set_attention(transformer, variant.attention)
+    inject_adapter(transformer, AdapterConfig(), FLUX.quantize)
+    if variant.compiled:
+        transformer.compile_repeated_blocks(fullgraph=True)
+    loss, tensors = loss_of(transformer, autocast=True), batch(variant.resolution, 0)
+    if variant.base == "sdnq":
+        rehearse(lambda: loss(tensors).backward(), tell, alone)
+    else:
+        loss(tensors).backward()
+    tell("compiled beforehand")
 
 
 def profiled(call: Callable[[], object]) -> dict[str, float]:
@@ -243,7 +250,7 @@ def profiled(call: Callable[[], object]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def infer(variant: Variant) -> dict[str, Any]:
+def infer(variant: Variant, alone: Alone) -> dict[str, Any]:
     """Seconds of an image of 20 and of 4 steps, decoding included, and peak memory; ours also with an adapter grafted."""
     transformer = build_transformer(variant.base)
     torch.cuda.empty_cache()
@@ -261,18 +268,24 @@ def infer(variant: Variant) -> dict[str, Any]:
         sampler = _Sampler(transformer, vae, tensors, Replay() if ours else None)
         torch.cuda.reset_peak_memory_stats()
         name = "grafted_" if grafted else ""
-        for steps in (20, 4):
-            seconds = []
-            for _ in range(3):
-                torch.cuda.synchronize()
-                start = time.perf_counter()
-                sampler(steps)
-                torch.cuda.synchronize()
-                seconds.append(time.perf_counter() - start)
-            result[f"{name}image_{steps}_steps_seconds"] = statistics.median(seconds)
+        with alone:
+            sampler(4)  # the clock settles
+            for steps in (20, 4):
+                result[f"{name}image_{steps}_steps_seconds"] = statistics.median(
+                    _drawn(sampler, steps) for _ in range(3)
+                )
         result[f"{name}peak_gib"] = torch.cuda.max_memory_allocated() / GIB
         del sampler
     return result
+
+
+def _drawn(sampler: "_Sampler", steps: int) -> float:
+    """Seconds of an image."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    sampler(steps)
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 class _Sampler:
@@ -308,91 +321,73 @@ def _random_adapter(transformer: nn.Module) -> Adapter:
     return Adapter("random", {}, pairs)
 
 
-def run(name: str, parts: Path, profile: bool, commit: str) -> dict[str, Any]:
-    """One variant in this process; its figures go to `parts`/NAME.json."""
-    variant = VARIANTS[name]
-    torch.manual_seed(0)
-    progress = Progress(parts / f"{name}.partial")
-    figures = infer(variant) if variant.infer else train(variant, profile, progress)
+def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """One variant in this process; its figures go to `--parts`/NAME.json."""
+    variant, parts = VARIANTS[name], args.parts
+    torch.manual_seed(SEED)
+    progress, alone = Progress(parts / f"{name}.partial"), Alone(parts, args.beside)
+    grow = partial(wait_for_memory, parts, name) if args.grow else None
+    figures = infer(variant, alone) if variant.infer else train(variant, args.profile, progress, alone, grow)
+    if args.beside is not None and not args.first_step and not variant.infer:
+        figures |= {
+            "first_step_seconds": None,
+            "first_step_parts": None,
+            "first_step_why": "other variants ran beside it",
+        }
     versions = {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda}
-    made = {"variant": name, "device": torch.cuda.get_device_name(), "versions": versions, "commit": commit}
-    figures = {**made, **asdict(variant), **figures}
-    parts.mkdir(parents=True, exist_ok=True)
+    made = {"variant": name, "device": torch.cuda.get_device_name(), "versions": versions, "commit": args.commit}
+    figures = {**made, **asdict(variant), **figures, **alone.figures()}
     (parts / f"{name}.json").write_text(json.dumps(figures, indent=1) + "\n")
     progress.file.unlink(missing_ok=True)
     return figures
 
 
-def collect(parts: Path, fidelity: Path | None, preflight: Path | None = None) -> dict[str, Any]:
-    """The report's keys from the parts that are there, `multi_gpu.py`'s among them; a figure whose parts are missing is null.
+def run_all(args: argparse.Namespace) -> bool:
+    """What is not in `--parts` yet, side by side; returns whether every part is there in the end.
 
-    fidelity, preflight: the files of the benchmarks of that name."""
-    found = {file.stem: json.loads(file.read_text()) for file in sorted(parts.glob("*.json"))}
-
-    def ratio(above: str, below: str, key: str = "step_ms") -> float | None:
-        return found[above][key] / found[below][key] if above in found and below in found else None
-
-    def figure(name: str, key: str) -> float | None:
-        return found[name][key] if name in found else None
-
-    def given(file: Path | None, key: str) -> float | None:
-        return None if file is None else json.loads(file.read_text())[key]
-
-    def held_share() -> float | None:
-        """The most that a process keeps of a base divided between two."""
-        return max(found["fsdp"]["held_gib"]) / found["fsdp"]["held_gib_whole"] if "fsdp" in found else None
-
-    return {
-        "device": sorted({part["device"] for part in found.values()}),
-        "versions": next(iter(found.values()))["versions"],
-        "commit": sorted({part["commit"] for part in found.values()}),
-        "command": "python benchmarks/flux_training.py all --parts PARTS --out OUT --commit COMMIT",
-        "step_1024_vs_eager": ratio("bf16_eager_1024", "ours_1024"),
-        "step_1024_vs_compiled": ratio("bf16_compiled_1024", "ours_1024"),
-        "step_1024_vs_compiled_same_attention": ratio("bf16_compiled_1024_same_attention", "ours_1024"),
-        "step_1024_vs_fp8": ratio("fp8_compiled_1024", "ours_1024"),
-        "step_1024_vs_nf4": ratio("nf4_eager_1024", "ours_1024"),
-        "step_1024_vs_sdnq": ratio("sdnq_eager_1024", "ours_1024"),
-        "step_512_vs_eager": ratio("bf16_eager_512", "ours_512"),
-        "step_512_vs_compiled": ratio("bf16_compiled_512", "ours_512"),
-        "peak_gib_ckpt_1024": figure("ours_1024_ckpt", "peak_gib"),
-        "peak_gib_ckpt_1024_offload": figure("ours_1024_ckpt_offload", "peak_gib"),
-        "step_1024_ckpt_offload_vs_ckpt": ratio("ours_1024_ckpt_offload", "ours_1024_ckpt"),
-        "peak_gib_nockpt_1024": figure("ours_1024", "peak_gib"),
-        "first_step_seconds": figure("ours_1024", "first_step_seconds"),
-        "image_20_steps_vs_bf16": ratio("bf16_image", "ours_image", "image_20_steps_seconds"),
-        "image_memory_vs_bf16": ratio("ours_image", "bf16_image", "transformer_gib"),
-        "reserved_gib_whole_run_1024": figure("whole_run_1024", "reserved_gib"),
-        "reserved_gib_whole_run_512": figure("whole_run_512", "reserved_gib"),
-        "preflight_worst_pct": given(preflight, "preflight_worst_pct"),
-        "grad_cosine_min": given(fidelity, "grad_cosine_min"),
-        "ddp2_scaling": figure("ddp_2", "ddp2_scaling"),
-        "gpu_idle_share": figure("idle", "idle_share"),
-        "fsdp_held_share": held_share(),
-        "keep_all": {
-            "step_1024_vs_eager": ratio("bf16_eager_1024", "ours_1024_keep_all"),
-            "step_1024_vs_compiled": ratio("bf16_compiled_1024", "ours_1024_keep_all"),
-            "step_1024_vs_compiled_same_attention": ratio("bf16_compiled_1024_same_attention", "ours_1024_keep_all"),
-            "peak_gib_nockpt_1024": figure("ours_1024_keep_all", "peak_gib"),
-        },
-        "loss_worst_pct": _loss_difference(found),
-        "parts": found,
-    }
+    Raises FileExistsError if the caches are not empty and `FIRST` is to run."""
+    names = [name for name in EXPECTED if name in (args.variant or EXPECTED)]
+    missing = [name for name in names if not (args.parts / f"{name}.json").exists()]
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as made:  # what was killed may write a moment longer
+        caches = args.caches or Path(made)
+        if FIRST in missing and caches.exists() and any(caches.iterdir()):
+            raise FileExistsError(
+                f"--caches {caches} is not empty, but {FIRST}'s time to the first step is that of empty caches: give another "
+                f"folder, or name the variants to run without {FIRST}"
+            )
+        os.environ |= {f"{name}_CACHE_DIR": str(caches / name.lower()) for name in ("TRITON", "TORCHINDUCTOR")}
+        limits = Limits(gib=args.gib, jobs=args.jobs, timeout=args.timeout, deadline=args.deadline)
+        ended = SideBySide(
+            [job(name, args) for name in missing], args.parts, limits, about=lambda name: told(name, args.parts)
+        ).run()
+    print(table(ended), flush=True)
+    return all((args.parts / f"{name}.json").exists() for name in names)
 
 
-def _loss_difference(found: dict[str, Any]) -> float | None:
-    """Largest difference of a step's loss from bf16's, in per cent."""
-    if "bf16_compiled_1024" not in found or "ours_1024" not in found:
-        return None
-    pairs = zip(found["ours_1024"]["losses"], found["bf16_compiled_1024"]["losses"], strict=True)
-    return 100 * max(abs(ours - theirs) / theirs for ours, theirs in pairs)
+def job(name: str, args: argparse.Namespace) -> Job:
+    """The process of a variant or of a whole run."""
+    gib, seconds = EXPECTED[name]
+    before = gib_before(name)
+    script = [__file__, "run"] if name in VARIANTS else [str(Path(__file__).with_name("whole_run.py"))]
+    options = ["--parts", str(args.parts), "--commit", args.commit, "--beside", str(os.getpid())]
+    options += ["--profile", "--first-step"] if name == FIRST else []
+    options += [] if before is None else ["--grow"]
+    command = (sys.executable, *script, name, *options)
+    before = None if before is None else before + CONTEXT_GIB
+    return Job(name, command, gib + CONTEXT_GIB, seconds, alone=name == FIRST, before=before)
+
+
+def told(name: str, parts: Path) -> str:
+    """The figures of a part that are plain numbers."""
+    figures = json.loads((parts / f"{name}.json").read_text())
+    return str({key: round(value, 3) for key, value in figures.items() if isinstance(value, float)})
 
 
 def main() -> int:
     """Prints one line per variant and writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["all", "run", "collect"])
-    parser.add_argument("variant", nargs="*", choices=[*VARIANTS, []], help="default: all of them")
+    parser.add_argument("variant", nargs="*", choices=[*EXPECTED, []], help="default: all of them")
     parser.add_argument("--parts", type=Path, required=True)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit", default="", help="commit of the code that runs")
@@ -402,40 +397,37 @@ def main() -> int:
     parser.add_argument(
         "--phases", action="store_true", help="print where the time to the first step goes, not all figures"
     )
-    parser.add_argument("--timeout", type=float, default=240, help="seconds for one variant")
+    several = parser.add_argument_group("all")
+    several.add_argument("--jobs", type=int, default=4, help="processes at once (default 4)")
+    several.add_argument("--gib", type=float, default=77, help="of GPU memory that they share (default 77)")
+    several.add_argument("--timeout", type=float, default=240, help="seconds for one variant (default 240)")
+    several.add_argument(
+        "--deadline", type=float, default=math.inf, metavar="SECONDS",
+        help="start nothing that would not be done by then, and end what is not",
+    )  # fmt: skip
+    several.add_argument("--caches", type=Path, help="folder for compiled code (default: one that is removed)")
+    one = parser.add_argument_group("run, as `all` calls it")
+    one.add_argument("--beside", type=int, metavar="PID", help="of `all`, whose other processes stop for the timing")
+    one.add_argument("--grow", action="store_true", help="ask `all` for the memory of the model once all is compiled")
+    one.add_argument("--first-step", action="store_true", help="the time to the first step counts all the same")
     args = parser.parse_args()
+    complete = True
     if args.what == "run":
+        if args.beside is not None:
+            end_with(args.beside)
         for name in args.variant:
-            figures = run(name, args.parts, args.profile, args.commit)
+            if name not in VARIANTS:
+                parser.error(
+                    f"{name} is a whole run, which has a script of its own: python benchmarks/whole_run.py {name}"
+                )
+            figures = run(name, args)
             print("\n".join(phase_lines(figures["first_step_parts"])) if args.phases else json.dumps(figures, indent=1))
         return 0
     if args.what == "all":
-        for name in args.variant or VARIANTS:
-            if not (args.parts / f"{name}.json").exists():
-                _in_its_own_process(name, args)
+        complete = run_all(args)
     if args.out is not None:
         args.out.write_text(json.dumps(collect(args.parts, args.fidelity, args.preflight), indent=1) + "\n")
-    return 0
-
-
-def _in_its_own_process(name: str, args: argparse.Namespace) -> None:
-    command = [sys.executable, __file__, "run", name, "--parts", str(args.parts), "--commit", args.commit]
-    start = time.perf_counter()
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=args.timeout, env=dict(os.environ))
-    except subprocess.TimeoutExpired:
-        reached = args.parts / f"{name}.partial"
-        print(
-            f"{name}: not done after {args.timeout:.0f} s; {reached.read_text() if reached.exists() else 'nothing told'}"
-        )
-        return
-    file = args.parts / f"{name}.json"
-    if done.returncode or not file.exists():
-        print(f"{name}: failed\n{done.stderr[-1500:]}")
-        return
-    figures = json.loads(file.read_text())
-    shown = {key: round(value, 3) for key, value in figures.items() if isinstance(value, float)}
-    print(f"{name}: {time.perf_counter() - start:.0f} s; {shown}", flush=True)
+    return 0 if complete else 1
 
 
 if __name__ == "__main__":

@@ -250,9 +250,10 @@ def _training(result: dict[str, Any], preflight: dict[str, Any]) -> list[str]:
         "ours, `none`, 512 px": "ours_512",
     }
     rows = [
-        f"| {name} | {parts[key]['step_ms']:.0f} | {parts[key]['peak_gib']:.1f} | {parts[key]['first_step_seconds']:.0f} |"
+        f"| {name} | {parts[key]['step_ms']:.0f} | {parts[key]['peak_gib']:.1f} | {_seconds(parts[key])} |"
         for name, key in shown.items()
     ]
+    beside = any(parts[key].get("timed_alone") for key in shown.values())
     whole, small, versions = parts["whole_run_1024"], parts["whole_run_512"], result["versions"]
     ours, rival = parts["ours_image"], parts["bf16_image"]
     one, two, idle = parts["ddp_1"], parts["ddp_2"], parts["idle"]
@@ -265,8 +266,13 @@ def _training(result: dict[str, Any], preflight: dict[str, Any]) -> list[str]:
         f"{result['step_1024_vs_compiled_same_attention']:.2f} times as compiled bf16 with the same attention. Losses over 20 steps "
         f"differ from bf16 on the same weights by at most {result['loss_worst_pct']:.1f} %. A whole run of `train/lora.py` (encode, "
         f"train, validate, sample, save; SDPA, `block`) finished under a hard cap of {whole['cap_gib']} GiB of reserved memory; at "
-        f"512 px, with `adamw8bit` and `offload_activations`, under {small['cap_gib']} GiB, its first step after "
-        f"{small['first_step_seconds']:.0f} s. First steps: `gelu`'s is with cold caches, the others are as their calls found them.",
+        f"512 px, with `adamw8bit` and `offload_activations`, under {small['cap_gib']} GiB"
+        f"{', its first step after ' + _seconds(small) + ' s' if small['first_step_seconds'] is not None else ''}. First steps: "
+        + (
+            "`gelu`'s is with cold caches and nothing beside it; the others ran side by side, stopped only while one was timed."
+            if beside
+            else "`gelu`'s is with cold caches, the others are as their calls found them."
+        ),
         "",
         f"An image of 1024 px, decoding included, compiled, FlashAttention-4 on both sides: 20 steps "
         f"{ours['image_20_steps_seconds']:.2f} s ({ours['grafted_image_20_steps_seconds']:.2f} with an adapter grafted) against "
@@ -285,6 +291,11 @@ def _training(result: dict[str, Any], preflight: dict[str, Any]) -> list[str]:
         "|---|---|---|---|",
         *rows,
     ]
+
+
+def _seconds(part: dict[str, Any]) -> str:
+    """To the first step; a dash where others ran beside it."""
+    return "–" if part["first_step_seconds"] is None else f"{part['first_step_seconds']:.0f}"
 
 
 def _bases(result: dict[str, Any], conv: dict[str, Any]) -> list[str]:

@@ -9,6 +9,7 @@ second one lets the package choose among all its tiles as it does anyway, from 2
 import contextvars
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -17,15 +18,20 @@ import triton
 from torch import Tensor
 
 TUNE_MS, WARM_MS = 25, 5
+NOTHING = nullcontext()
 
 
-def rehearse(step: Callable[[], object], tell: Callable[[str], None]) -> None:
-    """Runs `step` (forward and backward) twice: compiling, then choosing tiles. Gradients of the first are of no use."""
+def rehearse(
+    step: Callable[[], object], tell: Callable[[str], None], alone: AbstractContextManager[None] = NOTHING
+) -> None:
+    """Runs `step` (forward and backward) twice: compiling, then choosing tiles. Gradients of the first are of no use.
+
+    alone: around the second, whose choice must not depend on what else the GPU does."""
     from sdnq.kernels.triton_scaled_mm import sdnq_scaled_mm_kernel as kernel
 
     products = compile_beside(kernel, step)
     tell(f"{products} products compiled")
-    with patch.object(kernel, "_do_bench", partial(triton.testing.do_bench, warmup=WARM_MS, rep=TUNE_MS)):
+    with alone, patch.object(kernel, "_do_bench", partial(triton.testing.do_bench, warmup=WARM_MS, rep=TUNE_MS)):
         step()
     tell("tiles chosen")
 

@@ -4,6 +4,9 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,3 +26,26 @@ def test_links_and_pictures_exist() -> None:
             target for target in targets if "://" not in target and not (ROOT / file).parent.joinpath(target).exists()
         ]
         assert missing == [], f"{file} points to {missing}"
+
+
+def test_first_steps_beside_others_are_dashes(
+    benchmark_module: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`flux_training.py all` leaves them null, but for `ours_1024`, which runs alone."""
+    module = benchmark_module("readme_figures")
+    read = module._read
+
+    def beside(name: str) -> dict[str, Any]:
+        result: dict[str, Any] = read(name)
+        if name == "flux_training":
+            for key, part in result["parts"].items():
+                part |= {"timed_alone": True, **({} if key == "ours_1024" else {"first_step_seconds": None})}
+        return result
+
+    ours = read("flux_training")["parts"]["ours_1024"]["first_step_seconds"]
+    monkeypatch.setattr(module, "_read", beside)
+    text = module.figures()
+    assert re.search(rf"^\| ours, `gelu` \|.*\| {ours:.0f} \|$", text, re.MULTILINE)
+    assert re.search(r"^\| ours, `block` \|.*\| – \|$", text, re.MULTILINE)
+    assert "nothing beside it; the others ran side by side" in text
+    assert "its first step after" not in text

@@ -149,7 +149,7 @@ def test_a_part_that_hangs_is_ended_with_what_it_started(
 
 
 def test_the_report_takes_these_parts(benchmark_module: Callable[..., ModuleType], tmp_path: Path) -> None:
-    report = benchmark_module("flux_training", ("first_step", "frozen_linears"))
+    report = benchmark_module("flux_figures")
     about = {"device": "H200", "versions": {"torch": "2.11"}, "commit": "abc"}
     (tmp_path / "ddp_2.json").write_text(json.dumps({**about, "ddp2_scaling": 1.95}))
     found = report.collect(tmp_path, None)
