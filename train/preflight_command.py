@@ -26,7 +26,7 @@ from loragraft.data.cache import default_cache_root
 from loragraft.data.held_out import few_held_out
 from loragraft.data.sample import Sample
 from loragraft.data.scan import Scan, scan_samples
-from loragraft.data.sources import open_source
+from loragraft.data.sources import LeftOut, open_source
 from loragraft.recipes.load import load_recipe
 from loragraft.recipes.schema import Recipe
 from loragraft.train.dry_run import KINDS
@@ -41,7 +41,7 @@ SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:(gib|gb|g)|(mib|mb|m))?", re.IGNORECASE
 
 
 def run(arguments: list[str]) -> int:
-    """The command. Returns 0, or 1 where --fit finds nothing that fits."""
+    """The command. Returns 0, or 1 where --fit finds nothing that fits or training would refuse the data."""
     args = _parse(arguments)
     cache_root = default_cache_root()
     if args.calibrate:
@@ -59,12 +59,13 @@ def run(arguments: list[str]) -> int:
         print(f"{unknown_card(args.card, cache_root)}\n", flush=True)  # before the half minute that memory takes
     found = preflight(recipe, cache_root, processes=args.processes)
     print("\n".join(report_lines(recipe, found, machines, time.perf_counter() - started)))
-    if not args.no_data:
-        print("\n".join(data_lines(recipe, found.resolution, cache_root, args.processes)))
+    lines, refused = ([], False) if args.no_data else look_at_data(recipe, found.resolution, cache_root, args.processes)
+    print("\n".join(lines), end="\n" if lines else "")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(to_dict(found, machines), indent=1) + "\n")
-    return 0 if args.fit is None else _fit(recipe, found, args.fit, cache_root, args.processes)
+    unfit = 0 if args.fit is None else _fit(recipe, found, args.fit, cache_root, args.processes)
+    return max(unfit, int(refused))
 
 
 def _fit(recipe: Recipe, found: Preflight, card: int, cache_root: Path, processes: int) -> int:
@@ -147,23 +148,24 @@ def image_seconds(found: Preflight, machine: Machine) -> float:
     return seconds(found.image_ops(), machine, host=False, trains=False)
 
 
-def data_lines(recipe: Recipe, resolution: int, cache_root: Path, processes: int = 1) -> list[str]:
-    """The data set, looked through; a generated one is not drawn for that."""
+def look_at_data(recipe: Recipe, resolution: int, cache_root: Path, processes: int = 1) -> tuple[list[str], bool]:
+    """(the data set, looked through, as text; whether training would refuse it). A generated one is not drawn for that."""
     config = recipe.data
     if config.domain is not None:
-        return [
-            "",
-            f"data: {config.count} images of the domain {config.domain!r}, drawn at {resolution} px when training starts",
-        ]
+        drawn = f"data: {config.count} images of the domain {config.domain!r}, drawn at {resolution} px when training starts"
+        return ["", drawn], False
     if config.streaming:
-        return ["", f"data: the first {config.limit} rows of a stream, read and encoded when training starts"]
-    samples = open_source(config, resolution, cache_root)
+        return ["", f"data: the first {config.limit} rows of a stream, read and encoded when training starts"], False
+    left_out = LeftOut()
+    samples = open_source(config, resolution, cache_root, left_out)
     per_step = recipe.train.batch_size * recipe.train.accumulation * processes
     smallest = min(config.edges(resolution))
-    scan = scan_samples(samples, smallest, cache_root, readable=_readable(recipe), per_step=per_step)
+    scan = scan_samples(
+        samples, smallest, cache_root, readable=_readable(recipe), per_step=per_step, left_out=left_out, config=config
+    )
     if few := few_held_out(samples, config, recipe.eval):
-        scan = replace(scan, findings=(*scan.findings, few))
-    return [*scan_lines(scan), *bucket_lines(recipe, samples, resolution, processes)]
+        scan = replace(scan, noted=(*scan.noted, few))
+    return [*scan_lines(scan), *bucket_lines(recipe, samples, resolution, processes)], bool(scan.refused)
 
 
 def bucket_lines(recipe: Recipe, samples: Sequence[Sample], resolution: int, processes: int) -> list[str]:
@@ -192,10 +194,13 @@ def _readable(recipe: Recipe) -> Callable[[str], str] | None:
 
 def scan_lines(scan: Scan) -> list[str]:
     """The findings as text."""
-    splits = ", ".join(f"{count} {split}" for split, count in scan.splits.items())
-    sizes = ", ".join(f"{count} of {size}" for size, count in list(scan.sizes.items())[:4])
+    splits = ", ".join(f"{count} {split}" for split, count in scan.splits.items()) or "nothing that can be used"
+    sizes = ", ".join(f"{count} of {size}" for size, count in list(scan.sizes.items())[:4]) or "none"
     more = f" and {len(scan.sizes) - 4} other sizes" if len(scan.sizes) > 4 else ""
-    return ["", f"data: {splits}; images {sizes}{more}", *(f"  {line}" for line in scan.findings or ("nothing amiss",))]
+    lines = ["", f"data: {splits}; images {sizes}{more}"]
+    if scan.refused:
+        lines += ["  training refuses this until it is mended:", *(f"    {line}" for line in scan.refused)]
+    return [*lines, *(f"  {line}" for line in scan.noted or (() if scan.refused else ("nothing amiss",)))]
 
 
 def to_dict(found: Preflight, machines: list[Machine]) -> dict[str, object]:
