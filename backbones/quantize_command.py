@@ -32,6 +32,8 @@ def run(args: argparse.Namespace, device: str) -> int:
 
 
 def _base(args: argparse.Namespace, out: Path, device: str) -> list[LayerReport]:
+    if "/" in args.base or args.base.endswith(".safetensors"):
+        raise ValueError(f"there is no file or folder {args.base}")
     try:
         spec = find_spec(args.base)
     except ValueError as error:

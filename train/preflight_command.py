@@ -53,6 +53,8 @@ def run(arguments: list[str]) -> int:
     if args.recipe is None:
         raise ValueError("name a recipe (`loragraft recipe` lists them), or give --calibrate alone")
     recipe = load_recipe(args.recipe, args.overrides)
+    if reason := find_spec(recipe.base).refuses_training:
+        raise ValueError(reason)
     started = time.perf_counter()
     machines = known_machines(cache_root, args.card)
     if args.card is not None and not machines:

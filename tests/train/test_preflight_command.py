@@ -71,6 +71,11 @@ def test_an_unknown_card_is_said_before_the_memory_is_predicted(
         assert ("Did you mean 'H100'?" in capsys.readouterr().out) is unknown
 
 
+def test_a_base_that_training_refuses_is_refused_here(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["preflight", "marketing", "base=flux1-schnell"]) == 2
+    assert "Train on base=flux1-dev" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("wrong", ["0", "-1", "two"])
 def test_no_processes_are_refused(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
