@@ -27,6 +27,7 @@ from loragraft.data.held_out import few_held_out
 from loragraft.data.sample import Sample
 from loragraft.data.scan import Scan, scan_samples
 from loragraft.data.sources import LeftOut, open_source
+from loragraft.disk import write_atomic
 from loragraft.recipes.load import load_recipe
 from loragraft.recipes.schema import Recipe
 from loragraft.train.dry_run import KINDS
@@ -41,7 +42,7 @@ SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:(gib|gb|g)|(mib|mb|m))?", re.IGNORECASE
 
 
 def run(arguments: list[str]) -> int:
-    """The command. Returns 0, or 1 where --fit finds nothing that fits or training would refuse the data."""
+    """The command. Returns 0, or 1 where nothing makes the run fit the card or training would refuse the data."""
     args = _parse(arguments)
     cache_root = default_cache_root()
     if args.calibrate:
@@ -64,24 +65,45 @@ def run(arguments: list[str]) -> int:
     lines, refused = ([], False) if args.no_data else look_at_data(recipe, found.resolution, cache_root, args.processes)
     print("\n".join(lines), end="\n" if lines else "")
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(to_dict(found, machines), indent=1) + "\n")
-    unfit = 0 if args.fit is None else _fit(recipe, found, args.fit, cache_root, args.processes)
-    return max(unfit, int(refused))
+        _write(args.json, to_dict(found, machines))
+    card = args.fit if args.fit is not None else _too_small(found)
+    if card is None:
+        return int(refused)
+    fitting = _fit(recipe, found, card, cache_root, args.processes)
+    if args.json:
+        _write(args.json, {**to_dict(found, machines), "fit": fit_dict(card, fitting)})
+    return max(int(fitting is None), int(refused))
 
 
-def _fit(recipe: Recipe, found: Preflight, card: int, cache_root: Path, processes: int) -> int:
-    print(f"\nto fit {card / GIB:g} GiB:")
+def _write(path: Path, figures: dict[str, object]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, (json.dumps(figures, indent=1) + "\n").encode())
+
+
+def _too_small(found: Preflight) -> int | None:
+    """Bytes of the GPU that is here, where the run does not fit it."""
+    if not torch.cuda.is_available():
+        return None
+    card = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return None if found.fits(card) else card
+
+
+def _fit(recipe: Recipe, found: Preflight, card: int, cache_root: Path, processes: int) -> tuple[str, Preflight] | None:
+    print(f"\nto fit {card / GIB:.3g} GiB:")
     fitting = what_fits(recipe, found, card, cache_root, lambda line: print(f"  tried {line}", flush=True), processes)
     if fitting is None:
         print("  nothing that a recipe can change is enough; the weights alone need a larger card")
-        return 1
-    overrides, changed = fitting
-    if not overrides:
-        print(f"  it fits as it is: {changed.needed / GIB:.1f} GiB needed")
-        return 0
-    print(f"  add: {overrides}\n  {changed.needed / GIB:.1f} GiB needed")
-    return 0
+    elif not fitting[0]:
+        print(f"  it fits as it is: {fitting[1].needed / GIB:.1f} GiB needed")
+    else:
+        print(f"  add: {fitting[0]}\n  {fitting[1].needed / GIB:.1f} GiB needed")
+    return fitting
+
+
+def fit_dict(card: int, fitting: tuple[str, Preflight] | None) -> dict[str, object]:
+    """JSON-able: what makes the run fit `card` bytes; "overrides" is null where nothing does."""
+    overrides, needed = (None, None) if fitting is None else (fitting[0], fitting[1].needed)
+    return {"card": card, "overrides": overrides, "needed": needed}
 
 
 def known_machines(cache_root: Path, card: str | None = None) -> list[Machine]:
@@ -127,6 +149,8 @@ def report_lines(recipe: Recipe, found: Preflight, machines: list[Machine], took
     lines += [f"  kept by the forward pass {found.train.saved / GIB:.2f} GiB, as made by: {kept}"]
     fits = [card for card in CARDS_GIB if found.fits(card * GIB)]
     cards = f"fits cards of {fits[0]} GiB and more" if fits else f"fits no card of up to {CARDS_GIB[-1]} GiB"
+    if smaller := [card for card in CARDS_GIB if card not in fits]:
+        cards += f"; --fit {smaller[-1]}GiB finds what would make it fit that card"
     lines += ["", f"needed {found.needed / GIB:.1f} GiB with CUDA's own: {cards}"]
     for name in found.unknown:
         lines.append(f"not modelled: time and workspace of {name}")
@@ -257,7 +281,12 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("recipe", nargs="?", help="a shipped recipe's name or a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe overrides")
-    parser.add_argument("--fit", type=_size, metavar="SIZE", help="a card, such as 12GiB: find overrides that fit it")
+    parser.add_argument(
+        "--fit",
+        type=_size,
+        metavar="SIZE",
+        help="a card, such as 12GiB: find overrides that fit it (default: this machine's GPU, where the run does not fit it)",
+    )
     parser.add_argument(
         "--calibrate", action="store_true", help="measure this machine's GPU first, and keep the figures"
     )
