@@ -53,7 +53,7 @@ def run(arguments: list[str]) -> int:
             return 0
     if args.recipe is None:
         raise ValueError("name a recipe (`loragraft recipe` lists them), or give --calibrate alone")
-    recipe = load_recipe(args.recipe, args.overrides)
+    recipe = as_stored(load_recipe(args.recipe, args.overrides))
     if reason := find_spec(recipe.base).refuses_training:
         raise ValueError(reason)
     started = time.perf_counter()
@@ -73,6 +73,17 @@ def run(arguments: list[str]) -> int:
     if args.json:
         _write(args.json, {**to_dict(found, machines), "fit": fit_dict(card, fitting)})
     return max(int(fitting is None), int(refused))
+
+
+def as_stored(recipe: Recipe) -> Recipe:
+    """The recipe in the numerics of its ready-made INT4 weights, which it runs in."""
+    spec = find_spec(recipe.base)
+    if spec.external is None or not recipe.weights.path:
+        return recipe
+    from loragraft.backbones.external import stated_profile  # the Hub's client and the readers of foreign files
+
+    stated = stated_profile(spec, recipe.weights)
+    return recipe if stated is None else replace(recipe, numerics=stated)
 
 
 def _write(path: Path, figures: dict[str, object]) -> None:
