@@ -42,7 +42,8 @@ SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:(gib|gb|g)|(mib|mb|m))?", re.IGNORECASE
 
 
 def run(arguments: list[str]) -> int:
-    """The command. Returns 0, or 1 where nothing makes the run fit the card or training would refuse the data."""
+    """The command. Returns 0, or 1 where nothing makes the run fit the card or training would refuse the weights or
+    the data."""
     args = _parse(arguments)
     cache_root = default_cache_root()
     if args.calibrate:
@@ -62,11 +63,14 @@ def run(arguments: list[str]) -> int:
         print(f"{unknown_card(args.card, cache_root)}\n", flush=True)  # before the half minute that memory takes
     found = preflight(recipe, cache_root, processes=args.processes)
     print("\n".join(report_lines(recipe, found, machines, time.perf_counter() - started)))
+    if lacking := lacking_weights(recipe):
+        print(f"\n{lacking}")
     lines, refused = ([], False) if args.no_data else look_at_data(recipe, found.resolution, cache_root, args.processes)
     print("\n".join(lines), end="\n" if lines else "")
     if args.json:
         _write(args.json, to_dict(found, machines))
     card = args.fit if args.fit is not None else _too_small(found)
+    refused |= lacking is not None
     if card is None:
         return int(refused)
     fitting = _fit(recipe, found, card, cache_root, args.processes)
@@ -84,6 +88,21 @@ def as_stored(recipe: Recipe) -> Recipe:
 
     stated = stated_profile(spec, recipe.weights)
     return recipe if stated is None else replace(recipe, numerics=stated)
+
+
+def lacking_weights(recipe: Recipe) -> str | None:
+    """A sentence where `weights.path` is given and training would not find what it needs there; what may be fetched is not looked
+    for, and a base without any is predicted all the same."""
+    spec, weights = find_spec(recipe.base), recipe.weights
+    if spec.external is None or not weights.path or weights.allow_download:
+        return None
+    from loragraft.backbones.external import locate
+
+    try:
+        locate(spec, spec.external, weights)
+    except ValueError as error:
+        return f"training refuses the weights until this is mended: {error}"
+    return None
 
 
 def _write(path: Path, figures: dict[str, object]) -> None:

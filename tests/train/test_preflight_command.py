@@ -76,6 +76,22 @@ def test_a_base_that_training_refuses_is_refused_here(capsys: pytest.CaptureFixt
     assert "Train on base=flux1-dev" in capsys.readouterr().err
 
 
+def test_weights_that_training_would_not_find_are_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(preflight_command, "preflight", lambda *_, **__: SimpleNamespace(resolution=128))
+    monkeypatch.setattr(preflight_command, "report_lines", lambda *_: [])
+    (tmp_path / "flux").mkdir()
+    for path, said in (
+        ("fluks", f"no such file or folder; did you mean {tmp_path}/flux?"),
+        ("flux", "a transformer alone"),
+    ):
+        assert cli.main(["preflight", "marketing", "base=flux1-dev", f"weights.path={tmp_path / path}"]) == 1
+        told = capsys.readouterr().out
+        assert "training refuses the weights until this is mended: " in told and said in told
+    assert cli.main(["preflight", "marketing", "base=flux1-dev"]) == 0, "a prediction needs no weights"
+
+
 @pytest.mark.parametrize("wrong", ["0", "-1", "two"])
 def test_no_processes_are_refused(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
