@@ -8,8 +8,8 @@ from pathlib import Path
 
 from loragraft.backbones.architectures import SMOOTHED, folder_settings, open_model, plan_model, quantize_files
 from loragraft.backbones.load import find_spec, quantize_base
-from loragraft.quantization.partial_file import JOURNAL
 from loragraft.quantization.formats import FORMATS
+from loragraft.quantization.partial_file import JOURNAL
 from loragraft.quantization.report import report_table, report_to_dict
 from loragraft.quantization.settings import LayerReport
 from loragraft.quantization.stream import REPORT_NAME
