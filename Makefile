@@ -1,10 +1,11 @@
 # Two commands do all the set-up: `make marketing` runs the main job, `make test` passes the tests.
 # Variables: PYTHON (3.11 or newer), VENV (where to install; VENV=$VIRTUAL_ENV uses the environment you are in and
-# leaves a torch that is already there alone), RECIPE, RUN.
+# leaves a torch that is already there alone), RECIPE, RUN, WORK (40 GB for `make bench`, which needs a GPU).
 PYTHON ?= python3
 VENV ?= .venv
 RECIPE ?= marketing
 RUN ?= runs/$(RECIPE)
+WORK ?= /dev/shm/loragraft-bench
 BIN := $(VENV)/bin
 
 .PHONY: setup marketing run demo setup-dev check test test-gpu bench wheel clean
@@ -49,7 +50,7 @@ test-gpu: setup-dev
 	$(BIN)/python -m pytest -m gpu
 
 bench: setup
-	$(BIN)/python benchmarks/int4_engine.py --out benchmarks/results/int4_engine.json --commit $$(git rev-parse HEAD)
+	$(BIN)/python benchmarks/int4_engine.py --out benchmarks/results/int4_engine.json --commit $$(git rev-parse HEAD) --work $(WORK)
 
 wheel: setup-dev
 	$(BIN)/python -m build --wheel

@@ -11,9 +11,14 @@ def list_bases() -> list[str]:
 
 
 def known_base(name: str) -> str:
-    """The name as `list_bases` has it. Raises ValueError naming the nearest base."""
+    """The name as `list_bases` has it. Raises ValueError naming the nearest base, and for weights the key that takes them."""
     wanted, known = name.replace("_", "-"), list_bases()
     if wanted not in known:
+        if "/" in name or name.endswith(".safetensors"):
+            raise ValueError(
+                f"base={name} names weights: base says which model they are of ({', '.join(known)}), and weights.path where they "
+                f"lie, such as base=flux1-dev weights.path={name}"
+            )
         near = difflib.get_close_matches(wanted, known, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"unknown base {name!r}.{hint} Known bases: {', '.join(known)}")

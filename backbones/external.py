@@ -193,6 +193,22 @@ def is_quantized(path: Path) -> bool:
     return (path / BLOCKS).is_file() or (config.is_file() and "quantization_config" in read_json(config))
 
 
+def stated_profile(spec: BaseSpec, weights: Weights) -> Profile | None:
+    """The profile in which ready-made INT4 weights run, whatever a recipe asks for; None where they are in 16 bits, random, not on
+    this machine, or of mixed numerics. Reads headers alone. Raises CheckpointError for a damaged file."""
+    if spec.external is None or weights.random or not weights.path:
+        return None
+    try:
+        path = find(weights.path, False, (*PIPELINE_FILES, f"{spec.family.component}/*", CONFIG_NAME))
+    except ValueError:  # said when the weights are opened
+        return None
+    path = path / spec.family.component if (path / INDEX).is_file() else path
+    if not is_quantized(path):
+        return None
+    block = {} if path.is_file() or (path / BLOCKS).is_file() else read_json(path / CONFIG_NAME)["quantization_config"]
+    return PROFILES.get(block.get("profile", "interchange"))
+
+
 def _ready_made(spec: BaseSpec, external: External, path: Path, profile: Profile | None) -> tuple[nn.Module, Profile]:
     with tqdm(desc=f"read {path.name}", unit="part", leave=False) as bar:
 

@@ -15,6 +15,7 @@ from loragraft.backbones.architectures import NUMERICS, SMOOTHED
 from loragraft.backbones.bases import known_base, list_bases
 from loragraft.backbones.sampler import build_pipeline, generate_from_text
 from loragraft.backbones.spec import Backbone, BaseSpec, Encoders, Profile, Weights
+from loragraft.kernels.layout import check_card
 from loragraft.quantization.branched import BranchedLinear
 from loragraft.quantization.checkpoint import load_quantized, record_base_id, recorded_base_id, save_quantized
 from loragraft.quantization.convert import plan_layers, quantize_backbone
@@ -56,7 +57,8 @@ def load_backbone(
     `Backbone.profile` then says. A profile that is not ready-made is quantized once into `cache_root`/bases and reused.
     wait: the transformer stays on the CPU until `Backbone.onto_device`, so that encoders have the device for themselves.
     encoders: instead of a shipped base's own, such as ones that read what was encoded before.
-    Raises ValueError for an unknown base and for weights that are not there, `CheckpointError` for a damaged checkpoint.
+    Raises ValueError for an unknown base, for weights that are not there and for a GPU that has no kernel for them,
+    `CheckpointError` for a damaged checkpoint.
     """
     spec = find_spec(name)
     profile = None if profile == "16bit" else profile
@@ -69,13 +71,15 @@ def load_backbone(
         transformer, encoders, profile = _open_external(spec, profile, device, dtype, cache_root, weights)
     transformer.eval().requires_grad_(False)
     nn.Module.to(transformer, dtype=dtype)  # INT4 layers keep the dtypes of their buffers
+    ledger = build_ledger(transformer)
+    check_card((row.numerics for row in ledger.rows), device)
     backbone = Backbone(
         spec=spec,
         profile=profile,
         transformer=transformer,
         encoders=encoders,
         base_id=recorded_base_id(transformer),
-        ledger=build_ledger(transformer),
+        ledger=ledger,
         device=device,
         dtype=dtype,
         resolution=spec.resolution,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from loragraft.backbones.architectures import SMOOTHED, folder_settings, open_model, plan_model, quantize_files
 from loragraft.backbones.load import find_spec, quantize_base
+from loragraft.quantization.formats import FORMATS
 from loragraft.quantization.partial_file import JOURNAL
 from loragraft.quantization.report import report_table, report_to_dict
 from loragraft.quantization.settings import LayerReport
@@ -32,6 +33,8 @@ def run(args: argparse.Namespace, device: str) -> int:
 
 
 def _base(args: argparse.Namespace, out: Path, device: str) -> list[LayerReport]:
+    if "/" in args.base or args.base.endswith(".safetensors"):
+        raise ValueError(f"there is no file or folder {args.base}")
     try:
         spec = find_spec(args.base)
     except ValueError as error:
@@ -53,6 +56,8 @@ def _base(args: argparse.Namespace, out: Path, device: str) -> list[LayerReport]
 def _files(args: argparse.Namespace, source: Path, out: Path, device: str) -> list[LayerReport]:
     if args.smoothing not in (None, "auto", "calibrated"):
         raise ValueError(f"--smoothing {args.smoothing} is for bases; weights on disk are quantized with auto")
+    if args.gptq and args.profile not in FORMATS and args.smoothing != "calibrated" and not args.stats:
+        raise ValueError("--gptq needs activations: --smoothing calibrated on the pipeline's folder, or --stats FILE")
     stats, own = Path(args.stats) if args.stats else None, None
     if args.smoothing == "calibrated" and stats is None:
         stats = own = _pipeline_stats(args, source, out, device)

@@ -212,8 +212,10 @@ class Backbone:
     """CUDA graphs of the transformer, from one picture to the next."""
 
     def onto_device(self) -> None:
-        """A transformer that waited on the CPU (`load_backbone`) goes to `device`; otherwise nothing happens."""
+        """A transformer that waited on the CPU (`load_backbone`) goes to `device`, and the ledger says what runs it there;
+        otherwise nothing happens."""
         nn.Module.to(self.transformer, device=self.device)
+        self.ledger = self.ledger.moved(self.transformer)
 
     def fingerprint(self) -> str:
         """`checksum` of the frozen tensors as they are in memory now: equal before and after training, or the base changed."""

@@ -1,7 +1,6 @@
 """The INT4 engine beside bf16 on one CUDA device: correctness first, then every linear layer of FLUX.1-dev at 1024 px.
 
-    python benchmarks/int4_engine.py --out benchmarks/results/int4_engine.json --commit $(git rev-parse HEAD) \\
-        --quantizer stream.json --calibrated calibrated.json --accuracy accuracy.json
+    python benchmarks/int4_engine.py --out benchmarks/results/int4_engine.json --commit $(git rev-parse HEAD) --work /dev/shm/quantizer
 
 Nothing is timed if an error against float64 of the same quantized operands exceeds its bound. Then, replayed CUDA graphs, one
 of each in turn: bf16 (cuBLAS, no branch), ours (activation quantization, down- and up-projection of rank 32 + 16
@@ -10,13 +9,15 @@ benchmarks/rivals.py FP8 with and without its activation quantization, `torch._i
 (comfy-kitchen), the last two where they are installed. Layers that read one x (q, k, v; in single blocks the feed-forward too)
 are one layer here; of bf16 as one matrix or as several the faster counts. Training: forward and the gradients of x and of the
 adapter, against `nn.Linear` with PEFT's LoRA. --quantizer, --calibrated and
---accuracy are what benchmarks/quantizer.py (on a GPU) and quantizer_accuracy.py (anywhere) wrote.
+--accuracy are what benchmarks/quantizer.py (on a GPU) and quantizer_accuracy.py (anywhere) wrote; with --work those that are
+not given are made first, each by a process of its own.
 """
 
 import argparse
 import json
 import math
 import platform
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -302,6 +303,25 @@ def summary(rows: dict[str, dict[str, float]], training: dict[str, dict[str, flo
     }
 
 
+def make_missing(arguments: argparse.Namespace) -> None:
+    """With --work: runs the quantizer's benchmarks whose files were not given, and puts them beside --out."""
+    here, folder = Path(__file__).parent, arguments.out.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    scripts = {
+        "quantizer": ["quantizer.py", "stream", "--work", str(arguments.work)],
+        "calibrated": ["quantizer.py", "calibrated", "--work", str(arguments.work)],
+        "accuracy": ["quantizer_accuracy.py"],
+    }
+    for name, (script, *options) in scripts.items():
+        if arguments.work is None or getattr(arguments, name) is not None:
+            continue
+        made = folder / {"quantizer": "quantizer.json", "accuracy": "quantizer_accuracy.json"}.get(name, f"{name}.json")
+        line = [sys.executable, str(here / script), *options, "--out", str(made), "--commit", arguments.commit]
+        print(f"{name}: {script} {' '.join(options)}", flush=True)
+        subprocess.run(line, check=True)
+        setattr(arguments, name, made)
+
+
 def from_other_scripts(arguments: argparse.Namespace) -> dict[str, Any]:
     """The quantizer's figures, from the files of its own benchmarks; None where a file was not given."""
     read = {name: json.loads(path.read_text()) if path else {} for name, path in (
@@ -316,9 +336,9 @@ def from_other_scripts(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _command(arguments: argparse.Namespace) -> str:
-    """The line that was given, files by their names."""
+    """The line that was given, files by their names. Called before `make_missing`."""
     files = {"out": arguments.out, "quantizer": arguments.quantizer, "calibrated": arguments.calibrated,
-             "accuracy": arguments.accuracy}  # fmt: skip
+             "accuracy": arguments.accuracy, "work": arguments.work}  # fmt: skip
     given = " ".join(f"--{name} {path.name}" for name, path in files.items() if path is not None)
     return f"python benchmarks/int4_engine.py --shapes {arguments.shapes} {given}"
 
@@ -338,9 +358,16 @@ def main() -> int:
     parser.add_argument("--quantizer", type=Path, help="JSON of `benchmarks/quantizer.py stream`")
     parser.add_argument("--calibrated", type=Path, help="JSON of `benchmarks/quantizer.py calibrated`")
     parser.add_argument("--accuracy", type=Path, help="JSON of `benchmarks/quantizer_accuracy.py`")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        help="folder of 40 GB: make those of the three files above that are not given (half an hour)",
+    )
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("no CUDA device: these figures are about GPU kernels; `pytest tests/kernels` checks the CPU path")
+    command = _command(arguments)
+    make_missing(arguments)
     torch.manual_seed(0)
     error, same = largest_error(), deterministic()
     if error > BOUND or not same:
@@ -361,7 +388,7 @@ def main() -> int:
         "versions": {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda,
                      "python": platform.python_version()},
         "commit": arguments.commit,
-        "command": _command(arguments),
+        "command": command,
         **summary(rows, training),
         "w4a16_bandwidth_fraction": adaln["fraction_of_copy"],
         "max_rel_err": error,

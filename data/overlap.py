@@ -91,6 +91,8 @@ def perceptual_hash(thumbnail: npt.NDArray[np.float32]) -> np.uint64:
 
 def _near_pairs(images: dict[str, Path], cache_root: Path) -> list[tuple[str, str]]:
     """Pairs of keys whose images are near-duplicates, each once, in sorted order."""
+    if len(images) < 2:
+        return []
     digests = sorted(images)
     key = hashlib.sha256(json.dumps([VERSION, digests]).encode()).hexdigest()
     stored = cache_root / "overlap" / f"{key[:24]}.json"

@@ -8,8 +8,8 @@ import csv
 import difflib
 import json
 import re
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,21 @@ _SPLIT_NAMES: dict[str, Split] = {
 _CAMERA_NAME = re.compile(r"(img|dsc|dscn|dscf|pxl|image|photo|picture|screenshot|p)?[\W\d_]*", re.IGNORECASE)
 
 
-def open_source(config: DataConfig, resolution: int, cache_root: Path) -> list[Sample]:
+@dataclass
+class LeftOut:
+    """Images of a folder that training refuses, for who wants to name them all at once."""
+
+    unreadable: list[tuple[Path, str]] = field(default_factory=list)
+    """With the reason; what has no image's header."""
+    without_caption: list[Path] = field(default_factory=list)
+
+
+def open_source(config: DataConfig, resolution: int, cache_root: Path, left_out: LeftOut | None = None) -> list[Sample]:
     """The samples of a recipe's data, in a fixed order; a domain is drawn first where the cache lacks it.
 
     resolution: edge in pixels at which a domain is drawn, the largest of `config.edges`. Of a stream, it is what an earlier
-    run has read, the training images without their files. Raises DataError.
+    run has read, the training images without their files. left_out: where unusable images of a folder are noted, instead of the
+    first being an error. Raises DataError.
     """
     check_source(config)
     if config.domain is not None:
@@ -55,8 +65,9 @@ def open_source(config: DataConfig, resolution: int, cache_root: Path) -> list[S
         config = replace(config, caption_column="")  # what was built has `text`
     else:
         folder = Path(config.folder or "")
-    samples = _read_folder(folder, config)
-    _check_short(samples, config, folder)
+    samples = _read_folder(folder, config, left_out)
+    if samples or left_out is None:
+        _check_short(samples, config, folder)
     return as_shown(_limit(samples, config.limit), config)
 
 
@@ -96,54 +107,71 @@ def _check_short(samples: list[Sample], config: DataConfig, folder: Path) -> Non
         )
 
 
-def _read_folder(folder: Path, config: DataConfig) -> list[Sample]:
-    images = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
-    if not images:
+def _read_folder(folder: Path, config: DataConfig, left_out: LeftOut | None) -> list[Sample]:
+    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    if not found:
         raise DataError(f"{folder} holds no image; known suffixes are {', '.join(sorted(SUFFIXES))}")
-    if config.domain is None:
-        _check_headers(images)
+    unreadable = dict(_unreadable(found)) if config.domain is None else {}
+    if left_out is not None:
+        left_out.unreadable += unreadable.items()
+    elif unreadable:
+        path, reason = next(iter(unreadable.items()))
+        more = f" (and {len(unreadable) - 1} more; `loragraft preflight` lists them)" if len(unreadable) > 1 else ""
+        raise DataError(f"{path} is not a readable image ({reason}); repair it, or take it out{more}")
+    rows = [row for row in _rows(folder, found, config, left_out) if row["image"] not in unreadable]
+    empty = [row for row in rows if not row["caption"]]
+    if empty and not config.caption:
+        if left_out is None:
+            raise DataError(
+                f"{len(empty)} images of {folder} have no caption: {_listed([row['image'] for row in empty], folder)}; put a "
+                ".txt beside each image, or write metadata.jsonl with lines such as "
+                '{"file_name": "a.png", "text": "a red bicycle"}, or name the files after what they show, or give one '
+                'caption for all, such as data.caption="a photo in sks style"'
+            )
+        left_out.without_caption += [row["image"] for row in empty]
+        rows = [row for row in rows if row["caption"]]
+    for row in empty:  # many images share the caption, so each is a concept of its own: the split goes by image
+        row |= {"caption": config.caption, "concept": row.get("concept") or str(row["image"].relative_to(folder))}
+    return _with_splits(rows, folder, config) if rows or left_out is None else []
+
+
+def _rows(folder: Path, images: list[Path], config: DataConfig, left_out: LeftOut | None) -> list[dict[str, Any]]:
+    """One row an image, its caption perhaps empty: from metadata, else from `.txt` files, else from the images' names."""
     jsonl, table = folder / "metadata.jsonl", folder / "metadata.csv"
-    with_text = [image for image in images if image.with_suffix(".txt").is_file()]
+    with_text = {image for image in images if image.with_suffix(".txt").is_file()}
     if jsonl.is_file() or table.is_file():
-        rows = _rows_of_metadata(jsonl if jsonl.is_file() else table, images, config)
-    elif with_text:
-        missing = sorted(set(images) - set(with_text))
-        if missing and not config.caption:
+        return _rows_of_metadata(jsonl if jsonl.is_file() else table, images, config)
+    if with_text:
+        missing = sorted(set(images) - with_text)
+        if missing and not config.caption and left_out is None:
             raise DataError(
                 f"{len(with_text)} images of {folder} have a .txt caption beside them and {len(missing)} do not: "
                 f"{_listed(missing, folder)}; write the missing ones, use metadata.jsonl for all, or give "
                 "data.caption for those without"
             )
-        rows = [{"image": i, "caption": _text_beside(i) if i in with_text else ""} for i in images]
-    elif config.caption:
-        rows = [{"image": image, "caption": ""} for image in images]
-    else:
-        rows = [{"image": image, "caption": _caption_of_name(image.stem)} for image in images]
-    empty = [row for row in rows if not row["caption"]]
-    if empty and not config.caption:
-        raise DataError(
-            f"{len(empty)} images of {folder} have no caption: {_listed([row['image'] for row in empty], folder)}; put a "
-            ".txt beside each image, or write metadata.jsonl with lines such as "
-            '{"file_name": "a.png", "text": "a red bicycle"}, or name the files after what they show, or give one '
-            'caption for all, such as data.caption="a photo in sks style"'
-        )
-    for row in empty:  # many images share the caption, so each is a concept of its own: the split goes by image
-        row |= {"caption": config.caption, "concept": row.get("concept") or str(row["image"].relative_to(folder))}
-    return _with_splits(rows, folder, config)
+        return [{"image": i, "caption": _text_beside(i) if i in with_text else ""} for i in images]
+    if config.caption:
+        return [{"image": image, "caption": ""} for image in images]
+    return [{"image": image, "caption": _caption_of_name(image.stem)} for image in images]
 
 
 def _text_beside(image: Path) -> str:
-    return image.with_suffix(".txt").read_text(encoding="utf-8").strip()
+    path = image.with_suffix(".txt")
+    try:
+        return path.read_text(encoding="utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
 
 
-def _check_headers(images: Iterable[Path]) -> None:
-    """Open every file as far as its header: finds what is no image at all. A truncated file shows when it is read."""
+def _unreadable(images: Iterable[Path]) -> Iterator[tuple[Path, str]]:
+    """What is no image at all, with the reason: every file is opened as far as its header. A truncated file shows when it is
+    read."""
     for path in images:
         try:
             with Image.open(path):
                 pass
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise DataError(f"{path} is not a readable image ({error}); repair it, or take it out") from error
+            yield path, str(error)
 
 
 def _rows_of_metadata(path: Path, images: list[Path], config: DataConfig) -> list[dict[str, Any]]:

@@ -40,7 +40,8 @@ class Build:
 
     types: of pointers that are not `*bf16`, and of numbers that are not `i32` divisible by 16 ("i32" alone: not divisible;
     "None": the pointer is absent). constants: the constexprs. least: the lowest compute capability that has its
-    instructions. portable: must fit into 99 KB of shared memory. quick: compiled in every run of the tests.
+    instructions. portable: must fit into 99 KB of shared memory. quick: compiled in every run of the tests, one of each kernel at
+    least.
     """
 
     kernel: Any
@@ -233,15 +234,22 @@ def _w4a16() -> list[Build]:
         span: dict[str, Any] = {"least": least, "most": most}
         large = {"BM": 64, "BN": 64, "BR": 16}
         builds += [
-            Build(w4a16_linear.w4a16_fwd_kernel, {"HAS_BIAS": True, **large}, {**halves, "p_q": "*u8"}, **span),
+            Build(
+                w4a16_linear.w4a16_fwd_kernel, {"HAS_BIAS": True, **large}, {**halves, "p_q": "*u8"}, quick=True, **span
+            ),
             Build(
                 w4a16_linear.w4a16_dx_kernel,
                 large,
                 {"p_q": "*u8", "p_dy": half, "p_g": half, "p_down": half, "p_dx": half},
+                quick=True,
                 **span,
             ),
             Build(
-                w4a16_skinny.down_kernel, {"BK": 2048}, {"p_x": half, "p_down": half, "p_h": half, "R": "i32"}, **span
+                w4a16_skinny.down_kernel,
+                {"BK": 2048},
+                {"p_x": half, "p_down": half, "p_h": half, "R": "i32"},
+                quick=True,
+                **span,
             ),
         ]
         for configs, kernel, words, default in (

@@ -5,7 +5,7 @@ Shape legend (suffix of a tensor's name): M tokens, N output features, K input f
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,6 +14,8 @@ from torch import Tensor
 
 GROUP = 64  # columns that share one activation scale (4 bits), one weight scale, or one Hadamard block
 K_ALIGN = 128  # K of packed weights and of activation codes is padded to this
+LEAST_CAPABILITY = (8, 0)  # of GPUs on which Triton multiplies INT8
+INT8_NUMERICS = ("w4a8", "w4a4")
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,20 @@ def uses_triton(x: Tensor) -> bool:
     Triton reads the same variable when a kernel is decorated, so it must be set before the kernels are imported.
     """
     return x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def check_card(numerics: Iterable[str], device: torch.device) -> None:
+    """Raises ValueError, with the remedy, where layers of these numerics have no kernel on `device`.
+
+    Below compute capability 8.0 Triton multiplies no INT8: W4A16 alone runs there.
+    """
+    if device.type != "cuda" or (found := torch.cuda.get_device_capability(device)) >= LEAST_CAPABILITY:
+        return
+    if lacking := sorted({name for name in numerics if name in INT8_NUMERICS}):
+        raise ValueError(
+            f"{torch.cuda.get_device_name(device)} has compute capability {found[0]}.{found[1]}, and {', '.join(lacking)} layers need "
+            f"{LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]} for their INT8 products: only W4A16 runs on it, numerics=weight-only"
+        )
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """The ledger: which path every linear layer and convolution of a model takes. Nothing is left out, 16-bit ones are listed as such."""
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -46,6 +46,11 @@ class Ledger:
     rows: tuple[LedgerRow, ...]
     attention: str = "sdpa"
     """What computes attention (`backbones/attention.py`)."""
+
+    def moved(self, model: nn.Module) -> "Ledger":
+        """The same layers with the backends that they take where `model` lies now."""
+        backends = {row.path: row.backend for row in build_ledger(model).rows}
+        return replace(self, rows=tuple(replace(row, backend=backends.get(row.path, row.backend)) for row in self.rows))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able: counts and bytes per numerics, the attention, then every row."""

@@ -82,6 +82,11 @@ def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
         (["generate", "--prompt", "x", "--out", "file"], "--out file is a file: name a folder"),
         (["prompts", "mjhq"], "say where it lies with --from"),
         (["quantize", "pocet", "--out", "int4"], "There is no file or folder pocet either"),
+        (["quantize", "./FLUX/transformer", "--out", "int4"], "there is no file or folder ./FLUX/transformer"),
+        (
+            ["recipe", "marketing", "base=/models/svdq.safetensors"],
+            "base=flux1-dev weights.path=/models/svdq.safetensors",
+        ),
         (["measure", "nowhere", "--metrics", "psnr", "--against", "."], "there is no folder nowhere"),
         (["measure", ".", "--metrics", "fid"], "put the published files into a folder"),
         (["generate"], 'give --prompt "..."'),

@@ -27,7 +27,7 @@ from loragraft.data.order import pure_chunks
 from loragraft.recipes.schema import Recipe, TrainConfig
 from loragraft.train.batches import Batches, seeded
 from loragraft.train.early_stop import EarlyStop
-from loragraft.train.measured import Measured
+from loragraft.train.measured import Measured, StepTimes
 from loragraft.train.optim import build_optimizer, state_bytes
 from loragraft.train.previews import Previews
 from loragraft.train.run_folder import RunFolder
@@ -137,6 +137,7 @@ class _Run:
     started: float = field(default_factory=time.perf_counter)
     clock: float = 0.0
     """When the step began."""
+    times: StepTimes = field(default_factory=StepTimes)
 
     @property
     def finished(self) -> bool:
@@ -216,6 +217,7 @@ class _Run:
     def note(self, figures: dict[str, float], number: int, bar: Any, last: bool = False) -> None:
         """Step `number` as lines of files and on the screen."""
         moved()
+        self.times.note()
         if self.accelerator.is_main_process:
             self.folder.append_metrics({"step": number, **figures})
             if last or number == 1 or _due(number, self.recipe.train.log_every):
@@ -251,6 +253,7 @@ class _Run:
         if self.early.best:
             self.folder.summary |= {"best_step": self.early.best_step, "stopped_early": self.early.exhausted}
         device = self.accelerator.device
+        self.folder.step_seconds = self.times.median
         self.folder.summary |= {
             "steps": self.folder.step,
             "train_seconds": self.elapsed,

@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
             return 130
         if accelerator.is_main_process:
             _finish(recipe, backbone, cache, folder, tracking, base_before)
-            print(forecast.after(), end="")
+            print(forecast.after(step_seconds=folder.step_seconds), end="")
     accelerator.end_training()
     return 0
 

@@ -1,6 +1,9 @@
 """What a step measured, read late on a GPU: the next step is queued before Python waits for this one, so the GPU never does."""
 
 import math
+import statistics
+import time
+from collections import deque
 
 import torch
 from torch import Tensor
@@ -43,3 +46,27 @@ class Measured:
                 "the last checkpoint is intact"
             )
         return {"loss": loss, "learning_rate": self._rate, "grad_norm": norm}
+
+
+class StepTimes:
+    """Seconds of a step as the run goes: the median of what lies between the figures of one step and of the next, so that
+    validation, checkpoints and images, which follow few steps, do not count."""
+
+    KEPT = 1000
+
+    def __init__(self) -> None:
+        self._last: float | None = None
+        self._seconds: deque[float] = deque(maxlen=self.KEPT)
+
+    def note(self) -> None:
+        """The figures of a step are there."""
+        now = time.perf_counter()
+        if self._last is not None:
+            self._seconds.append(now - self._last)
+        self._last = now
+
+    @property
+    def median(self) -> float | None:
+        """None before the fourth step: the first ones compile and capture."""
+        settled = list(self._seconds)[2:] if len(self._seconds) < self.KEPT else self._seconds
+        return statistics.median(settled) if settled else None

@@ -26,7 +26,8 @@ from loragraft.data.cache import default_cache_root
 from loragraft.data.held_out import few_held_out
 from loragraft.data.sample import Sample
 from loragraft.data.scan import Scan, scan_samples
-from loragraft.data.sources import open_source
+from loragraft.data.sources import LeftOut, open_source
+from loragraft.disk import write_atomic
 from loragraft.recipes.load import load_recipe
 from loragraft.recipes.schema import Recipe
 from loragraft.train.dry_run import KINDS
@@ -41,7 +42,8 @@ SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:(gib|gb|g)|(mib|mb|m))?", re.IGNORECASE
 
 
 def run(arguments: list[str]) -> int:
-    """The command. Returns 0, or 1 where --fit finds nothing that fits."""
+    """The command. Returns 0, or 1 where nothing makes the run fit the card or training would refuse the weights or
+    the data."""
     args = _parse(arguments)
     cache_root = default_cache_root()
     if args.calibrate:
@@ -52,33 +54,86 @@ def run(arguments: list[str]) -> int:
             return 0
     if args.recipe is None:
         raise ValueError("name a recipe (`loragraft recipe` lists them), or give --calibrate alone")
-    recipe = load_recipe(args.recipe, args.overrides)
+    recipe = as_stored(load_recipe(args.recipe, args.overrides))
+    if reason := find_spec(recipe.base).refuses_training:
+        raise ValueError(reason)
     started = time.perf_counter()
     machines = known_machines(cache_root, args.card)
     if args.card is not None and not machines:
         print(f"{unknown_card(args.card, cache_root)}\n", flush=True)  # before the half minute that memory takes
     found = preflight(recipe, cache_root, processes=args.processes)
     print("\n".join(report_lines(recipe, found, machines, time.perf_counter() - started)))
-    if not args.no_data:
-        print("\n".join(data_lines(recipe, found.resolution, cache_root, args.processes)))
+    if lacking := lacking_weights(recipe):
+        print(f"\n{lacking}")
+    lines, refused = ([], False) if args.no_data else look_at_data(recipe, found.resolution, cache_root, args.processes)
+    print("\n".join(lines), end="\n" if lines else "")
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(to_dict(found, machines), indent=1) + "\n")
-    return 0 if args.fit is None else _fit(recipe, found, args.fit, cache_root, args.processes)
+        _write(args.json, to_dict(found, machines))
+    card = args.fit if args.fit is not None else _too_small(found)
+    refused |= lacking is not None
+    if card is None:
+        return int(refused)
+    fitting = _fit(recipe, found, card, cache_root, args.processes)
+    if args.json:
+        _write(args.json, {**to_dict(found, machines), "fit": fit_dict(card, fitting)})
+    return max(int(fitting is None), int(refused))
 
 
-def _fit(recipe: Recipe, found: Preflight, card: int, cache_root: Path, processes: int) -> int:
-    print(f"\nto fit {card / GIB:g} GiB:")
+def as_stored(recipe: Recipe) -> Recipe:
+    """The recipe in the numerics of its ready-made INT4 weights, which it runs in."""
+    spec = find_spec(recipe.base)
+    if spec.external is None or not recipe.weights.path:
+        return recipe
+    from loragraft.backbones.external import stated_profile  # the Hub's client and the readers of foreign files
+
+    stated = stated_profile(spec, recipe.weights)
+    return recipe if stated is None else replace(recipe, numerics=stated)
+
+
+def lacking_weights(recipe: Recipe) -> str | None:
+    """A sentence where `weights.path` is given and training would not find what it needs there; what may be fetched is not looked
+    for, and a base without any is predicted all the same."""
+    spec, weights = find_spec(recipe.base), recipe.weights
+    if spec.external is None or not weights.path or weights.allow_download:
+        return None
+    from loragraft.backbones.external import locate
+
+    try:
+        locate(spec, spec.external, weights)
+    except ValueError as error:
+        return f"training refuses the weights until this is mended: {error}"
+    return None
+
+
+def _write(path: Path, figures: dict[str, object]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, (json.dumps(figures, indent=1) + "\n").encode())
+
+
+def _too_small(found: Preflight) -> int | None:
+    """Bytes of the GPU that is here, where the run does not fit it."""
+    if not torch.cuda.is_available():
+        return None
+    card = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return None if found.fits(card) else card
+
+
+def _fit(recipe: Recipe, found: Preflight, card: int, cache_root: Path, processes: int) -> tuple[str, Preflight] | None:
+    print(f"\nto fit {card / GIB:.3g} GiB:")
     fitting = what_fits(recipe, found, card, cache_root, lambda line: print(f"  tried {line}", flush=True), processes)
     if fitting is None:
         print("  nothing that a recipe can change is enough; the weights alone need a larger card")
-        return 1
-    overrides, changed = fitting
-    if not overrides:
-        print(f"  it fits as it is: {changed.needed / GIB:.1f} GiB needed")
-        return 0
-    print(f"  add: {overrides}\n  {changed.needed / GIB:.1f} GiB needed")
-    return 0
+    elif not fitting[0]:
+        print(f"  it fits as it is: {fitting[1].needed / GIB:.1f} GiB needed")
+    else:
+        print(f"  add: {fitting[0]}\n  {fitting[1].needed / GIB:.1f} GiB needed")
+    return fitting
+
+
+def fit_dict(card: int, fitting: tuple[str, Preflight] | None) -> dict[str, object]:
+    """JSON-able: what makes the run fit `card` bytes; "overrides" is null where nothing does."""
+    overrides, needed = (None, None) if fitting is None else (fitting[0], fitting[1].needed)
+    return {"card": card, "overrides": overrides, "needed": needed}
 
 
 def known_machines(cache_root: Path, card: str | None = None) -> list[Machine]:
@@ -124,6 +179,8 @@ def report_lines(recipe: Recipe, found: Preflight, machines: list[Machine], took
     lines += [f"  kept by the forward pass {found.train.saved / GIB:.2f} GiB, as made by: {kept}"]
     fits = [card for card in CARDS_GIB if found.fits(card * GIB)]
     cards = f"fits cards of {fits[0]} GiB and more" if fits else f"fits no card of up to {CARDS_GIB[-1]} GiB"
+    if smaller := [card for card in CARDS_GIB if card not in fits]:
+        cards += f"; --fit {smaller[-1]}GiB finds what would make it fit that card"
     lines += ["", f"needed {found.needed / GIB:.1f} GiB with CUDA's own: {cards}"]
     for name in found.unknown:
         lines.append(f"not modelled: time and workspace of {name}")
@@ -147,23 +204,24 @@ def image_seconds(found: Preflight, machine: Machine) -> float:
     return seconds(found.image_ops(), machine, host=False, trains=False)
 
 
-def data_lines(recipe: Recipe, resolution: int, cache_root: Path, processes: int = 1) -> list[str]:
-    """The data set, looked through; a generated one is not drawn for that."""
+def look_at_data(recipe: Recipe, resolution: int, cache_root: Path, processes: int = 1) -> tuple[list[str], bool]:
+    """(the data set, looked through, as text; whether training would refuse it). A generated one is not drawn for that."""
     config = recipe.data
     if config.domain is not None:
-        return [
-            "",
-            f"data: {config.count} images of the domain {config.domain!r}, drawn at {resolution} px when training starts",
-        ]
+        drawn = f"data: {config.count} images of the domain {config.domain!r}, drawn at {resolution} px when training starts"
+        return ["", drawn], False
     if config.streaming:
-        return ["", f"data: the first {config.limit} rows of a stream, read and encoded when training starts"]
-    samples = open_source(config, resolution, cache_root)
+        return ["", f"data: the first {config.limit} rows of a stream, read and encoded when training starts"], False
+    left_out = LeftOut()
+    samples = open_source(config, resolution, cache_root, left_out)
     per_step = recipe.train.batch_size * recipe.train.accumulation * processes
     smallest = min(config.edges(resolution))
-    scan = scan_samples(samples, smallest, cache_root, readable=_readable(recipe), per_step=per_step)
+    scan = scan_samples(
+        samples, smallest, cache_root, readable=_readable(recipe), per_step=per_step, left_out=left_out, config=config
+    )
     if few := few_held_out(samples, config, recipe.eval):
-        scan = replace(scan, findings=(*scan.findings, few))
-    return [*scan_lines(scan), *bucket_lines(recipe, samples, resolution, processes)]
+        scan = replace(scan, noted=(*scan.noted, few))
+    return [*scan_lines(scan), *bucket_lines(recipe, samples, resolution, processes)], bool(scan.refused)
 
 
 def bucket_lines(recipe: Recipe, samples: Sequence[Sample], resolution: int, processes: int) -> list[str]:
@@ -192,10 +250,13 @@ def _readable(recipe: Recipe) -> Callable[[str], str] | None:
 
 def scan_lines(scan: Scan) -> list[str]:
     """The findings as text."""
-    splits = ", ".join(f"{count} {split}" for split, count in scan.splits.items())
-    sizes = ", ".join(f"{count} of {size}" for size, count in list(scan.sizes.items())[:4])
+    splits = ", ".join(f"{count} {split}" for split, count in scan.splits.items()) or "nothing that can be used"
+    sizes = ", ".join(f"{count} of {size}" for size, count in list(scan.sizes.items())[:4]) or "none"
     more = f" and {len(scan.sizes) - 4} other sizes" if len(scan.sizes) > 4 else ""
-    return ["", f"data: {splits}; images {sizes}{more}", *(f"  {line}" for line in scan.findings or ("nothing amiss",))]
+    lines = ["", f"data: {splits}; images {sizes}{more}"]
+    if scan.refused:
+        lines += ["  training refuses this until it is mended:", *(f"    {line}" for line in scan.refused)]
+    return [*lines, *(f"  {line}" for line in scan.noted or (() if scan.refused else ("nothing amiss",)))]
 
 
 def to_dict(found: Preflight, machines: list[Machine]) -> dict[str, object]:
@@ -250,7 +311,12 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("recipe", nargs="?", help="a shipped recipe's name or a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe overrides")
-    parser.add_argument("--fit", type=_size, metavar="SIZE", help="a card, such as 12GiB: find overrides that fit it")
+    parser.add_argument(
+        "--fit",
+        type=_size,
+        metavar="SIZE",
+        help="a card, such as 12GiB: find overrides that fit it (default: this machine's GPU, where the run does not fit it)",
+    )
     parser.add_argument(
         "--calibrate", action="store_true", help="measure this machine's GPU first, and keep the figures"
     )

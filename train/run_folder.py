@@ -46,6 +46,8 @@ class RunFolder:
     finished: bool = False
     checkpoint: dict[str, Any] | None = None
     summary: dict[str, Any] = field(default_factory=dict)
+    step_seconds: float | None = None
+    """Of this process's steps, once they are done; no file has it."""
     lock: "FolderLock | None" = None
     """Open while no other process may train here."""
 

@@ -108,7 +108,7 @@ def test_refusals(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     for options, message in (
         (["--smoothing", "weight"], "weights on disk are quantized with auto"),
         (["--smoothing", "calibrated"], "needs the folder of the whole pipeline"),
-        (["--gptq"], "no activation statistics for 17 layer(s)"),
+        (["--gptq"], "--gptq needs activations: --smoothing calibrated on the pipeline"),
         (["--profile", "interchange", "--group-size", "128"], "group_size 128 with w4a4"),
         (["--profile", "nf4", "--smoothing", "calibrated"], "nf4 stores no smoothing vector"),
         (["--profile", "nf4", "--gptq"], "nf4 has neither smoothing nor GPTQ"),

@@ -18,8 +18,12 @@ from loragraft.backbones.spec import Backbone
 from loragraft.backbones.text_encoders import RandomEncoders
 from loragraft.quantization.checkpoint import load_quantized, quantized_layers
 from loragraft.quantization.dialects.comfyui import save_comfyui
+from loragraft.quantization.dialects.detection import load_any
+from loragraft.quantization.dialects.nunchaku_lite import save_lite
 from loragraft.quantization.tensor_file import CheckpointError
+from loragraft.recipes.load import load_recipe
 from loragraft.recipes.schema import WeightsConfig
+from loragraft.train.preflight_command import as_stored
 
 
 def opened(
@@ -88,6 +92,27 @@ def test_an_imported_file_runs_in_its_own_numerics(comfyui_file: Path, flux_fold
     backbone.resolution = 64
     (image,) = generate_images(backbone, ["a heart"], [0], steps=1)
     assert image.size == (64, 64)
+
+
+def test_ready_made_weights_state_their_profile_in_a_header(
+    comfyui_file: Path, int4: Path, flux_folder: Path, tmp_path: Path
+) -> None:
+    spec = find_spec("flux1-dev")
+
+    def stated(path: object) -> str | None:
+        return external.stated_profile(spec, WeightsConfig(path=str(path)))
+
+    assert stated(comfyui_file) == "interchange"
+    assert stated(int4) == "native"
+    lite = save_lite(load_any(comfyui_file)[0], tmp_path / "lite")
+    assert stated(lite) == "interchange"
+    assert stated(flux_folder) is stated(tmp_path / "nowhere") is stated("nobody/FLUX.1-dev") is None
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(comfyui_file.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"cut\.safetensors is truncated: tensor '"):
+        stated(cut)
+    recipe = load_recipe("marketing", ["base=flux1-dev", f"weights.path={comfyui_file}"])
+    assert (recipe.numerics, as_stored(recipe).numerics) == ("native", "interchange")
 
 
 def test_the_transformer_waits_where_it_is_told_to(

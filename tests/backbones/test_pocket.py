@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from loragraft.backbones import load
 from loragraft.backbones.load import find_spec, list_bases, load_backbone
 from loragraft.backbones.sampler import generate_images
 from loragraft.backbones.spec import Backbone
@@ -26,6 +27,23 @@ def test_the_ledger_lists_every_linear_and_nothing_fell_back(backbone: Backbone)
     counts = backbone.ledger.to_dict()["layers"]
     assert counts == {"w4a8": 61, "w4a16": 11, "fp32": 8}
     assert {row.backend for row in backbone.ledger.rows} == {"reference", "torch"}
+
+
+def test_on_its_device_the_ledger_says_what_runs_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is made while the model waits on the CPU."""
+    waiting = load_backbone("pocket", "native", "cpu", tmp_path, wait=True)
+    monkeypatch.setattr("loragraft.quantization.ledger.uses_triton", lambda x: True)  # as on a GPU
+    waiting.onto_device()
+    assert {row.backend for row in waiting.ledger.rows} == {"triton", "torch"}
+
+
+def test_a_card_that_has_no_kernel_is_refused_when_the_base_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[set[str]] = []
+    monkeypatch.setattr(load, "check_card", lambda numerics, device: asked.append(set(numerics)))
+    load_backbone("pocket", "native", "cpu", tmp_path)
+    assert asked == [{"w4a8", "w4a16", "fp32"}]
 
 
 def test_nothing_of_the_base_can_train(backbone: Backbone) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -47,3 +48,48 @@ def test_figures_of_the_quantizers_benchmarks_are_taken_over(engine: ModuleType,
     assert found["quantize_seconds"] > 0
     assert found["quantize_peak_gib"] > 0
     assert found["file_gb"] > 6
+
+
+def test_one_command_makes_the_files_that_it_was_not_given(
+    engine: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each script takes the options that it is called with, up to where it would begin."""
+    asked: list[list[str]] = []
+    monkeypatch.setattr(engine.subprocess, "run", lambda line, check: asked.append(line[1:]))
+    accuracy = tmp_path / "given.json"
+    given = argparse.Namespace(
+        out=tmp_path / "results" / "engine.json", commit="abc", shapes="flux", work=tmp_path / "work",
+        quantizer=None, calibrated=None, accuracy=accuracy,
+    )  # fmt: skip
+    assert engine._command(given).endswith("--shapes flux --out engine.json --accuracy given.json --work work")
+    engine.make_missing(given)
+    assert [Path(line[0]).name for line in asked] == ["quantizer.py", "quantizer.py"]
+    assert [line[1] for line in asked] == ["stream", "calibrated"]
+    assert (given.quantizer, given.calibrated, given.accuracy) == (
+        tmp_path / "results" / "quantizer.json", tmp_path / "results" / "calibrated.json", accuracy,
+    )  # fmt: skip
+    given.accuracy = None
+    engine.make_missing(given)
+    assert Path(asked[-1][0]).name == "quantizer_accuracy.py"
+    given.accuracy = given.work = None
+    engine.make_missing(given)
+    assert len(asked) == 3 and given.accuracy is None
+    for script, *options in asked:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("argparse.ArgumentParser.parse_args", _parsed(options))
+            patch.syspath_prepend(str(BENCHMARKS))
+            with pytest.raises(ParsedError):
+                runpy.run_path(script, run_name="__main__")
+
+
+class ParsedError(Exception):
+    """The options were accepted."""
+
+
+def _parsed(options: list[str]) -> Callable[[argparse.ArgumentParser], None]:
+    def parse(parser: argparse.ArgumentParser) -> None:
+        _, unknown = parser.parse_known_args(options)
+        assert unknown == []
+        raise ParsedError
+
+    return parse

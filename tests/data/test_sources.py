@@ -213,3 +213,14 @@ def test_split_concepts_ignores_order_and_repeats() -> None:
     assert split_concepts(names, 1, 0.1, 0.2) != splits
     assert sorted(split_concepts(names[:5], 0, 0.1, 0.1).values()) == ["test", "train", "train", "train", "validation"]
     assert set(split_concepts(names[:2], 0, 0.1, 0.1).values()) == {"train"}
+
+
+def test_captions_with_a_byte_order_mark_and_in_another_encoding(tmp_path: Path) -> None:
+    beside = _image(tmp_path / "a.png").with_suffix(".txt")
+    beside.write_bytes("a red square".encode("utf-8-sig"))
+    assert [s.caption for s in _open(tmp_path)] == ["a red square"]
+    beside.write_bytes("caf\xe9".encode("cp1252"))
+    with pytest.raises(
+        DataError, match=r"a\.txt is not UTF-8 text \(unexpected end of data at byte 3\); save it as UTF-8"
+    ):
+        _open(tmp_path)

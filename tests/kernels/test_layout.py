@@ -3,6 +3,7 @@ import torch
 
 from loragraft.kernels.layout import (
     apply_hadamard,
+    check_card,
     hadamard64,
     pack_int4,
     padded,
@@ -61,3 +62,17 @@ def test_relative_rms():
     assert relative_rms(torch.zeros(2), torch.zeros(2)) == 0
     assert relative_rms(torch.ones(2), torch.zeros(2)) == float("inf")
     assert not relative_rms(torch.tensor([float("nan")]), torch.ones(1)) < 1
+
+
+def test_a_card_without_int8_products_is_named_with_what_runs_on_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    card = torch.device("cuda", 0)
+    with pytest.raises(
+        ValueError, match=r"Tesla T4 has compute capability 7\.5, and w4a4, w4a8 .* numerics=weight-only"
+    ):
+        check_card(["w4a8", "bf16", "w4a16", "w4a4"], card)
+    check_card(["w4a16", "bf16"], card)
+    check_card(["w4a8"], torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    check_card(["w4a8"], card)

@@ -38,6 +38,7 @@ def outputs_and_gradients(x, made, **modes):
 
 
 @pytest.mark.parametrize("save_x", ["quantized", "raw"])
+@pytest.mark.usefixtures("poison")
 def test_sharing_changes_no_result(save_x, device, dtype, tolerance):
     x, made = layers(device, dtype)
     alone = outputs_and_gradients(x, made, save_x=save_x)

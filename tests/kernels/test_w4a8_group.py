@@ -24,6 +24,7 @@ def made(hadamard, device, dtype):
 
 
 @pytest.mark.parametrize("hadamard", [False, True])
+@pytest.mark.usefixtures("poison")
 def test_a_group_computes_what_its_layers_compute(hadamard, device, dtype, tolerance):
     x, layers = made(hadamard, device, dtype)
     ys = w4a8_group(x, *([layer[name] for layer in layers] for name in NAMES), hadamard=hadamard)
@@ -43,6 +44,15 @@ def test_the_op_is_what_it_says_to_the_compiler(device, dtype):
     torch.library.opcheck(
         torch.ops.loragraft.w4a8_group.default, arguments, test_utils=("test_schema", "test_faketensor")
     )
+
+
+@pytest.mark.not_interpreted
+def test_compiles_without_a_graph_break(device):
+    x, layers = made(True, device, torch.float32)
+    arguments = [[layer[name] for layer in layers] for name in NAMES]
+    compiled = torch.compile(w4a8_group, fullgraph=True, backend="aot_eager")
+    eager, actual = (run(x, *arguments, hadamard=True) for run in (w4a8_group, compiled))
+    assert all(torch.equal(one, other) for one, other in zip(eager, actual, strict=True))
 
 
 def test_more_layers_than_streams_are_refused():

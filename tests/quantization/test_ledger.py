@@ -1,7 +1,9 @@
 """The ledger lists every linear layer, and the quantization report prints."""
 
 import json
+from dataclasses import replace
 
+import pytest
 from diffusers import FluxTransformer2DModel
 from torch import nn
 
@@ -34,6 +36,16 @@ def test_nothing_is_left_out(quantized_flux: FluxTransformer2DModel) -> None:
     table = ledger.table()
     assert all(path in table for path in linears)
     assert table.endswith("bf16 8, w4a16 3, w4a8 17; reference")
+
+
+def test_backends_follow_the_model(quantized_flux: FluxTransformer2DModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ledger that was made on the CPU says what runs the layers once they lie on a GPU."""
+    before = replace(build_ledger(quantized_flux), attention="flash_attn_4")
+    monkeypatch.setattr("loragraft.quantization.ledger.uses_triton", lambda x: True)  # as on a GPU
+    after = before.moved(quantized_flux)
+    assert {row.backend for row in after.rows} == {"triton", "torch"}
+    assert after.summary() == "bf16 8, w4a16 3, w4a8 17; triton; attention flash_attn_4"
+    assert [replace(row, backend="") for row in after.rows] == [replace(row, backend="") for row in before.rows]
 
 
 def test_report_table() -> None:

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from loragraft.train import lora
-from loragraft.train.measured import Measured
+from loragraft.train.measured import Measured, StepTimes
 
 LINE = (
     "--recipe", "marketing", "--cpu", "data.count=24", "data.limit=12", "data.resolution=64", "train.batch_size=1", "train.steps=7",
@@ -67,3 +67,15 @@ def test_reading_late_changes_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     assert lines[0] == lines[1]
     adapters = [load_file(run / "adapter" / "pytorch_lora_weights.safetensors") for run in runs]
     assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0].keys() | adapters[1].keys())
+
+
+def test_steps_are_timed_apart_from_what_seldom_follows_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """40 and 20 s: compiling; 0.5 s a step; 30 s: a validation."""
+    now = 0.0
+    monkeypatch.setattr("loragraft.train.measured.time.perf_counter", lambda: now)
+    times = StepTimes()
+    assert times.median is None
+    for seconds in (40.0, 20.0, 0.5, 0.5, 30.0, 0.5, 0.5):
+        times.note()
+        now += seconds
+    assert times.median == 0.5

@@ -22,7 +22,7 @@ from loragraft.train.preflight import (
     sample_runs,
     train_run,
 )
-from loragraft.train.preflight_command import data_lines, run
+from loragraft.train.preflight_command import look_at_data, run
 from loragraft.train.roofline import (
     CARDS,
     Machine,
@@ -171,7 +171,9 @@ def test_own_images_are_looked_through_and_sorted_into_buckets(tmp_path: Path) -
     recipe = load_recipe(
         "marketing", [*overrides, "data.test_fraction=0", "data.validation_fraction=0", "data.short_captions=0"]
     )
-    text = "\n".join(data_lines(recipe, 128, tmp_path / "cache"))
+    lines, refused = look_at_data(recipe, 128, tmp_path / "cache")
+    text = "\n".join(lines)
+    assert not refused
     assert "data: 4 train" in text
     assert "1 images have an edge below 128 pixels" in text
     assert "bucket (W x H)" in text

@@ -18,6 +18,7 @@ from loragraft import cli
 from loragraft.recipes.load import load_recipe
 from loragraft.train.forecast import Forecast
 from loragraft.train.loop import _Run
+from loragraft.train.measured import StepTimes
 from loragraft.train.previews import Previews
 from loragraft.train.stopping import Stop, stop_on_signal
 
@@ -89,7 +90,7 @@ def run_of(accelerator: Any, stop: Stop, asked_in: int, saved: list[int]) -> _Ru
     run.batches, run.parameters = lambda number: [batch], [nn.Parameter(torch.zeros(1))]
     run.optimizer = SimpleNamespace(step=lambda: None, zero_grad=lambda set_to_none: None)
     run.schedule = SimpleNamespace(get_last_lr=lambda: [0.0], step=lambda: None)
-    run.early = SimpleNamespace(exhausted=False)
+    run.early, run.times = SimpleNamespace(exhausted=False), StepTimes()
     run.checkpoint = lambda: saved.append(folder.step)
     return run
 

@@ -1,5 +1,7 @@
 """Byte orders: against the formulas as index arithmetic, and against DeepCompressor's own packer where its output is there."""
 
+import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -67,6 +69,35 @@ def test_padding() -> None:
     padded = packing.pad_to(torch.ones(2, 3), (3, 4), 7)
     assert padded.tolist() == [[1, 1, 1, 7], [1, 1, 1, 7], [7, 7, 7, 7]]
     assert packing.pad_to(padded, (3, 4)) is padded
+
+
+DIGESTS: dict[Callable[[Tensor], Tensor], tuple[Tensor, str]] = {
+    packing.pack_qweight: (
+        pack_int4((torch.arange(256 * 256) % 16 - 8).to(torch.int8).view(256, 256)),
+        "4e0602a9453482cb2ea4f82d1f232202",
+    ),
+    packing.pack_scales: (
+        torch.arange(1024, dtype=torch.float16).view(256, 4).T.contiguous(),
+        "96deb4b68723ecacc4d71ee0347f657b",
+    ),
+    packing.pack_down: (
+        torch.arange(2048, dtype=torch.float16).view(32, 64),
+        "2262011a6a805f9ed84c884feaab5bcd",
+    ),
+    packing.pack_up: (
+        torch.arange(2048, dtype=torch.float16).view(64, 32),
+        "5f6165dcb449a59c80f410d28db2fa50",
+    ),
+}
+"""Packer -> (numbers in order, sha256 of what DeepCompressor's packer makes of them)."""
+
+
+@pytest.mark.parametrize("pack", DIGESTS)
+def test_golden_digests(pack: Callable[[Tensor], Tensor]) -> None:
+    """Everywhere, without DeepCompressor's tensors."""
+    given, digest = DIGESTS[pack]
+    packed = pack(given).contiguous().view(torch.uint8)
+    assert hashlib.sha256(packed.numpy().tobytes()).hexdigest()[: len(digest)] == digest
 
 
 @pytest.fixture(scope="module")
