@@ -24,6 +24,14 @@ HEADER_LIMIT = 100_000_000
 """Bytes; the safetensors format's own limit."""
 
 
+IN_ITS_PLACE = {
+    b"version ": "a Git LFS pointer, which stands for the weights: `git lfs pull` in its repository brings them",
+    b"<!doctyp": "a web page: what was saved is the download's page, not the file",
+    b"<html": "a web page: what was saved is the download's page, not the file",
+}
+"""First bytes, in lower case, of what people often have instead of a file of weights."""
+
+
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write one safetensors file, whole or not at all. Raises DiskFullError where there is no room."""
     with replacing_file(path, sum(tensor.nbytes for tensor in tensors.values())) as scratch:
@@ -40,7 +48,11 @@ def read_header(path: Path, header_limit: int = HEADER_LIMIT) -> tuple[dict[str,
         raise CheckpointError(f"no file {path}")
     size = path.stat().st_size
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        for begins, what in IN_ITS_PLACE.items():
+            if start.lower().startswith(begins) and length > header_limit:
+                raise CheckpointError(f"{path} is not a safetensors file but {what}")
         if size < 8:
             raise CheckpointError(f"{path} is not a safetensors file")
         if length > header_limit:

@@ -7,11 +7,11 @@ measured on FLUX.1-dev in per cent of a step (`docs/log.md`):
     states             optim.name=adamw8bit 1 (no time; its steps differ by 6 %), then train.join_factors=false 3
     batches            half the batch, accumulated twice: 4 each time
 
-What none of them makes fit needs fewer pixels, then a smaller adapter. One dry run a kind of checkpointing is enough to tell which
+What none of them makes fit needs fewer pixels, and what those do not, a smaller adapter with as many as then fit. One dry run a kind of checkpointing is enough to tell which
 settings are worth one of their own.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -80,16 +80,28 @@ def settings(recipe: Recipe, policies: tuple[Checkpointing, ...]) -> list[Settin
     return sorted(unique.values(), key=lambda setting: setting.cost)
 
 
-def reductions(recipe: Recipe, typed_so_far: str, resolution: int) -> Iterator[tuple[str, Recipe]]:
-    """(overrides, recipe): fewer pixels, then smaller adapters, each beside the one before."""
-    typed = _Typed(recipe, typed_so_far)
-    while (resolution := resolution * 3 // 4 // 64 * 64) >= 256:
-        single = {"resolutions": ()} if typed.recipe.data.resolutions else {}
-        typed.change("data", **single, resolution=resolution)
-        yield typed.text, typed.recipe
-    while typed.recipe.adapter.rank > 4:
-        typed.change("adapter", rank=typed.recipe.adapter.rank // 2, alpha=typed.recipe.adapter.alpha / 2)
-        yield typed.text, typed.recipe
+def reductions(recipe: Recipe, typed_so_far: str, resolution: int) -> list[list[tuple[str, Recipe]]]:
+    """(overrides, recipe): a row for each rank from the recipe's own down to 4, from the most pixels to the fewest. The recipe as
+    it is is not among them."""
+    edges, ranks = [resolution], [recipe.adapter.rank]
+    while (edge := edges[-1] * 3 // 4 // 64 * 64) >= 256:
+        edges.append(edge)
+    while ranks[-1] > 4:
+        ranks.append(ranks[-1] // 2)
+    rows = []
+    for rank in ranks:
+        row = []
+        for edge in edges:
+            typed = _Typed(recipe, typed_so_far)
+            if edge != resolution:
+                single = {"resolutions": ()} if recipe.data.resolutions else {}
+                typed.change("data", **single, resolution=edge)
+            if rank != recipe.adapter.rank:
+                alpha = recipe.adapter.alpha * rank / recipe.adapter.rank
+                typed.change("adapter", rank=rank, alpha=alpha)
+            row.append((typed.text, typed.recipe))
+        rows.append(row)
+    return [row for row in (rows[0][1:], *rows[1:]) if row]
 
 
 class _Typed:
@@ -143,7 +155,7 @@ def what_fits(
     progress: Callable[[str], object] = print,
     processes: int = 1,
 ) -> tuple[str, Preflight] | None:
-    """The cheapest of `settings`, or else the first of `reductions`, with which the run fits `card` bytes, and its prediction;
+    """The cheapest of `settings`, or else of `reductions` the one of the highest rank and then the most pixels, with which the run fits `card` bytes, and its prediction;
     ("", found) if it does already.
 
     None if none does. `progress` hears of each that is tried.
@@ -171,12 +183,30 @@ def what_fits(
         if answer.needed <= room:
             return setting.overrides, answer
     last = min(tried, key=lambda setting: estimate(bases[_kind(setting.plain)], setting))
-    for overrides, changed in reductions(last.recipe, last.overrides, found.resolution):
-        answer = predicted(changed)
-        progress(f"{overrides}: {answer.needed / GIB:.1f} GiB")
-        if answer.fits(card):
-            return overrides, answer
+
+    def reduced(choice: tuple[str, Recipe]) -> Preflight:
+        answer = predicted(choice[1])
+        progress(f"{choice[0]}: {answer.needed / GIB:.1f} GiB")
+        return answer
+
+    for row in reductions(last.recipe, last.overrides, found.resolution):
+        if (answer := reduced(row[-1])).fits(card):
+            return _most_pixels(row, answer, card, reduced)
     return None
+
+
+def _most_pixels(
+    row: list[tuple[str, Recipe]], smallest: Preflight, card: int, reduced: Callable[[tuple[str, Recipe]], Preflight]
+) -> tuple[str, Preflight]:
+    """The first of `row` that fits, whose last, `smallest`, does: halved, as a dry run takes a quarter of a minute."""
+    low, high, fitting = 0, len(row) - 1, smallest
+    while low < high:
+        middle = (low + high) // 2
+        if (answer := reduced(row[middle])).fits(card):
+            high, fitting = middle, answer
+        else:
+            low = middle + 1
+    return row[high][0], fitting
 
 
 def _kind(recipe: Recipe) -> tuple[str, bool]:

@@ -141,6 +141,16 @@ def test_opcheck(bits, device):
         torch.library.opcheck(torch.ops.loragraft.quantize_activation.default, (x, smooth, False, bits, True))
 
 
+@pytest.mark.not_interpreted
+@pytest.mark.parametrize(("bits", "hadamard"), [(8, True), (4, True), (4, False)])
+def test_compiles_without_a_graph_break(bits, hadamard, device):
+    x, smooth = (t.to(device) for t in random_x(7, 192))
+    compiled = torch.compile(quantize_activation, fullgraph=True, backend="aot_eager")
+    arguments, flags = (x, smooth, hadamard, bits), {"unsigned": not hadamard, "unsigned_from": 0 if hadamard else 64}
+    eager, actual = quantize_activation(*arguments, **flags), compiled(*arguments, **flags)
+    assert all(torch.equal(one, other) for one, other in zip(eager, actual, strict=True))
+
+
 def test_refuses_what_it_cannot_do():
     x = torch.zeros(2, 96)
     with pytest.raises(ValueError, match="bits = 5"):

@@ -52,6 +52,19 @@ def test_forward_and_gradients_match_float64(op, case, device, dtype, tolerance)
         assert relative_rms(actual[name], value) < tolerance, name
 
 
+@pytest.mark.not_interpreted
+@pytest.mark.parametrize("op", EACH)
+@pytest.mark.usefixtures("poison")
+def test_sixteen_thousand_tokens_less_one(op, device, dtype, tolerance):
+    """A picture of 2048 px: rows that no tile divides, beyond every tuned shape."""
+    case = LinearCase(16383, 136, 192)
+    inputs = cast(op.inputs(case), dtype, device)
+    dy = gradient_of(case, device).to(dtype)
+    actual, expected = run(op.apply, inputs, dy, **raw(op)), oracle(op, inputs, dy)
+    for name, value in expected.items():
+        assert relative_rms(actual[name], value) < tolerance, name
+
+
 @pytest.mark.parametrize("op", EACH)
 def test_rank_three_x_and_strided_x(op, device):
     inputs = cast(op.inputs(LinearCase(12, 40, 192)), torch.float32, device)

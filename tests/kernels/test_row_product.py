@@ -47,3 +47,10 @@ def test_shapes_that_do_not_fit_are_named():
 def test_opcheck(device):
     left, right = operands(7, 3, 40, torch.float32, device)
     torch.library.opcheck(torch.ops.loragraft.row_product.default, (left, right, None))
+
+
+@pytest.mark.not_interpreted
+def test_compiles_without_a_graph_break(device):
+    left, right = operands(7, 3, 40, torch.float32, device)
+    compiled = torch.compile(row_product, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(left, right), row_product(left, right))

@@ -44,6 +44,20 @@ def test_truncation_names_the_tensor(tmp_path: Path) -> None:
         read_tensors(tmp_path / "absent.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("content", "remedy"),
+    [
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "a Git LFS pointer, .* `git lfs pull`"),
+        ("<!DOCTYPE html><html>Not found</html>", "a web page"),
+        ("<html><body>Sign in</body></html>", "a web page"),
+    ],
+)
+def test_what_is_there_instead_of_weights_is_named(tmp_path: Path, content: str, remedy: str) -> None:
+    (tmp_path / "w.safetensors").write_text(content)
+    with pytest.raises(CheckpointError, match=rf"w\.safetensors is not a safetensors file but {remedy}"):
+        read_tensors(tmp_path / "w.safetensors")
+
+
 def _interrupted_write(folder: Path) -> None:
     with replacing_folder(folder, overwrite=True) as scratch:
         (scratch / "x").write_text("half")

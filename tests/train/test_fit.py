@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from loragraft.recipes.schema import Recipe
 from loragraft.train import fit
 from loragraft.train.fit import estimate, reductions, settings, what_fits
 from loragraft.train.memory import supported_policies
-from loragraft.train.preflight import Preflight, open_subject, preflight
+from loragraft.train.preflight import GIB, Preflight, open_subject, preflight
 
 ALL = ("none", "gelu", "cheap", "block")
 GELU, CHEAP = "train.checkpointing=gelu", "train.checkpointing=cheap"
@@ -47,7 +48,7 @@ def test_settings_are_tried_by_their_cost(recipe: Recipe) -> None:
 def test_what_is_named_can_be_typed(recipe: Recipe) -> None:
     everything = [(setting.overrides, setting.recipe) for setting in settings(recipe, ALL)]  # type: ignore[arg-type]
     last = everything[-1]
-    everything += list(reductions(last[1], last[0], 1024))
+    everything += [choice for row in reductions(last[1], last[0], 1024) for choice in row]
     for overrides, changed in everything:
         assert load_recipe("marketing", ["train.batch_size=4", *overrides.split()]) == changed, overrides
     assert everything[-1][0].endswith("data.resolution=256 adapter.rank=4 adapter.alpha=4.0")
@@ -107,6 +108,32 @@ def test_smaller_images_come_last(
     assert "adapter.rank=4 adapter.alpha=4.0: " in heard[-1]
     assert sum("about" in line for line in heard) == 5 * 3 * 3 - 1
     assert len(tried) == 3 + 2  # a dry run for cheap (and gelu), block, offloading; ranks of 8 and 4, at 128 px
+
+
+def test_as_many_pixels_as_fit_in_a_few_dry_runs(
+    recipe: Recipe, found: Preflight, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GiB needed: rank / 4 + pixels / 2^18."""
+    big = replace(found, resolution=1024)
+
+    def predicted(changed: Recipe, *_: object, **__: object) -> SimpleNamespace:
+        needed = (changed.adapter.rank / 4 + (changed.data.resolution or 1024) ** 2 / 2**18) * GIB
+        return SimpleNamespace(needed=needed, fits=lambda card: needed <= card)
+
+    monkeypatch.setattr(fit, "settings", lambda *_: settings(recipe, ())[:1])
+    monkeypatch.setattr(fit, "preflight", predicted)
+    monkeypatch.setattr(Preflight, "fits", lambda *_: False)
+    expected = {
+        7.0: "data.resolution=768",
+        5.0: "data.resolution=384",
+        4.2: "data.resolution=576 adapter.rank=8 adapter.alpha=8.0",
+        1.1: None,
+    }
+    for gib, overrides in expected.items():
+        heard: list[str] = []
+        answer = what_fits(recipe, big, int(gib * GIB), tmp_path, heard.append)
+        assert (None if answer is None else answer[0]) == overrides, (gib, heard)
+        assert len(heard) <= 4, heard
 
 
 def test_gelu_is_given_room(recipe: Recipe, found: Preflight, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
