@@ -10,7 +10,8 @@ benchmarks/rivals.py FP8 with and without its activation quantization, `torch._i
 are one layer here; of bf16 as one matrix or as several the faster counts. Training: forward and the gradients of x and of the
 adapter, against `nn.Linear` with PEFT's LoRA. --quantizer, --calibrated and
 --accuracy are what benchmarks/quantizer.py (on a GPU) and quantizer_accuracy.py (anywhere) wrote; with --work those that are
-not given are made first, each by a process of its own.
+not given are made first, each by a process of its own. --timings FILE times nothing: it renews the quantizer's figures in a
+file of before, and needs no GPU.
 """
 
 import argparse
@@ -327,6 +328,7 @@ def from_other_scripts(arguments: argparse.Namespace) -> dict[str, Any]:
     read = {name: json.loads(path.read_text()) if path else {} for name, path in (
         ("stream", arguments.quantizer), ("calibrated", arguments.calibrated), ("accuracy", arguments.accuracy))}  # fmt: skip
     return {
+        "quantizer_commits": {name: found.get("commit") for name, found in read.items()},
         "quantize_seconds": read["stream"].get("seconds"),
         "quantize_peak_gib": read["stream"].get("peak_gpu_gib"),
         "file_gb": read["stream"].get("file_gb"),
@@ -363,7 +365,12 @@ def main() -> int:
         type=Path,
         help="folder of 40 GB: make those of the three files above that are not given (half an hour)",
     )
+    parser.add_argument("--timings", type=Path, help="JSON of an earlier run: keep its timings")
     arguments = parser.parse_args()
+    if arguments.timings is not None:
+        kept = json.loads(arguments.timings.read_text())
+        arguments.out.write_text(json.dumps(kept | from_other_scripts(arguments), indent=1) + "\n")
+        return 0
     if not torch.cuda.is_available():
         parser.error("no CUDA device: these figures are about GPU kernels; `pytest tests/kernels` checks the CPU path")
     command = _command(arguments)

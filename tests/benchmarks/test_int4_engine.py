@@ -50,6 +50,21 @@ def test_figures_of_the_quantizers_benchmarks_are_taken_over(engine: ModuleType,
     assert found["file_gb"] > 6
 
 
+def test_the_quantizers_figures_are_renewed_without_a_gpu(
+    engine: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, calibrated = tmp_path / "before.json", tmp_path / "calibrated.json"
+    before.write_text(json.dumps({"linears_speedup_w4a8": 1.5, "calibrated_seconds": None}))
+    calibrated.write_text(json.dumps({"total_seconds": 3.0, "commit": "abc"}))
+    line = ["x", "--timings", before, "--out", before, "--commit", "other", "--calibrated", calibrated]
+    monkeypatch.setattr("sys.argv", [str(word) for word in line])
+    assert engine.main() == 0
+    renewed = json.loads(before.read_text())
+    assert (renewed["linears_speedup_w4a8"], renewed["calibrated_seconds"]) == (1.5, 3.0)
+    assert renewed["quantizer_commits"]["calibrated"] == "abc"
+    assert "commit" not in renewed, "its timings are of the run that made them"
+
+
 def test_one_command_makes_the_files_that_it_was_not_given(
     engine: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
