@@ -219,7 +219,11 @@ def _hopper() -> list[Build]:
         Build(hopper_gemm.hopper_gemm_kernel, packed, {**product, "p_words": "*i32"}, quick=True, **only),
         Build(hopper_gemm.hopper_gemm_kernel, plain, {**product, **transposed}, **only),
         Build(hopper_gemm.hopper_gemm_kernel, {**packed, "BX": 64}, windows, quick=True, **only),
+        Build(hopper_gemm.hopper_gemm_kernel, {**packed, "RANKS": 0}, {**product, "p_words": "*i32", "up_desc": codes}, quick=True, **only),
+        Build(hopper_gemm.hopper_gemm_kernel, {**packed, "RANKS": 16}, {**product, "p_words": "*i32"}, **only),
+        Build(hopper_gemm.hopper_gemm_kernel, {**plain, "RANKS": 80}, {**product, **transposed}, **only),
         Build(hopper_quant.hopper_quant_kernel, {**shape, "HAS_SMOOTH": True, "HADAMARD": False}, quant, quick=True, **only),
+        Build(hopper_quant.hopper_quant_kernel, {**shape, "DOWN": False, "HAS_SMOOTH": True, "HADAMARD": False}, quant, **only),
         Build(hopper_quant.hopper_quant_kernel, {**shape, "HAS_SMOOTH": True, "HADAMARD": True}, quant, **only),
         Build(hopper_quant.hopper_quant_kernel, {**shape, "HAS_SMOOTH": False, "HADAMARD": True}, quant, **only),
     ]  # fmt: skip

@@ -249,11 +249,12 @@ def _consume(
             stage += 1
             if stage == STAGES:
                 stage, phase = 0, phase ^ 1
-            if (RANKS > 32) & (k == 0):
-                tma.store_wait(0)  # the tile before has left ys; what comes there now is wanted after the sums
-                thread_barrier()
-                mbarrier.expect(up_full, WN * 64)
-                _load_up(up_desc, 32, first, up_full, second_up, UP_BY_RANK)
+            if RANKS > 32:  # noqa: SIM102 - the one when this is compiled, the other when it runs
+                if k == 0:
+                    tma.store_wait(0)  # the tile before has left ys; what comes there now is wanted after the sums
+                    thread_barrier()
+                    mbarrier.expect(up_full, WN * 64)
+                    _load_up(up_desc, 32, first, up_full, second_up, UP_BY_RANK)
         scales.store(b_a)  # a value per column: through shared memory, as a thread needs many of them
         thread_barrier()
         b_y = gl.convert_layout(acc.to(gl.float32), FLOAT)
