@@ -1,7 +1,7 @@
 """FLUX.1-dev-shaped LoRA training and inference on one GPU: ours against bf16, FP8, NF4 and SDNQ, each in a process of its own.
 
     python benchmarks/flux_training.py all --parts parts --out benchmarks/results/flux_training.json --commit $(git rev-parse HEAD)
-    python benchmarks/flux_training.py all ours_512 whole_run_512 --parts parts --deadline 570
+    python benchmarks/flux_training.py all ours_512 whole_run_512 --parts parts --deadline 575
     python benchmarks/flux_training.py run ours_1024 --parts parts --profile
     python benchmarks/flux_training.py run ours_512_8gib --parts parts --phases              where the time to the first step goes
 
@@ -9,8 +9,9 @@ Every variant trains the same rank-16 adapter (attention and feed-forward, 418 l
 weights that stand for the same matrices: those of the rivals are the dequantized ones of the INT4 model, whose codes are random.
 One step = forward + loss + backward + clipping + AdamW, queued as `train/lora.py` queues it, for the rivals too: in the timed region no
 step waits for the one before, whose loss is read a step later (`timed_steps.py`). The region begins with 4 s of untimed work, so that
-all find a card as warm. bf16 runs as people run it: PEFT, float32 factors, autocast, SDPA, eager or after `compile_repeated_blocks`. A variant that is in `--parts` already is not run again; one that is cut short leaves NAME.partial there:
-what it reached when, and the milliseconds of its steps so far. SDNQ compiles its products before its first step (`sdnq_rehearsal.py`).
+all find a card as warm; it leaves the adapter alone. bf16 runs as people run it: PEFT, float32 factors, autocast, SDPA, eager or after
+`compile_repeated_blocks`. A variant that is in `--parts` already is not run again; one that is cut short leaves NAME.partial there: what
+it reached when, and the milliseconds of its steps so far. SDNQ compiles its products before its first step (`sdnq_rehearsal.py`).
 
 `all` runs variants and whole runs (`whole_run.py`) side by side, as most of their time is the compiler's (`side_by_side.py`), and stops the
 others while one is timed (`timed_alone.py`). `ours_1024` comes first, with nothing beside it and caches that are empty: its time to the
@@ -350,7 +351,8 @@ def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
 def run_all(args: argparse.Namespace) -> int:
     """What is not in `--parts` yet, side by side; returns the exit code.
 
-    `--deadline` counts from the start of this process: on a cold machine imports alone take half a minute. Raises FileExistsError if the caches are not empty and `FIRST` is to run."""
+    `--deadline` counts from the start of this process: on a cold machine imports alone take half a minute.
+    Raises FileExistsError if the caches are not empty and `FIRST` is to run."""
     names = [name for name in EXPECTED if name in (args.variant or EXPECTED)]
     missing = [name for name in names if not (args.parts / f"{name}.json").exists()]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as made:  # what was killed may write a moment longer

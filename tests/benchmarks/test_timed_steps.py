@@ -86,3 +86,20 @@ def test_a_loss_that_is_not_finite_is_an_error(module: ModuleType) -> None:
     steps = module.TimedSteps(device.step, 1e-4, event=device.event)
     with pytest.raises(ValueError, match="the loss is nan at step 14"):
         steps(range(15))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_times_are_those_of_its_work(module: ModuleType) -> None:
+    """Ten products at once take five times as long as two; marks lie on the GPU's clock, not on Python's."""
+    x = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+
+    def step(number: int | None) -> tuple[Tensor, Tensor]:
+        for _ in range(10 if number else 2):
+            x @ x
+        return x[0, 0].float(), x[0, 1].float()
+
+    steps = module.TimedSteps(step, 1e-4)
+    steps([0, *[None] * 100, *[0] * 20, *range(1, 21)])
+    short, long = sorted(steps.times[1:21])[10], sorted(steps.times[21:])[10]
+    assert 3 < long / short < 7
+    assert steps.losses == [x[0, 0].item()] * 41
