@@ -26,7 +26,7 @@ def collect(parts: Path, fidelity: Path | None, preflight: Path | None = None) -
 
     return {
         "device": sorted({part["device"] for part in found.values()}),
-        "versions": next(iter(found.values()))["versions"],
+        "versions": next((part["versions"] for part in found.values()), None),
         "commit": sorted({part["commit"] for part in found.values()}),
         "command": "python benchmarks/flux_training.py all --parts PARTS --out OUT --commit COMMIT",
         "step_1024_vs_eager": ratio("bf16_eager_1024", "ours_1024"),
@@ -43,6 +43,8 @@ def collect(parts: Path, fidelity: Path | None, preflight: Path | None = None) -
         "peak_gib_nockpt_1024": figure("ours_1024", "peak_gib"),
         "first_step_seconds": figure("ours_1024", "first_step_seconds"),
         "image_20_steps_vs_bf16": ratio("bf16_image", "ours_image", "image_20_steps_seconds"),
+        "image_20_steps_vs_fp8": ratio("fp8_image", "ours_image", "image_20_steps_seconds"),
+        "image_20_steps_vs_nf4": ratio("nf4_image", "ours_image", "image_20_steps_seconds"),
         "image_memory_vs_bf16": ratio("ours_image", "bf16_image", "transformer_gib"),
         "reserved_gib_whole_run_1024": figure("whole_run_1024", "reserved_gib"),
         "reserved_gib_whole_run_512": figure("whole_run_512", "reserved_gib"),

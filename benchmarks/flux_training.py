@@ -1,19 +1,22 @@
 """FLUX.1-dev-shaped LoRA training and inference on one GPU: ours against bf16, FP8, NF4 and SDNQ, each in a process of its own.
 
     python benchmarks/flux_training.py all --parts parts --out benchmarks/results/flux_training.json --commit $(git rev-parse HEAD)
-    python benchmarks/flux_training.py all ours_512 whole_run_512 --parts parts --deadline 570
+    python benchmarks/flux_training.py all ours_512 whole_run_512 --parts parts --deadline 575
     python benchmarks/flux_training.py run ours_1024 --parts parts --profile
     python benchmarks/flux_training.py run ours_512_8gib --parts parts --phases              where the time to the first step goes
 
 Every variant trains the same rank-16 adapter (attention and feed-forward, 418 layers) on the same latents, text and noise, over
 weights that stand for the same matrices: those of the rivals are the dequantized ones of the INT4 model, whose codes are random.
-One step = forward + loss + backward + clipping + AdamW. bf16 runs as people run it: PEFT, float32 factors, autocast, SDPA, eager or
-after `compile_repeated_blocks`. A variant that is in `--parts` already is not run again; one that is cut short leaves NAME.partial there:
-what it reached when, and the milliseconds of its steps so far. SDNQ compiles its products before its first step (`sdnq_rehearsal.py`).
+One step = forward + loss + backward + clipping + AdamW, queued as `train/lora.py` queues it, for the rivals too: in the timed region no
+step waits for the one before, whose loss is read a step later (`timed_steps.py`). The region begins with 4 s of untimed work, so that
+all find a card as warm; it leaves the adapter alone. bf16 runs as people run it: PEFT, float32 factors, autocast, SDPA, eager or after
+`compile_repeated_blocks`. A variant that is in `--parts` already is not run again; one that is cut short leaves NAME.partial there: what
+it reached when, and the milliseconds of its steps so far. SDNQ compiles its products before its first step (`sdnq_rehearsal.py`).
 
 `all` runs variants and whole runs (`whole_run.py`) side by side, as most of their time is the compiler's (`side_by_side.py`), and stops the
 others while one is timed (`timed_alone.py`). `ours_1024` comes first, with nothing beside it and caches that are empty: its time to the
-first step is the one that counts, the others' are null. Exit code 1 if a part is missing in the end; the same command goes on.
+first step is the one that counts, the others' are null. At the deadline, and on a signal, what runs is ended, the table printed and
+`--out` written. Exit code 1 if a part is missing in the end, 128 + N after signal N; the same command goes on.
 """
 
 import argparse
@@ -29,10 +32,12 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import psutil
 import torch
 import triton
 from diffusers import AutoencoderKL, FluxTransformer2DModel
@@ -43,6 +48,7 @@ from frozen_linears import frozen_linear
 from sdnq_rehearsal import rehearse
 from side_by_side import Job, Limits, SideBySide, table, wait_for_memory
 from timed_alone import Alone, end_with
+from timed_steps import TimedSteps, settling
 from torch import Tensor, nn
 
 from loragraft.adapters.checkpoint import Adapter
@@ -63,7 +69,9 @@ from loragraft.train.step import graph_step
 from loragraft.train.warm import start_workers
 
 GIB = 2**30
-LOSS_STEPS, TIMED_FROM, SETTLING = 20, 5, 2  # so many steps before the first that is timed, the clock settles
+LOSS_STEPS, TIMED_FROM, SETTLING, SETTLE_SECONDS = 20, 5, 2, 4.0  # before the first that is timed, the clock settles
+END_SECONDS = 5.0
+"""Of `--deadline`, kept for what follows the last process."""
 TEXT_TOKENS, RATE, SEED = 512, 1e-4, 0
 CONFIG = {"guidance_embeds": False}  # FluxTransformer2DModel's defaults are FLUX.1's; the guidance embedder is 0.1 ms
 FEW_BLOCKS = {"num_layers": 2, "num_single_layers": 2}
@@ -75,7 +83,9 @@ DEVICE = torch.device("cuda")
 
 
 def build_transformer(base: str, config: Mapping[str, Any] = CONFIG) -> nn.Module:
-    """A FLUX.1-dev-shaped model with random codes, or one of another kind over the same matrices."""
+    """A FLUX.1-dev-shaped model with random codes, or one of another kind over the same matrices.
+
+    The modulations' layers, which see one row, are bf16 beside FP8 and SDNQ, whose products are for many; NF4's takes any number."""
     settings = QuantSettings(numerics="w4a8", rank=FOLDER_RANK, smoothing="hadamard")
     skeleton = meta_transformer(FluxTransformer2DModel, dict(config), partial(plan_architecture, FLUX, settings))
     model = randomize(skeleton, DEVICE, torch.bfloat16)
@@ -86,7 +96,7 @@ def build_transformer(base: str, config: Mapping[str, Any] = CONFIG) -> nn.Modul
     ]
     for path, layer in list(model.named_modules()):
         if isinstance(layer, SVDQuantLinear):
-            made = "bf16" if path in few_rows else base
+            made = "bf16" if path in few_rows and base != "nf4" else base
             model.set_submodule(path, frozen_linear(made, layer.dequantized_weight(torch.bfloat16), layer.bias))
     return model
 
@@ -169,7 +179,9 @@ def train(
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
-    def step(tensors: dict[str, Tensor]) -> Tensor:
+    def step(number: int | None) -> tuple[Tensor, Tensor]:
+        """None: one that does all but move the adapter."""
+        tensors = batches[number or 0]
         if graph is not None:
             value = graph(tensors, last=True)
         else:
@@ -177,37 +189,30 @@ def train(
             phases("first forward pass")
             value.backward()
         phases("first micro-batch")
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        if number is not None:
+            optimizer.step()
         phases("clipping and optimizer")
         optimizer.zero_grad(set_to_none=graph is None)
-        return value.detach()
+        return value.detach(), norm
 
-    losses: list[float] = []
-    times: list[float] = []
+    def tell(count: int) -> None:
+        progress(f"step {count}", steps_ms=steps.times, losses=steps.losses)
 
-    def steps(numbers: range) -> None:
-        for number in numbers:
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            value = step(batches[number])
-            end.record()
-            losses.append(float(value))
-            times.append(begin.elapsed_time(end))
-            progress(f"step {number + 1}", steps_ms=times, losses=losses)
-
+    steps = TimedSteps(step, RATE, tell)
     steps(range(1))
     first = time.perf_counter() - start
     parts = first_step_parts(phases, {} if graph is None else graph.seconds, kernels)
     steps(range(1, TIMED_FROM - SETTLING))
     with alone:
-        steps(range(TIMED_FROM - SETTLING, LOSS_STEPS))
+        learning, timed = range(TIMED_FROM - SETTLING, TIMED_FROM), range(TIMED_FROM, LOSS_STEPS)
+        steps(chain(learning, settling(SETTLE_SECONDS), timed))
         peak, reserved = torch.cuda.max_memory_allocated() / GIB, torch.cuda.max_memory_reserved() / GIB
-        profile_of_a_step = {"profile": profiled(lambda: step(batches[0]))} if profile else {}
+        profile_of_a_step = {"profile": profiled(lambda: step(0))} if profile else {}
     return {
-        "step_ms": statistics.median(times[TIMED_FROM:]),
-        "step_ms_worst": max(times[TIMED_FROM:]),
-        "losses": losses,
+        "step_ms": statistics.median(steps.times[TIMED_FROM:]),
+        "step_ms_worst": max(steps.times[TIMED_FROM:]),
+        "losses": steps.losses,
         "static_gib": static,
         "peak_gib": peak,
         "reserved_gib": reserved,
@@ -269,7 +274,8 @@ def infer(variant: Variant, alone: Alone) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
         name = "grafted_" if grafted else ""
         with alone:
-            sampler(4)  # the clock settles
+            for _ in settling(SETTLE_SECONDS):
+                _drawn(sampler, 4)
             for steps in (20, 4):
                 result[f"{name}image_{steps}_steps_seconds"] = statistics.median(
                     _drawn(sampler, steps) for _ in range(3)
@@ -342,9 +348,10 @@ def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
     return figures
 
 
-def run_all(args: argparse.Namespace) -> bool:
-    """What is not in `--parts` yet, side by side; returns whether every part is there in the end.
+def run_all(args: argparse.Namespace) -> int:
+    """What is not in `--parts` yet, side by side; returns the exit code.
 
+    `--deadline` counts from the start of this process: on a cold machine imports alone take half a minute.
     Raises FileExistsError if the caches are not empty and `FIRST` is to run."""
     names = [name for name in EXPECTED if name in (args.variant or EXPECTED)]
     missing = [name for name in names if not (args.parts / f"{name}.json").exists()]
@@ -356,12 +363,15 @@ def run_all(args: argparse.Namespace) -> bool:
                 f"folder, or name the variants to run without {FIRST}"
             )
         os.environ |= {f"{name}_CACHE_DIR": str(caches / name.lower()) for name in ("TRITON", "TORCHINDUCTOR")}
-        limits = Limits(gib=args.gib, jobs=args.jobs, timeout=args.timeout, deadline=args.deadline)
-        ended = SideBySide(
-            [job(name, args) for name in missing], args.parts, limits, about=lambda name: told(name, args.parts)
-        ).run()
+        left = args.deadline - (time.time() - psutil.Process().create_time()) - END_SECONDS
+        limits = Limits(gib=args.gib, jobs=args.jobs, timeout=args.timeout, deadline=left)
+        jobs = [job(name, args) for name in missing]
+        beside = SideBySide(jobs, args.parts, limits, about=lambda name: told(name, args.parts))
+        ended = beside.run()
     print(table(ended), flush=True)
-    return all((args.parts / f"{name}.json").exists() for name in names)
+    if beside.signal is not None:
+        return 128 + beside.signal
+    return 0 if all((args.parts / f"{name}.json").exists() for name in names) else 1
 
 
 def job(name: str, args: argparse.Namespace) -> Job:
@@ -403,7 +413,7 @@ def main() -> int:
     several.add_argument("--timeout", type=float, default=240, help="seconds for one variant (default 240)")
     several.add_argument(
         "--deadline", type=float, default=math.inf, metavar="SECONDS",
-        help="start nothing that would not be done by then, and end what is not",
+        help="be done so long after the start: start nothing that would not be, and end what is not",
     )  # fmt: skip
     several.add_argument("--caches", type=Path, help="folder for compiled code (default: one that is removed)")
     one = parser.add_argument_group("run, as `all` calls it")
@@ -411,7 +421,7 @@ def main() -> int:
     one.add_argument("--grow", action="store_true", help="ask `all` for the memory of the model once all is compiled")
     one.add_argument("--first-step", action="store_true", help="the time to the first step counts all the same")
     args = parser.parse_args()
-    complete = True
+    code = 0
     if args.what == "run":
         if args.beside is not None:
             end_with(args.beside)
@@ -424,10 +434,10 @@ def main() -> int:
             print("\n".join(phase_lines(figures["first_step_parts"])) if args.phases else json.dumps(figures, indent=1))
         return 0
     if args.what == "all":
-        complete = run_all(args)
+        code = run_all(args)
     if args.out is not None:
         args.out.write_text(json.dumps(collect(args.parts, args.fidelity, args.preflight), indent=1) + "\n")
-    return 0 if complete else 1
+    return code
 
 
 if __name__ == "__main__":

@@ -257,7 +257,6 @@ def _training(result: dict[str, Any], preflight: dict[str, Any]) -> list[str]:
     ]
     beside = any(part.get("timed_alone") for part in parts.values())
     whole, small, versions = parts["whole_run_1024"], parts["whole_run_512"], result["versions"]
-    ours, rival = parts["ours_image"], parts["bf16_image"]
     one, two, idle = parts["ddp_1"], parts["ddp_2"], parts["idle"]
     return [
         f"**Training at FLUX.1-dev's size** ({parts['ours_1024']['device']}, torch {versions['torch']}, Triton {versions['triton']}; "
@@ -276,11 +275,7 @@ def _training(result: dict[str, Any], preflight: dict[str, Any]) -> list[str]:
             else "`gelu`'s is with cold caches, the others are as their calls found them."
         ),
         "",
-        f"An image of 1024 px, decoding included, compiled, FlashAttention-4 on both sides: 20 steps "
-        f"{ours['image_20_steps_seconds']:.2f} s ({ours['grafted_image_20_steps_seconds']:.2f} with an adapter grafted) against "
-        f"{rival['image_20_steps_seconds']:.2f} s in bf16, {result['image_20_steps_vs_bf16']:.2f} times as fast; 4 steps "
-        f"{ours['image_4_steps_seconds']:.2f} against {rival['image_4_steps_seconds']:.2f} s. The transformer takes "
-        f"{ours['transformer_gib']:.1f} GiB instead of {rival['transformer_gib']:.1f}.",
+        *_images(result),
         "",
         f"Two GPUs (2 x {two['device']}, commit {two['commit'][:7]}, {one['images']} cached images of four formats at {one['edge']} px, batch "
         f"{one['batch']} each): {two['images_per_second']:.1f} images a second, {result['ddp2_scaling']:.2f} times one GPU's; one GPU is idle "
@@ -291,6 +286,39 @@ def _training(result: dict[str, Any], preflight: dict[str, Any]) -> list[str]:
         "",
         "| | ms a step | peak GiB | seconds to the first step |",
         "|---|---|---|---|",
+        *rows,
+    ]
+
+
+def _images(result: dict[str, Any]) -> list[str]:
+    """Rows of the parts that are there."""
+    parts = result["parts"]
+    labels = {
+        "ours_image": "ours",
+        "bf16_image": "bf16",
+        "fp8_image": "FP8 weights and activations (modulations bf16)",
+        "nf4_image": "NF4 weights (bitsandbytes)",
+    }
+    ratios = {"bf16": "bf16", "FP8": "fp8", "NF4": "nf4"}
+    faster = ", ".join(
+        f"{result[key]:.2f} times as fast as {name}"
+        for name, end in ratios.items()
+        if result.get(key := f"image_20_steps_vs_{end}") is not None
+    )
+    rows = []
+    for key, label in labels.items():
+        part = parts.get(key, {})
+        for row, prefix in ((label, ""), (f"{label}, adapter grafted", "grafted_")):
+            if f"{prefix}peak_gib" in part:
+                seconds = [part[f"{prefix}image_{steps}_steps_seconds"] for steps in (20, 4)]
+                rows.append(
+                    f"| {row} | {seconds[0]:.2f} | {seconds[1]:.2f} | {part['transformer_gib']:.1f} | {part[f'{prefix}peak_gib']:.1f} |"
+                )
+    return [
+        f"An image of 1024 px, decoding included, each compiled and with FlashAttention-4: ours takes 20 steps {faster}.",
+        "",
+        "| | s an image, 20 steps | 4 steps | transformer, GiB | peak GiB |",
+        "|---|---|---|---|---|",
         *rows,
     ]
 

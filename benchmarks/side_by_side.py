@@ -4,8 +4,8 @@ A job starts if its expected memory fits into what the running ones leave, if fe
 one that waits from going on when the largest of those that run is done. One that is `alone` runs with nothing beside it. One that needs
 less at first (`before`) asks for the rest (`wait_for_memory`) and is given it by the same rule; none starts that would leave some of
 them waiting for one another. Nothing starts or grows while another is timed. One that fails or takes too long is told and the others go
-on; time in which a job is stopped or waits for memory does not count for it. When the scheduler ends, by a signal too, nothing that it
-started is left.
+on; time in which a job is stopped or waits for memory does not count for it. At the deadline, or on a signal, all that runs is ended at
+once, and told. When the scheduler ends, nothing that it started is left.
 """
 
 import os
@@ -26,12 +26,12 @@ from timed_alone import LOCK, adopt_orphans, continue_tree, kill_tree, lock
 
 POLL_SECONDS = 0.1
 How = Literal["done", "failed", "too slow", "cut short", "not started"]
-"""too slow: beyond `Limits.timeout`. cut short, not started: for the deadline."""
+"""too slow: beyond `Limits.timeout`. cut short, not started: for the deadline, or a signal."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One process. gib: expected peak of the GPU's memory, context included. seconds: expected, were it alone."""
+    """One process. gib: expected peak of the GPU's memory, context included. seconds: expected, beside others, without what it waits."""
 
     name: str
     command: tuple[str, ...]
@@ -63,7 +63,7 @@ class Held:
 
 @dataclass(frozen=True)
 class Limits:
-    """timeout: seconds of one job. deadline: seconds after the start; a job that would pass it is not started."""
+    """timeout: seconds of one job. deadline: seconds after `SideBySide.run` was called; what would pass it is not started."""
 
     gib: float = 77.0
     jobs: int = 4
@@ -98,6 +98,9 @@ class _Running:
 
     def held(self) -> Held:
         return Held(self.job, self.grown, not self.grown and self.asking.exists())
+
+    def is_over(self) -> bool:
+        return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def is_stopped(self) -> bool:
         return psutil.Process(self.process.pid).status() == psutil.STATUS_STOPPED  # a child that is not waited for yet
@@ -157,25 +160,28 @@ class SideBySide:
         self.waiting, self.parts, self.limits, self.say, self.about = list(jobs), parts, limits, say, about
         self.running: list[_Running] = []
         self.ended: list[Ended] = []
+        self.signal: signal.Signals | None = None
+        """What ended it, if it was SIGINT, SIGTERM or SIGHUP."""
         parts.mkdir(parents=True, exist_ok=True)
         self.file = parts / LOCK
 
     def run(self) -> list[Ended]:
-        """Every job, in the order in which they ended. Raises KeyboardInterrupt on SIGINT, SIGTERM or SIGHUP."""
+        """Every job, in the order in which they ended; on SIGINT, SIGTERM or SIGHUP early, with `signal` set."""
         self.start = self._last = time.monotonic()
         self._earlier = {child.pid for child in psutil.Process().children()}
         adopt_orphans(True)
         with _signals_noted() as noted:
             try:
                 while self.waiting or self.running:
-                    if noted:
-                        raise KeyboardInterrupt(noted[0].name)
+                    if noted or self.seconds() >= self.limits.deadline:
+                        self.signal = noted[0] if noted else None
+                        self._cut()
+                        break
                     self._poll()
                     if self.running:
-                        time.sleep(POLL_SECONDS)
+                        time.sleep(min(POLL_SECONDS, max(0.0, self.limits.deadline - self.seconds())))
             finally:
-                for one in self.running:  # all of them before the first is waited for
-                    kill_tree(one.process.pid)
+                self._kill_all()
                 for one in self.running:
                     self._kill(one)
                 self.running.clear()
@@ -200,14 +206,28 @@ class SideBySide:
                 self._start()
 
     def _look(self, one: _Running, passed: float) -> None:
-        if os.waitid(os.P_PID, one.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+        if one.is_over():
             self._end(one, None)
-        elif self.seconds() > self.limits.deadline:
-            self._end(one, "cut short")
         elif one.is_stopped() or one.held().asks:
             one.waited += passed
         elif one.seconds() - one.waited > self.limits.timeout:
             self._end(one, "too slow")
+
+    def _cut(self) -> None:
+        """Ends and tells all that runs or waits. The GPU takes seconds to free what a process held: so all are killed first."""
+        self.say(f"{self.seconds():6.1f} s  {self.signal.name if self.signal else 'the deadline'}: what runs is ended")
+        over = [one for one in self.running if one.is_over()]
+        self._kill_all()
+        for one in list(self.running):
+            self._end(one, None if one in over else "cut short")
+        for job in self.waiting:
+            self._tell(Ended(job, "not started"))
+        self.waiting.clear()
+
+    def _kill_all(self) -> None:
+        """Waits for none of them."""
+        for one in self.running:
+            kill_tree(one.process.pid)
 
     def _end(self, one: _Running, how: How | None) -> None:
         """how: None if it ended by itself; its number is not another's until it is waited for here."""

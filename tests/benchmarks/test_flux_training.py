@@ -2,6 +2,9 @@
 
 import gc
 import json
+import math
+import sys
+import time
 import weakref
 from argparse import Namespace
 from collections.abc import Callable
@@ -26,6 +29,7 @@ BESIDE = (
     "sdnq_rehearsal",
     "side_by_side",
     "timed_alone",
+    "timed_steps",
 )
 
 
@@ -36,7 +40,7 @@ def module(benchmark_module: Callable[..., ModuleType]) -> ModuleType:
 
 def options(parts: Path, **given: object) -> Namespace:
     defaults = {
-        "parts": parts, "variant": [], "commit": "abc", "caches": None, "gib": 77.0, "jobs": 4, "timeout": 9.0, "deadline": 9.0,
+        "parts": parts, "variant": [], "commit": "abc", "caches": None, "gib": 77.0, "jobs": 4, "timeout": 9.0, "deadline": math.inf,
     }  # fmt: skip
     return Namespace(**{**defaults, **given})
 
@@ -47,6 +51,7 @@ def test_every_variant_and_whole_run_is_in_the_plan(
     whole = benchmark_module("whole_run", "timed_alone")
     assert module.EXPECTED.keys() == module.VARIANTS.keys() | whole.WHOLE_RUNS.keys()
     assert next(iter(module.EXPECTED)) == module.FIRST
+    assert "ours_1024_keep_all" in list(module.EXPECTED)[:-4], "it comes before what is only compared with ours"
     jobs = {name: module.job(name, options(tmp_path)) for name in module.EXPECTED}
     assert [name for name, job in jobs.items() if job.alone] == [module.FIRST]
     assert {"--profile", "--first-step"} <= set(jobs[module.FIRST].command)
@@ -70,11 +75,91 @@ def test_what_is_there_is_not_run_again(
         monkeypatch.setenv(f"{cache}_CACHE_DIR", "put back afterwards")
     for name in ("ours_1024", "ours_512"):
         (tmp_path / f"{name}.json").write_text("{}")
-    assert module.run_all(options(tmp_path, variant=["ours_512"]))
-    assert not module.run_all(options(tmp_path, variant=["ours_512", "bf16_image"]))
+    assert module.run_all(options(tmp_path, variant=["ours_512"])) == 0
+    assert module.run_all(options(tmp_path, variant=["ours_512", "bf16_image"])) == 1
     told = capsys.readouterr().out
     assert "bf16_image: failed" in told
     assert "ours_512" not in told
+
+
+@pytest.fixture
+def stubborn(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """(code that runs before) -> every job is a process that goes on for a minute and is expected to take none."""
+    for cache in ("TRITON", "TORCHINDUCTOR"):
+        monkeypatch.setenv(f"{cache}_CACHE_DIR", "put back afterwards")
+
+    def set_job(code: str = "") -> None:
+        command = (sys.executable, "-c", f"import os, signal, time\n{code}\ntime.sleep(60)")
+        monkeypatch.setattr(module, "job", lambda name, _: module.Job(name, command, 1, 0))
+
+    return set_job
+
+
+def called(module: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["flux_training.py", "all", "ours_512", "bf16_image", *arguments])
+    code: int = module.main()
+    return code
+
+
+def test_the_deadline_counts_from_the_start_of_the_process(
+    module: ModuleType,
+    stubborn: Callable[..., None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of 33.5 s, imports took 28 and the end keeps 5: what runs is ended after half a second, table and report are there."""
+    stubborn()
+    started = time.time() - 28
+    monkeypatch.setattr(module.psutil.Process, "create_time", lambda _: started)
+    begin = time.monotonic()
+    code = called(module, monkeypatch, "--parts", str(tmp_path), "--deadline", "33.5", "--out", str(tmp_path / "out"))
+    assert time.monotonic() - begin < 33.5 - 28
+    assert code == 1
+    told = capsys.readouterr().out
+    assert "the deadline: what runs is ended" in told
+    assert told.count("cut short") == 4, "each in its line and in the table"
+    assert json.loads((tmp_path / "out").read_text())["parts"] == {}
+
+
+def test_a_signal_leaves_the_table_and_the_report(
+    module: ModuleType,
+    stubborn: Callable[..., None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    stubborn("os.kill(os.getppid(), signal.SIGTERM)")
+    (tmp_path / "ours_1024.json").write_text(
+        json.dumps({"device": "a card", "versions": {}, "commit": "abc", "peak_gib": 23.5, "first_step_seconds": 30.0})
+    )
+    code = called(module, monkeypatch, "--parts", str(tmp_path), "--out", str(tmp_path / "out"))
+    assert code == 128 + 15
+    told = capsys.readouterr().out
+    assert "SIGTERM: what runs is ended" in told
+    assert "how          seconds" in told
+    assert json.loads((tmp_path / "out").read_text())["peak_gib_nockpt_1024"] == 23.5
+
+
+def test_images_are_compared_with_those_that_were_drawn(
+    module: ModuleType, benchmark_module: Callable[..., ModuleType], tmp_path: Path
+) -> None:
+    """Both attentions and compilation are ours; a ratio and a row of the README's table are there if the part is."""
+    images = {name: variant for name, variant in module.VARIANTS.items() if variant.infer}
+    assert {(v.attention, v.compiled, v.resolution) for v in images.values()} == {("flash_attn_4", True, 1024)}
+    assert {variant.base for variant in images.values()} == {"int4", "bf16", "fp8", "nf4"}
+    common = {"device": "a card", "versions": {}, "commit": "abc", "transformer_gib": 6.0, "peak_gib": 9.0}
+    for name, seconds in (("ours_image", 2.0), ("fp8_image", 3.0)):
+        times = {"image_20_steps_seconds": seconds, "image_4_steps_seconds": seconds / 4}
+        (tmp_path / f"{name}.json").write_text(json.dumps({**common, **times}))
+    report = module.collect(tmp_path, None)
+    assert [report[f"image_20_steps_vs_{name}"] for name in ("bf16", "fp8", "nf4")] == [None, 1.5, None]
+    lines = benchmark_module("readme_figures")._images(report)
+    assert "ours takes 20 steps 1.50 times as fast as FP8." in lines[0]
+    assert lines[4:] == [
+        "| ours | 2.00 | 0.50 | 6.0 | 9.0 |",
+        "| FP8 weights and activations (modulations bf16) | 3.00 | 0.75 | 6.0 | 9.0 |",
+    ]
 
 
 def test_the_first_variant_asks_for_empty_caches(module: ModuleType, tmp_path: Path) -> None:

@@ -62,6 +62,41 @@ def test_lora_over_fp8(
         assert (found - expected).norm() < 0.02 * expected.norm()
 
 
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_fp8_without_gradients(
+    backend: str | None, frozen_linears: ModuleType, rivals: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As images are drawn: everything bf16, no autocast, one graph; the same bits as with gradients."""
+    for name, module in ((frozen_linears.__name__, frozen_linears), ("rivals", rivals)):
+        monkeypatch.setitem(sys.modules, name, module)
+    generator = torch.Generator().manual_seed(0)
+    weight, bias, x = (torch.randn(shape, generator=generator).bfloat16() for shape in ((64, 128), (64,), (2, 24, 128)))
+    layer = frozen_linears.frozen_linear("fp8", weight, bias)
+    call = layer if backend is None else torch.compile(layer, backend=backend, fullgraph=True)
+    with torch.no_grad():
+        y = call(x)
+    assert (y.dtype, y.shape, y.requires_grad) == (torch.bfloat16, (2, 24, 64), False)
+    assert torch.equal(y, layer(x.clone().requires_grad_()))
+    exact = x.float() @ weight.float().T + bias
+    assert (y.float() - exact).norm() < 0.06 * exact.norm()
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_nf4_without_gradients(backend: str | None, frozen_linears: ModuleType) -> None:
+    """bitsandbytes' product is one op of the graph, for one row too; rounding to NF4 costs 9 % of y."""
+    pytest.importorskip("bitsandbytes", reason="NF4's package is not installed")
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = (torch.randn(shape, generator=generator).bfloat16() for shape in ((64, 128), (64,)))
+    layer = frozen_linears.frozen_linear("nf4", weight, bias)
+    call = layer if backend is None else torch.compile(layer, backend=backend, fullgraph=True)
+    for rows in (1, 24):
+        x = torch.randn(rows, 128, generator=generator).bfloat16()
+        with torch.no_grad():
+            y = call(x)
+        exact = x.float() @ weight.float().T + bias
+        assert (y.float() - exact).norm() < 0.14 * exact.norm()
+
+
 def test_a_layer_that_sdnq_leaves_alone_is_an_error(
     frozen_linears: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:

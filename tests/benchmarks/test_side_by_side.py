@@ -142,13 +142,32 @@ def test_nothing_passes_the_deadline(module: ModuleType, tmp_path: Path) -> None
     }  # fmt: skip
 
 
+def test_at_the_deadline_all_is_ended_though_one_is_timed(module: ModuleType, tmp_path: Path) -> None:
+    """The lock, which nobody gives back, keeps the scheduler from starting, not from ending."""
+    code = "import sys, time\nfrom pathlib import Path\nfrom timed_alone import lock\n"
+    code += "with lock(Path(sys.argv[1])): time.sleep(60)"
+    command = ("env", f"PYTHONPATH={BENCHMARKS}", sys.executable, "-c", code)
+    jobs = [module.Job("timed", (*command, str(tmp_path / "timing.lock")), 10, 0.1)]
+    jobs += [sleeper(module, tmp_path, name, 10, 60, expected=0.1) for name in ("a", "b")]
+    jobs += [sleeper(module, tmp_path, "large", 70, 60, expected=0.1)]
+    begin = time.monotonic()
+    ended, lines = schedule(module, tmp_path, jobs, deadline=1.0)
+    assert 1.0 <= time.monotonic() - begin < 3
+    assert {name: one.how for name, one in ended.items()} == {
+        "timed": "cut short", "a": "cut short", "b": "cut short", "large": "not started",
+    }  # fmt: skip
+    assert any("the deadline: what runs is ended" in line for line in lines)
+
+
 SCHEDULER = """
 import os, sys
 from pathlib import Path
 from side_by_side import Job, Limits, SideBySide
 worker, folder = sys.argv[1], sys.argv[2]
 jobs = [Job(name, (sys.executable, "-c", worker, folder, name, str(os.getpid())), 10, 60) for name in ("stops", "stopped")]
-SideBySide(jobs, Path(folder), Limits()).run()
+beside = SideBySide(jobs, Path(folder), Limits())
+beside.run()
+(Path(folder) / "ended").write_text(f"{beside.signal.name} {len(beside.ended)}")
 """
 WORKER = """
 import subprocess, sys, time
@@ -187,7 +206,9 @@ def test_a_scheduler_that_is_ended_leaves_nothing(number: signal.Signals, tmp_pa
         below = [psutil.Process(int(file.read_text())) for file in tmp_path.glob("*.pid")]
         assert sorted(worker.status() == psutil.STATUS_STOPPED for worker in workers) == [False, True]
         scheduler.send_signal(number)
-        scheduler.wait(10)
+        assert scheduler.wait(10) == (-number if number == signal.SIGKILL else 0)
+        if number != signal.SIGKILL:
+            assert (tmp_path / "ended").read_text() == f"{number.name} 2"
         watched = workers if number == signal.SIGKILL else [*workers, *below]
         assert len(watched) in (2, 4)
         _, alive = psutil.wait_procs(watched, timeout=5)
