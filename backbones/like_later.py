@@ -17,7 +17,8 @@ PASSED_ON = {
 }
 """Per class of block, the arguments that one block computes for the next; `hidden_states` alone if not named here."""
 SLICED = frozenset({"FluxSingleTransformerBlock"})
-"""Classes of block that return these as slices of one tensor [B, S, D], in this order along S."""
+"""Classes of block that return these as slices of one tensor [B, S, D], in this order along S; compiled ones do so in passes without
+gradients alone (`compiled.compile_blocks`)."""
 
 
 class LikeLater:
@@ -36,7 +37,7 @@ class LikeLater:
         self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         given = [kwargs[name] if name in kwargs else args[self._places[name]] for name in self._names]
-        if self._sliced:
+        if self._sliced and not torch.is_grad_enabled():
             made = torch.cat(given, dim=1).split([x.shape[1] for x in given], dim=1)
         else:
             made = tuple(x.contiguous() for x in given)

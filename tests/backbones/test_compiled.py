@@ -135,6 +135,27 @@ def test_in_training_too(graphs, policy):
     assert max(relative_rms(a, b) for a, b in zip(after, before, strict=True)) < 1e-5
 
 
+def test_gradients_of_single_blocks_meet_inside_the_compiled_code(graphs):
+    """Text and image are no slices of one tensor: autograd would put their gradients together block by block, outside."""
+    model = tiny_flux(CPU)
+    inject_adapter(model, AdapterConfig(rank=4, alpha=4), FLUX.quantize)
+    made: list[tuple[torch.Tensor, ...]] = []
+    compile_blocks(model)
+    for block in model.single_transformer_blocks:
+        block.register_forward_hook(lambda _block, _args, output: made.append(output))
+    velocity_of(model, CPU, torch.float32)
+    assert len(graphs) == 2
+    assert {type(x.grad_fn).__name__ for output in made for x in output} == {"CompiledFunctionBackward"}
+    assert all(text._base is None and image._base is None for text, image in made)
+    made.clear()
+    with torch.no_grad():
+        velocity_of(model, CPU, torch.float32)
+    assert all(text.data_ptr() < image.data_ptr() and text.storage_offset() == 0 for text, image in made)
+    assert all(text.untyped_storage().data_ptr() == image.untyped_storage().data_ptr() for text, image in made), (
+        "a copy"
+    )
+
+
 def test_many_sizes_are_compiled_twice(graphs):
     """Once for the first size, once for all others; two sizes each for itself."""
     counts = {}
