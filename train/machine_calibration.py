@@ -2,8 +2,9 @@
 
 Rates come from single ops at FLUX.1's shapes (linear attention and a depthwise convolution at SANA's, a group norm at SDXL's); INT8
 from `w4a8_linear` less what its other parts take. Host times come from steps and from passes without gradients of a FLUX so narrow that
-only launching takes time, with and without quantized layers. These are rotated, as the bases' are: layers that read one x then share its
-codes. The same step replayed from a CUDA graph, without quantized layers, says what an op costs the GPU beside its work. The correction c
+only launching takes time, of two depths, with and without quantized layers; depths leave over what happens once. Python's speed on a
+shared machine changes by half within seconds, so these are timed in turn, a part of the rounds before the rates, between, and at the end.
+Layers are rotated, as the bases' are: those that read one x then share its codes. The step, captured without quantized layers and replayed from a CUDA graph, without quantized layers, says what an op costs the GPU beside its work. The correction c
 and what our ops cost, f in a forward pass and g for gradients, come from three more replays: a large step (a double and a single block of
 true width at 1024 px), a middling pass (width 1280, 1088 rows) and the step of the same:
 
@@ -11,10 +12,10 @@ true width at 1024 px), a middling pass (width 1280, 1088 rows) and the step of 
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from diffusers import FluxTransformer2DModel
@@ -32,7 +33,7 @@ from loragraft.quantization.linear import SVDQuantLinear
 from loragraft.quantization.settings import QuantSettings
 from loragraft.recipes.schema import AdapterConfig
 from loragraft.train.dry_run import DryRun, dry_infer, dry_train
-from loragraft.train.roofline import Machine, part_seconds, roofline_seconds
+from loragraft.train.roofline import Host, Machine, part_seconds, roofline_seconds
 from loragraft.train.step import GraphStep
 
 M, D, MLP, HEADS, HEAD = 4608, 3072, 12288, 24, 128
@@ -46,8 +47,10 @@ GROUP_NORM = (320, 128)
 """Channels and edge of SDXL's first level; 32 groups."""
 TOGETHER = 8
 """Runs of a single op between two waits for the device."""
-BLOCKS = 3
-"""Of each kind, in the narrow model."""
+SHALLOW, BLOCKS = 1, 3
+"""Of each kind, in the narrow models."""
+ROUNDS = 5
+"""Of the narrow models' launches, three times."""
 NARROW, MIDDLE, LARGE = (1, 64, 16), (10, 512, 64), (HEADS, 1024, 512)
 """Heads, pixels and words of the steps that are timed: launches alone, the middling one, the one that corrects."""
 
@@ -60,20 +63,25 @@ def calibrate(device: torch.device) -> Machine:
         )
     properties = torch.cuda.get_device_properties(device)
     torch.backends.cuda.enable_cudnn_sdp(False)  # as training does: its backward pass fails on some drivers
+    hosts = HostTimes(device, trains=True), HostTimes(device, trains=False)
+    _more(hosts)
     machine = _rates(unmeasured(properties.name, properties.total_memory), device)
-    machine = _host(machine, device)
-    return _corrected(machine, device)
+    _more(hosts)
+    machine = _corrected(machine, device)
+    _more(hosts)
+    steps, passes = hosts
+    return replace(machine, host=steps.host(), host_infer=passes.host())
 
 
 def unmeasured(name: str, memory: int) -> Machine:
     """A machine whose figures are yet to come."""
-    return Machine(name, memory, {}, *(0.0,) * 8, calibrated=True)
+    return Machine(name, memory, {}, 0.0, Host(0.0, 0.0), Host(0.0, 0.0), *(0.0,) * 3, calibrated=True)
 
 
-def time_of(run: Callable[[], object], repeats: int = 10, together: int = 1) -> float:
-    """Median seconds of `run` on the current CUDA device, after three runs of warming up. together: launched one behind the other
+def time_of(run: Callable[[], object], repeats: int = 10, together: int = 1, warm: int = 3) -> float:
+    """Median seconds of `run` on the current CUDA device, after `warm` runs of warming up. together: launched one behind the other
     before the device is waited for, so that of a single op Python's time does not count."""
-    for _ in range(3):
+    for _ in range(warm):
         run()
     torch.cuda.synchronize()
     times = []
@@ -205,6 +213,33 @@ def flux_loss(model: nn.Module, device: torch.device | str, edge: int, tokens: i
     return flow_loss(model, latents, torch.ones_like(latents), torch.full((1,), 0.5, device=device), text)
 
 
+class Counts(NamedTuple):
+    """Ops of a step or a pass."""
+
+    others: int
+    """torch's."""
+    forward: int
+    """Ours that compute layers."""
+    gradients: int
+    """Ours that compute gradients."""
+    launches: int
+    """Kernels that ours launch."""
+
+    @classmethod
+    def of(cls, run: DryRun) -> "Counts":
+        """Those that do something."""
+        counted = [(cost, count) for cost, count in run.counted() if cost.parts]
+        custom = sum(count for cost, count in counted if cost.custom)
+        forward = sum(count for cost, count in counted if cost.forward)
+        launches = sum(count * cost.launches for cost, count in counted)
+        return cls(sum(count for _, count in counted) - custom, forward, custom - forward, launches)
+
+    @property
+    def ops(self) -> int:
+        """All of them."""
+        return self.others + self.forward + self.gradients
+
+
 @dataclass(frozen=True)
 class Timed:
     """A real step or pass, and its dry run."""
@@ -212,12 +247,9 @@ class Timed:
     seconds: float
     run: DryRun
 
-    def counts(self) -> tuple[int, int, int]:
-        """(ops of torch's, ops of ours that compute layers, those that compute gradients)."""
-        counted = [(cost, count) for cost, count in self.run.counted() if cost.parts]
-        custom = sum(count for cost, count in counted if cost.custom)
-        forward = sum(count for cost, count in counted if cost.forward)
-        return sum(count for _, count in counted) - custom, forward, custom - forward
+    def counts(self) -> Counts:
+        """Its ops."""
+        return Counts.of(self.run)
 
     def roofline(self, machine: Machine) -> float:
         """Seconds of the parts alone, uncorrected."""
@@ -234,6 +266,14 @@ def _timed(
     captured: bool = False,
 ) -> Timed:
     """A training step of a FLUX of that size, or a pass without gradients. captured: replayed from a CUDA graph."""
+    run, imagined = _prepared(size, blocks, device, quantized=quantized, trains=trains, captured=captured)
+    return Timed(time_of(run), imagined())
+
+
+def _prepared(
+    size: tuple[int, int, int], blocks: int, device: torch.device, *, quantized: bool, trains: bool, captured: bool
+) -> tuple[Callable[[], object], Callable[[], DryRun]]:
+    """(what `_timed` times, its dry run)."""
     heads, edge, tokens = size
     real, imagined = (nn.Module.to(flux(heads, blocks, quantized=quantized), dtype=torch.bfloat16) for _ in range(2))
     randomize(real, device, torch.bfloat16)
@@ -241,14 +281,14 @@ def _timed(
     imagined_loss = partial(flux_loss, imagined, "cpu", edge, tokens)
     if not trains:
         with torch.no_grad():
-            return Timed(time_of(replayed(loss) if captured else loss), dry_infer(imagined, imagined_loss))
+            return torch.no_grad()(replayed(loss) if captured else loss), partial(dry_infer, imagined, imagined_loss)
     parameters = inject_adapter(real, AdapterConfig(), FLUX.quantize)
     inject_adapter(imagined, AdapterConfig(), FLUX.quantize)
     if captured:
         JoinedFactors(imagined, torch.bfloat16)
     optimizer = partial(torch.optim.AdamW, fused=True)
-    seconds = time_of(_step(real, parameters, loss, captured=captured))
-    return Timed(seconds, dry_train(imagined, imagined_loss, optimizer, max_grad_norm=0, captured=captured))
+    dry = partial(dry_train, imagined, imagined_loss, optimizer, max_grad_norm=0, captured=captured)
+    return _step(real, parameters, loss, captured=captured), dry
 
 
 def _step(
@@ -268,31 +308,57 @@ def _step(
     return step
 
 
-def _host(machine: Machine, device: torch.device) -> Machine:
-    """Seconds of Python for an op of torch's and for one of ours, in a step and in a pass without gradients."""
+class HostTimes:
+    """Steps, or passes without gradients, of four narrow models, which differ in their layers and in their depth."""
 
-    def launched(trains: bool) -> tuple[float, float]:
-        plain = _timed(NARROW, BLOCKS, device, quantized=False, trains=trains)
-        op = plain.seconds / plain.counts()[0]
-        quantized = _timed(NARROW, BLOCKS, device, trains=trains)
-        others, forward, gradients = quantized.counts()
-        return op, max((quantized.seconds - others * op) / (forward + gradients), op)
+    def __init__(self, device: torch.device, *, trains: bool) -> None:
+        kinds = [(quantized, blocks) for quantized in (False, True) for blocks in (SHALLOW, BLOCKS)]
+        self.seconds: list[list[float]] = [[] for _ in kinds]
+        self.counts, self._runs = [], []
+        for quantized, blocks in kinds:
+            run, imagined = _prepared(NARROW, blocks, device, quantized=quantized, trains=trains, captured=False)
+            self._runs.append(run)
+            self.counts.append(Counts.of(imagined()))
+            time_of(run, repeats=1)
 
-    (host_op, host_custom), (infer_op, infer) = launched(True), launched(False)
-    return replace(machine, host_op=host_op, host_custom=host_custom, host_infer_op=infer_op, host_infer=infer)
+    def round(self) -> None:
+        """Times each of them once more."""
+        for run, seconds in zip(self._runs, self.seconds, strict=True):
+            seconds.append(time_of(run, repeats=1, warm=0))
+
+    def host(self) -> Host:
+        """From medians. Where they contradict each other, what is left over costs nothing, and a launch what an op does."""
+        times = [sorted(seconds)[len(seconds) // 2] for seconds in self.seconds]
+        return host_of(times, self.counts)
+
+
+def host_of(seconds: Sequence[float], counts: Sequence[Counts]) -> Host:
+    """t = fixed + ops op + launches launch, from four t: a shallow and a deep model without our layers, both with them."""
+    plain, deep_plain, shallow, deep = counts
+    op = max((seconds[1] - seconds[0]) / (deep_plain.ops - plain.ops), 0.0)
+    left = seconds[3] - seconds[2] - (deep.ops - shallow.ops) * op
+    launch = max(left / (deep.launches - shallow.launches), op)
+    return Host(op, launch, max(seconds[0] - plain.ops * op, 0.0))
+
+
+def _more(hosts: Sequence[HostTimes]) -> None:
+    """Rounds of all of them, in turn."""
+    for _ in range(ROUNDS):
+        for times in hosts:
+            times.round()
 
 
 def _corrected(machine: Machine, device: torch.device) -> Machine:
     """gpu_op, then the three equations; where they contradict each other an op of ours costs what one of torch's does."""
     plain = _timed(NARROW, BLOCKS, device, quantized=False, captured=True)
-    gpu_op = max(plain.seconds - plain.roofline(machine), 0.0) / plain.counts()[0]
+    gpu_op = max(plain.seconds - plain.roofline(machine), 0.0) / plain.counts().others
     timed = [
         _timed(LARGE, 1, device, captured=True),
         _timed(MIDDLE, 1, device, trains=False, captured=True),
         _timed(MIDDLE, 1, device, captured=True),
     ]
-    rows = [(run.roofline(machine), *run.counts()[1:]) for run in timed]
-    left = [run.seconds - run.counts()[0] * gpu_op for run in timed]
+    rows = [(run.roofline(machine), *run.counts()[1:3]) for run in timed]
+    left = [run.seconds - run.counts().others * gpu_op for run in timed]
     _, forward, gradient = torch.linalg.solve(
         torch.tensor(rows, dtype=torch.float64), torch.tensor(left, dtype=torch.float64)
     ).tolist()

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from loragraft.kernels.block_codes import blocks_of
 from loragraft.kernels.taps import Window, tap_columns
+from loragraft.train.launches import launches_of
 
 Unit = Literal[
     "int8", "gemm", "gemm32", "batched32", "attention", "attention_backward", "fast_attention", "fast_attention_backward", "conv",
@@ -47,6 +48,8 @@ class OpCost:
     name: str
     parts: tuple[Part, ...]
     modelled: bool = True
+    launches: int = 0
+    """Kernels that it launches from Python; torch's are launched without it."""
 
     @property
     def custom(self) -> bool:
@@ -69,10 +72,11 @@ def cost_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], results: S
     """The cost of calling the op overload `func`."""
     name: str = func._schema.name
     if name.startswith(OURS):
-        formula = _COSTS.get(name.removeprefix(OURS))
-        if formula is not None:
-            return OpCost(name, tuple(formula(args, results)))
-        return OpCost(name, (Part("memory", 0, _bytes(args) + _bytes(results)),), modelled=False)
+        own = name.removeprefix(OURS)
+        formula = _COSTS.get(own)
+        parts = (formula or _elementwise)(args, results)
+        launches = 0 if own.startswith("dry_") else launches_of(own, args)
+        return OpCost(name, tuple(parts), modelled=formula is not None, launches=launches)
     short = name.removeprefix("aten::")
     if short in ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"):
         return OpCost(name, ())

@@ -2,8 +2,8 @@
 
     t_op   = correction * sum over its parts of  max(flops / rate(unit), bytes / bandwidth)  +  gpu_op, gpu_forward or gpu_gradient
     t_GPU  = sum over ops of t_op
-    t_host = ops * host_op + custom ops * host_custom          Python and launches, where nothing is captured; both differ
-    t      = max(t_GPU, t_host)                                between a step and a pass without gradients (`host_infer...`)
+    t_host = fixed + ops * op + launches * launch              Python, where nothing is captured: `Host`, one for steps and one for
+    t      = max(t_GPU, t_host)                                passes without gradients; launches: of our kernels (`launches_of`)
 
 The gpu_... are what an op costs beside its roofline, replayed from a CUDA graph: a custom op is several kernels, more in a forward than
 in a backward pass, and on small models most of them are as long as the gap before the next. `calibrate` measures all of this on the GPU
@@ -31,10 +31,25 @@ USUAL: dict[Unit, float] = {
 USUAL_BANDWIDTH, USUAL_GPU_OP, USUAL_GPU_FORWARD, USUAL_GPU_GRADIENT = 0.75, 2e-6, 25e-6, 25e-6
 """`w4a8_linear` of 512 to 1024 rows took 18 to 40 us more than its roofline (`int4_engine.json`), the median 23; six captured steps
 of `bases.json` come out within 16 %."""
-USUAL_HOST_OP, USUAL_HOST_CUSTOM, USUAL_HOST_INFER_OP, USUAL_HOST_INFER = 8e-6, 700e-6, 8e-6, 650e-6
-"""Of the machine of that H100, with a slow core: its forward passes of FLUX.1, SD and SDXL Turbo took 560 to 690 us a custom op."""
-VERSION = 3
+VERSION = 4
 """Of the stored figures: raised when they mean something else."""
+
+
+@dataclass(frozen=True)
+class Host:
+    """Seconds that Python needs to launch a step or a pass."""
+
+    op: float
+    """For an op, whosever it is."""
+    launch: float
+    """For a kernel of this project, beside its op."""
+    fixed: float = 0.0
+    """Once: copies to the device, waiting for it."""
+
+
+USUAL_HOST, USUAL_HOST_INFER = Host(op=30e-6, launch=450e-6), Host(op=15e-6, launch=430e-6, fixed=7e-3)
+"""Of the machines of those H100s, with slow cores: seven launched passes of FLUX.1, SDXL and SANA took 330 to 510 us a kernel of ours,
+steps of FLUX.1 440 and 520."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +63,10 @@ class Machine:
     """Operations of each `op_cost.Unit`."""
     bandwidth: float
     """Bytes."""
-    host_op: float
-    """Seconds that Python needs per op, in a training step: much of a backward pass is launched without it."""
-    host_custom: float
-    """The same for an op of this project."""
-    host_infer_op: float
-    """Per op of a pass without gradients."""
-    host_infer: float
-    """The same for an op of this project."""
+    host: Host
+    """Of a training step: much of a backward pass is launched without Python."""
+    host_infer: Host
+    """Of a pass without gradients."""
     gpu_op: float
     """Seconds that the GPU needs per op beside the roofline's."""
     gpu_forward: float
@@ -76,7 +87,7 @@ def known(name: str, memory_gb: int, gemm: float, int8: float, fp32: float, band
     }  # fmt: skip
     rates = {str(unit): peaks[unit] * 1e12 * share for unit, share in USUAL.items()}
     bandwidth = bandwidth_gb * 1e9 * USUAL_BANDWIDTH
-    host = USUAL_HOST_OP, USUAL_HOST_CUSTOM, USUAL_HOST_INFER_OP, USUAL_HOST_INFER
+    host = USUAL_HOST, USUAL_HOST_INFER
     gpu = USUAL_GPU_OP, USUAL_GPU_FORWARD, USUAL_GPU_GRADIENT
     return Machine(name, memory_gb * 2**30, rates, bandwidth, *host, *gpu)
 
@@ -100,11 +111,14 @@ def seconds(ops: Iterable[tuple[OpCost, float]], machine: Machine, *, host: bool
     others = sum(count for _, count in counted) - custom
     ideal = sum(count * roofline_seconds(cost, machine) for cost, count in counted)
     beside = others * machine.gpu_op + forward * machine.gpu_forward + (custom - forward) * machine.gpu_gradient
-    host_op, host_custom = (
-        (machine.host_op, machine.host_custom) if trains else (machine.host_infer_op, machine.host_infer)
-    )
-    launched = others * host_op + custom * host_custom
-    return max(machine.correction * ideal + beside, launched if host else 0.0)
+    launched = host_seconds(counted, machine.host if trains else machine.host_infer) if host and counted else 0.0
+    return max(machine.correction * ideal + beside, launched)
+
+
+def host_seconds(counted: Iterable[tuple[OpCost, float]], host: Host) -> float:
+    """Time that Python needs to launch ops, each with how often it runs."""
+    total = [(count, count * cost.launches) for cost, count in counted]
+    return host.fixed + sum(count for count, _ in total) * host.op + sum(number for _, number in total) * host.launch
 
 
 def roofline_seconds(cost: OpCost, machine: Machine) -> float:
@@ -141,7 +155,10 @@ def load_machine(name: str, cache_root: Path) -> Machine | None:
     if not path.is_file():
         return None
     found = json.loads(path.read_text())
-    return Machine(**found) if found.pop("version") == VERSION else None
+    if found.pop("version") != VERSION:
+        return None
+    hosts = {name: Host(**found.pop(name)) for name in ("host", "host_infer")}
+    return Machine(**found, **hosts)
 
 
 def machine_for(name: str, cache_root: Path) -> Machine | None:
