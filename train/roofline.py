@@ -157,8 +157,8 @@ def load_machine(name: str, cache_root: Path) -> Machine | None:
     found = json.loads(path.read_text())
     if found.pop("version") != VERSION:
         return None
-    hosts = {name: Host(**found.pop(name)) for name in ("host", "host_infer")}
-    return Machine(**found, **hosts)
+    found |= {name: Host(**found[name]) for name in ("host", "host_infer")}
+    return Machine(**found)
 
 
 def machine_for(name: str, cache_root: Path) -> Machine | None:

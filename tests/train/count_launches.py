@@ -48,10 +48,10 @@ def trained(tensors: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    GridExecutor.__call__ = counted  # type: ignore[method-assign]
+    GridExecutor.__call__ = counted
     ops = {op.name: op for op in OPS}
     few, many, bare = LinearCase(5, 16, 64, R=8, r=8), LinearCase(20, 16, 64, R=8, r=0), LinearCase(2, 16, 64, R=0, r=0)
-    calls = [
+    calls: list[tuple[str, LinearCase, dict[str, Any]]] = [
         ("w4a8", few, {}), ("w4a8", few, {"dgrad": "int8"}), ("w4a8", few, {"smooth": None, "shares_input": True}),
         ("w4a4", few, {}), ("w4a4", few, {"save_x": "raw"}), ("w4a4", many, {}),
         ("w4a16", few, {}), ("w4a16", many, {}), ("w4a16", bare, {}),
@@ -68,7 +68,8 @@ def main() -> None:
             }
             ops[name].apply(**trained({**half, **options})).sum().backward()
         for image in (ConvCase(1, 64, 4, 4, 16), ConvCase(1, 64, 4, 4, 16, r=0)):
-            w4a8_conv(**trained(dict(image.inputs())), **image.options).sum().backward()
+            options = trained({**image.inputs(), **image.options})
+            w4a8_conv(**options).sum().backward()
         factor = torch.nn.Parameter(torch.zeros(4, 8))
         factor.grad = torch.ones_like(factor)
         AdamW8bit([factor], lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0).step()
