@@ -222,8 +222,8 @@ class Counts(NamedTuple):
     """Ours that compute layers."""
     gradients: int
     """Ours that compute gradients."""
-    launches: int
-    """Kernels that ours launch."""
+    launches: float
+    """Kernels that ours launch, by the time that takes."""
 
     @classmethod
     def of(cls, run: DryRun) -> "Counts":

@@ -48,8 +48,8 @@ class OpCost:
     name: str
     parts: tuple[Part, ...]
     modelled: bool = True
-    launches: int = 0
-    """Kernels that it launches from Python; torch's are launched without it."""
+    launches: float = 0.0
+    """Kernels that it launches from Python, by the time that takes (`Launches.weight`); torch's are launched without it."""
 
     @property
     def custom(self) -> bool:
@@ -75,7 +75,7 @@ def cost_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], results: S
         own = name.removeprefix(OURS)
         formula = _COSTS.get(own)
         parts = (formula or _elementwise)(args, results)
-        launches = 0 if own.startswith("dry_") else launches_of(own, args)
+        launches = 0.0 if own.startswith("dry_") else launches_of(own, args).weight
         return OpCost(name, tuple(parts), modelled=formula is not None, launches=launches)
     short = name.removeprefix("aten::")
     if short in ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"):

@@ -293,7 +293,7 @@ def _machine_lines(machine: Machine) -> list[str]:
 
 def _host_line(what: str, host: Host) -> str:
     return (
-        f"  Python launches {what}: {host.op * 1e6:.1f} us an op, {host.launch * 1e6:.1f} us a kernel of ours beside it, "
+        f"  Python launches {what}: {host.op * 1e6:.1f} us an op, {host.launch * 1e6:.1f} us a small kernel of ours beside it, "
         f"{host.fixed * 1e3:.1f} ms once"
     )
 

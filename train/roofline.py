@@ -3,7 +3,7 @@
     t_op   = correction * sum over its parts of  max(flops / rate(unit), bytes / bandwidth)  +  gpu_op, gpu_forward or gpu_gradient
     t_GPU  = sum over ops of t_op
     t_host = fixed + ops * op + launches * launch              Python, where nothing is captured: `Host`, one for steps and one for
-    t      = max(t_GPU, t_host)                                passes without gradients; launches: of our kernels (`launches_of`)
+    t      = max(t_GPU, t_host)                                passes without gradients; launches: of our kernels (`launches`)
 
 The gpu_... are what an op costs beside its roofline, replayed from a CUDA graph: a custom op is several kernels, more in a forward than
 in a backward pass, and on small models most of them are as long as the gap before the next. `calibrate` measures all of this on the GPU
@@ -42,14 +42,14 @@ class Host:
     op: float
     """For an op, whosever it is."""
     launch: float
-    """For a kernel of this project, beside its op."""
+    """For a small kernel of this project, beside its op."""
     fixed: float = 0.0
     """Once: copies to the device, waiting for it."""
 
 
-USUAL_HOST, USUAL_HOST_INFER = Host(op=30e-6, launch=450e-6), Host(op=15e-6, launch=430e-6, fixed=7e-3)
-"""Of the machines of those H100s, with slow cores: seven launched passes of FLUX.1, SDXL and SANA took 330 to 510 us a kernel of ours,
-steps of FLUX.1 440 and 520."""
+USUAL_HOST, USUAL_HOST_INFER = Host(op=30e-6, launch=300e-6), Host(op=15e-6, launch=150e-6, fixed=7e-3)
+"""Of the machines of those H100s, with slow cores: with 15 us an op, eight launched passes of FLUX.1, SDXL and SANA took 130 to 180 us
+a small launch; with 30 us, two steps of FLUX.1 260 and 310."""
 
 
 @dataclass(frozen=True)

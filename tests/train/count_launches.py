@@ -35,7 +35,7 @@ class Printer(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if name.startswith(OURS):
             own = name.removeprefix(OURS)
-            print(own, launches_of(own, args), launched - before)
+            print(own, sum(launches_of(own, args)), launched - before)
         return out
 
 
