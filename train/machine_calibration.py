@@ -2,11 +2,12 @@
 
 Rates come from single ops at FLUX.1's shapes (linear attention and a depthwise convolution at SANA's, a group norm at SDXL's); INT8
 from `w4a8_linear` less what its other parts take. Host times come from steps and from passes without gradients of a FLUX so narrow that
-only launching takes time, of two depths, with and without quantized layers; depths leave over what happens once. Python's speed on a
+only launching takes time, with and without quantized layers; without them of two depths, which tell what happens once. Python's speed on a
 shared machine changes by half within seconds, so these are timed in turn, a part of the rounds before the rates, between, and at the end.
-Layers are rotated, as the bases' are: those that read one x then share its codes. The step, captured without quantized layers and replayed from a CUDA graph, without quantized layers, says what an op costs the GPU beside its work. The correction c
-and what our ops cost, f in a forward pass and g for gradients, come from three more replays: a large step (a double and a single block of
-true width at 1024 px), a middling pass (width 1280, 1088 rows) and the step of the same:
+Layers are rotated, as the bases' are: those that read one x then share its codes. The step replayed from a CUDA graph, without quantized
+layers, says what an op costs the GPU beside its work. The correction c and what our ops cost, f in a forward pass and g for gradients, come
+from three more replays: a large step (a double and a single block of true width at 1024 px), a middling pass (width 1280, 1088 rows) and
+the step of the same:
 
     c R + n gpu_op + k f + l g = T          R the roofline's seconds, n, k and l ops of each kind, T measured; three equations
 """
@@ -309,17 +310,17 @@ def _step(
 
 
 class HostTimes:
-    """Steps, or passes without gradients, of four narrow models, which differ in their layers and in their depth."""
+    """Steps, or passes without gradients, of three narrow models: a shallow and a deep one without our layers, a deep one with them."""
 
     def __init__(self, device: torch.device, *, trains: bool) -> None:
-        kinds = [(quantized, blocks) for quantized in (False, True) for blocks in (SHALLOW, BLOCKS)]
+        kinds = ((False, SHALLOW), (False, BLOCKS), (True, BLOCKS))
         self.seconds: list[list[float]] = [[] for _ in kinds]
         self.counts, self._runs = [], []
         for quantized, blocks in kinds:
             run, imagined = _prepared(NARROW, blocks, device, quantized=quantized, trains=trains, captured=False)
             self._runs.append(run)
             self.counts.append(Counts.of(imagined()))
-            time_of(run, repeats=1)
+            time_of(run, repeats=1, warm=2)
 
     def round(self) -> None:
         """Times each of them once more."""
@@ -327,18 +328,18 @@ class HostTimes:
             seconds.append(time_of(run, repeats=1, warm=0))
 
     def host(self) -> Host:
-        """From medians. Where they contradict each other, what is left over costs nothing, and a launch what an op does."""
+        """From medians."""
         times = [sorted(seconds)[len(seconds) // 2] for seconds in self.seconds]
         return host_of(times, self.counts)
 
 
 def host_of(seconds: Sequence[float], counts: Sequence[Counts]) -> Host:
-    """t = fixed + ops op + launches launch, from four t: a shallow and a deep model without our layers, both with them."""
-    plain, deep_plain, shallow, deep = counts
-    op = max((seconds[1] - seconds[0]) / (deep_plain.ops - plain.ops), 0.0)
-    left = seconds[3] - seconds[2] - (deep.ops - shallow.ops) * op
-    launch = max(left / (deep.launches - shallow.launches), op)
-    return Host(op, launch, max(seconds[0] - plain.ops * op, 0.0))
+    """t = fixed + ops op + launches launch, from the three t of `HostTimes`. Where they contradict each other, an op or what happens
+    once costs nothing, and a launch what an op does."""
+    shallow, deep, ours = counts
+    op = max((seconds[1] - seconds[0]) / (deep.ops - shallow.ops), 0.0)
+    fixed = max(seconds[1] - deep.ops * op, 0.0)
+    return Host(op, max((seconds[2] - fixed - ours.ops * op) / ours.launches, op), fixed)
 
 
 def _more(hosts: Sequence[HostTimes]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import empty
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from loragraft.kernels import hopper_gemm, hopper_quant
 from loragraft.train.launches import PRODUCT, QUANTIZER, Launches, launches_of
@@ -52,13 +53,13 @@ class _Launch:
 def test_hoppers_kernels_have_the_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Five of a product, two of a quantizer: what PRODUCT and QUANTIZER were measured with."""
     made = []
-    real = hopper_gemm.TensorDescriptor.from_tensor
+    real = TensorDescriptor.from_tensor
 
     def noted(*args: Any) -> Any:
         made.append(real(*args))
         return made[-1]
 
-    monkeypatch.setattr(hopper_gemm.TensorDescriptor, "from_tensor", staticmethod(noted))
+    monkeypatch.setattr(TensorDescriptor, "from_tensor", staticmethod(noted))
     monkeypatch.setattr(hopper_gemm, "hopper_gemm_kernel", _Launch())
     monkeypatch.setattr(hopper_quant, "hopper_quant_kernel", _Launch())
     card = SimpleNamespace(name="card", multi_processor_count=1)

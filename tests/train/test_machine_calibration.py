@@ -66,10 +66,10 @@ def test_a_known_host_comes_out_again(trains: bool) -> None:
     """Narrow models that took what a host predicts, four times in five, give it back."""
     known = Host(op=3e-5, launch=4e-4, fixed=7e-3)
     times = calibration.HostTimes(torch.device("cpu"), trains=trains)
-    plain, deeper, shallow, deep = times.counts
-    assert plain.launches == deeper.launches == 0
-    assert 0 < shallow.launches < deep.launches
-    assert (shallow.gradients > 0) == trains
+    shallow, deep, ours = times.counts
+    assert shallow.launches == deep.launches == 0 < ours.launches
+    assert shallow.ops < deep.ops
+    assert (ours.gradients > 0) == trains
     for _ in range(2):
         times.round()
     assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in times.seconds)
@@ -80,10 +80,9 @@ def test_a_known_host_comes_out_again(trains: bool) -> None:
 
 
 def test_contradicting_times_cost_nothing_less_than_nothing() -> None:
-    plain, deep = calibration.Counts(100, 0, 0, 0), calibration.Counts(200, 0, 0, 0)
-    ours, more = calibration.Counts(90, 10, 0, 20), calibration.Counts(180, 20, 0, 40)
-    assert calibration.host_of((3e-3, 2e-3, 9e-3, 8e-3), (plain, deep, ours, more)) == Host(0.0, 0.0, 3e-3)
-    assert calibration.host_of((1e-3, 3e-3, 9e-3, 9e-3), (plain, deep, ours, more)) == Host(2e-5, 2e-5, 0.0)
+    counts = calibration.Counts(100, 0, 0, 0), calibration.Counts(200, 0, 0, 0), calibration.Counts(180, 20, 0, 40)
+    assert calibration.host_of((3e-3, 2e-3, 8e-3), counts) == Host(0.0, (8e-3 - 2e-3) / 40, 2e-3)
+    assert calibration.host_of((1e-3, 3e-3, 4e-3), counts) == Host(2e-5, 2e-5, 0.0)
 
 
 def test_the_host_is_timed_in_turn_three_times(monkeypatch: pytest.MonkeyPatch) -> None:
