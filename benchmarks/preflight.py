@@ -48,8 +48,8 @@ from loragraft.train.step import GraphStep
 
 GIB, MIB = 2**30, 2**20
 WARM, STEPS = 2, 5
-LAUNCHED = 15
-"""Steps where Python counts: its speed on a shared machine changes by half within seconds."""
+LAUNCHED = 8.0
+"""Seconds of steps, at least, where Python counts: its speed on a shared machine changes by half within seconds."""
 BESIDE = 12
 """Predictions that run at once."""
 MODELS = {"flux": "flux1-dev", "sdxl": "sdxl", "sana": "sana-16b"}
@@ -234,9 +234,9 @@ def free_memory() -> None:
 def timed(step: Callable[[], object], anew: bool) -> dict[str, float]:
     """Peaks, and the median of several steps beside the fastest and the slowest. anew: launched, not replayed. Memory of the warm ones
     then does not count; what is captured allocates once, in the first."""
-    times = []
-    for number in range(WARM + (LAUNCHED if anew else STEPS)):
-        if number == WARM and anew:
+    times: list[float] = []
+    while len(times) < WARM + STEPS or (anew and sum(times[WARM:]) < LAUNCHED):
+        if len(times) == WARM and anew:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
