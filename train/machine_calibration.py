@@ -34,7 +34,8 @@ from loragraft.quantization.linear import SVDQuantLinear
 from loragraft.quantization.settings import QuantSettings
 from loragraft.recipes.schema import AdapterConfig
 from loragraft.train.dry_run import DryRun, dry_infer, dry_train
-from loragraft.train.roofline import Host, Machine, part_seconds, roofline_seconds
+from loragraft.train.op_cost import product_tiles
+from loragraft.train.roofline import Host, Machine, part_seconds, roofline_seconds, rounded_up
 from loragraft.train.step import GraphStep
 
 M, D, MLP, HEADS, HEAD = 4608, 3072, 12288, 24, 128
@@ -66,7 +67,8 @@ def calibrate(device: torch.device) -> Machine:
     torch.backends.cuda.enable_cudnn_sdp(False)  # as training does: its backward pass fails on some drivers
     hosts = HostTimes(device, trains=True), HostTimes(device, trains=False)
     _more(hosts)
-    machine = _rates(unmeasured(properties.name, properties.total_memory), device)
+    blank = unmeasured(properties.name, properties.total_memory, properties.multi_processor_count)
+    machine = _rates(blank, device)
     _more(hosts)
     machine = _corrected(machine, device)
     _more(hosts)
@@ -74,9 +76,10 @@ def calibrate(device: torch.device) -> Machine:
     return replace(machine, host=steps.host(), host_infer=passes.host())
 
 
-def unmeasured(name: str, memory: int) -> Machine:
+def unmeasured(name: str, memory: int, processors: int) -> Machine:
     """A machine whose figures are yet to come."""
-    return Machine(name, memory, {}, 0.0, Host(0.0, 0.0), Host(0.0, 0.0), *(0.0,) * 3, calibrated=True)
+    nothing = Host(0.0, 0.0)
+    return Machine(name, memory, {}, 0.0, nothing, nothing, *(0.0,) * 3, calibrated=True, processors=processors)
 
 
 def time_of(run: Callable[[], object], repeats: int = 10, together: int = 1, warm: int = 3) -> float:
@@ -134,7 +137,8 @@ def _rates(machine: Machine, device: torch.device) -> Machine:
     with torch.no_grad():
         whole = op_time(replayed(lambda: layer(x)))
     beside = part_seconds("memory", 0, M * D * 3, machine) + part_seconds("gemm", 2 * M * MLP * 32, 0, machine)
-    return replace(machine, rates={**rates, "int8": 2 * M * D * MLP / max(whole - beside, 0.2 * whole)})
+    work = 2 * M * D * MLP * rounded_up(product_tiles(M, MLP), machine)
+    return replace(machine, rates={**rates, "int8": work / max(whole - beside, 0.2 * whole)})
 
 
 @torch.no_grad()

@@ -39,6 +39,8 @@ class Part:
     unit: Unit
     flops: int
     nbytes: int
+    tiles: int = 0
+    """Equal pieces of work that a multiprocessor takes one after the other; 0: so many that the last round does not count."""
 
 
 @dataclass(frozen=True)
@@ -141,9 +143,14 @@ def _w4a8(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[Part]:
     (M, K), (N, R) = x.shape, (qweight.shape[0], _rank(args[5], args[8]))
     return [
         Part("memory", 2 * M * K * R, _bytes([x, *results[1:]])),
-        Part("int8", 2 * M * N * K, _bytes([qweight, args[3], *results])),
+        Part("int8", 2 * M * N * K, _bytes([qweight, args[3], *results]), product_tiles(M, N)),
         Part("gemm", 2 * M * N * R, 0),
     ]
+
+
+def product_tiles(M: int, N: int) -> int:
+    """Of Hopper's INT8 product: 256 tokens by 128 outputs, half of it where tokens are few (`hopper_gemm.hopper_config`)."""
+    return -(-M // (256 if M > 1024 else 128)) * -(-N // 128)
 
 
 def _dequantizes(args: tuple[Any, ...]) -> bool:
@@ -164,7 +171,7 @@ def _w4a8_dgrad(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[Part]:
     rank = Part("gemm", 2 * M * N * R, _bytes([dy, results[1]]))
     return [
         Part("memory", 0, _bytes([dy, qweight]) + M * N + N * K),
-        Part("int8", 2 * M * N * K, M * N + N * K + _bytes(results[0])),
+        Part("int8", 2 * M * N * K, M * N + N * K + _bytes(results[0]), product_tiles(M, K)),
         rank,
         Part("gemm", 2 * M * K * R, 0),
     ]
@@ -219,7 +226,7 @@ def _conv(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[Part]:
         Part("memory", 0, 2 * _bytes(x) + codes + kept),
         Part("gemm", 2 * M * C * T * R, _bytes(x) + product),
         Part("memory", 0, product + _bytes(results[1])),
-        Part("int8", 2 * P * N * T * C, codes + _bytes([qweight, *results[:2]])),
+        Part("int8", 2 * P * N * T * C, codes + _bytes([qweight, *results[:2]]), product_tiles(P, N)),
         Part("gemm", 2 * P * N * R, 0),
     ]
 

@@ -1,7 +1,7 @@
 """How long a dry run's ops take on a GPU: each piece at the rate of the unit that does it, or of the memory, whichever is slower.
 
     t_op   = correction * sum over its parts of  max(flops / rate(unit), bytes / bandwidth)  +  gpu_op, gpu_forward or gpu_gradient
-    t_GPU  = sum over ops of t_op
+    t_GPU  = sum over ops of t_op                              flops of a product of few tiles: as if each multiprocessor had as many
     t_host = fixed + ops * op + launches * launch              Python, where nothing is captured: `Host`, one for steps and one for
     t      = max(t_GPU, t_host)                                passes without gradients; launches: of our kernels (`launches`)
 
@@ -76,9 +76,13 @@ class Machine:
     correction: float = 1.0
     """Of a block of true width, measured time over the roofline's."""
     calibrated: bool = False
+    processors: int = 132
+    """Multiprocessors."""
 
 
-def known(name: str, memory_gb: int, gemm: float, int8: float, fp32: float, bandwidth_gb: float) -> Machine:
+def known(
+    name: str, memory_gb: int, processors: int, gemm: float, int8: float, fp32: float, bandwidth_gb: float
+) -> Machine:
     """A card by its maker's dense peaks in T(FL)OP/s and GB/s."""
     peaks: dict[Unit, float] = {
         "int8": int8, "gemm": gemm, "gemm32": fp32, "attention": gemm, "attention_backward": gemm,
@@ -89,16 +93,16 @@ def known(name: str, memory_gb: int, gemm: float, int8: float, fp32: float, band
     bandwidth = bandwidth_gb * 1e9 * USUAL_BANDWIDTH
     host = USUAL_HOST, USUAL_HOST_INFER
     gpu = USUAL_GPU_OP, USUAL_GPU_FORWARD, USUAL_GPU_GRADIENT
-    return Machine(name, memory_gb * 2**30, rates, bandwidth, *host, *gpu)
+    return Machine(name, memory_gb * 2**30, rates, bandwidth, *host, *gpu, processors=processors)
 
 
 CARDS = (
-    known("H200", 141, 989, 1979, 67, 4800),
-    known("H100", 80, 989, 1979, 67, 3350),
-    known("A100", 80, 312, 624, 19.5, 2039),
-    known("RTX 4090", 24, 165, 660, 82.6, 1008),
-    known("RTX 3090", 24, 71, 284, 35.6, 936),
-    known("L4", 24, 121, 242, 30.3, 300),
+    known("H200", 141, 132, 989, 1979, 67, 4800),
+    known("H100", 80, 132, 989, 1979, 67, 3350),
+    known("A100", 80, 108, 312, 624, 19.5, 2039),
+    known("RTX 4090", 24, 128, 165, 660, 82.6, 1008),
+    known("RTX 3090", 24, 82, 71, 284, 35.6, 936),
+    known("L4", 24, 58, 121, 242, 30.3, 300),
 )
 """Peaks: the makers' data sheets (dense; 16 bits with 32-bit sums)."""
 
@@ -123,12 +127,17 @@ def host_seconds(counted: Iterable[tuple[OpCost, float]], host: Host) -> float:
 
 def roofline_seconds(cost: OpCost, machine: Machine) -> float:
     """The least time of an op's parts, one after the other, uncorrected."""
-    return sum(part_seconds(part.unit, part.flops, part.nbytes, machine) for part in cost.parts)
+    return sum(part_seconds(part.unit, part.flops, part.nbytes, machine, part.tiles) for part in cost.parts)
 
 
-def part_seconds(unit: str, flops: int, nbytes: int, machine: Machine) -> float:
+def part_seconds(unit: str, flops: int, nbytes: int, machine: Machine, tiles: int = 0) -> float:
     """Time of one kernel on the GPU, uncorrected."""
-    return max(flops / machine.rates[unit], nbytes / machine.bandwidth)
+    return max(rounded_up(tiles, machine) * flops / machine.rates[unit], nbytes / machine.bandwidth)
+
+
+def rounded_up(tiles: int, machine: Machine) -> float:
+    """Whole rounds of the multiprocessors over the rounds that `tiles` would need if the last one were shared out; 1 for 0 tiles."""
+    return -(-tiles // machine.processors) * machine.processors / tiles if tiles else 1.0
 
 
 def run_seconds(run: DryRun, machine: Machine, *, host: bool = True, compiled: bool = False) -> float:

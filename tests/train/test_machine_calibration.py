@@ -52,7 +52,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_small")
 def test_every_figure_is_measured() -> None:
     cpu = torch.device("cpu")
-    machine = calibration._rates(calibration.unmeasured("here", GIB), cpu)
+    machine = calibration._rates(calibration.unmeasured("here", GIB, 132), cpu)
     assert machine.rates.keys() == CARDS[0].rates.keys()
     assert min(machine.rates.values()) > 0
     assert machine.bandwidth > 0
@@ -106,11 +106,12 @@ def test_the_host_is_timed_in_turn_three_times(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(calibration, "ROUNDS", 2)
     monkeypatch.setattr(calibration, "_rates", noted("rates"))
     monkeypatch.setattr(calibration, "_corrected", noted("corrected"))
-    card = SimpleNamespace(name="here", total_memory=GIB)
+    card = SimpleNamespace(name="here", total_memory=GIB, multi_processor_count=7)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
     machine = calibration.calibrate(torch.device("cuda"))
     rounds = ["step", "pass"] * 2
     assert order == [*rounds, "rates", *rounds, "corrected", *rounds]
+    assert machine.processors == 7
     assert (machine.host, machine.host_infer) == (Host(1.0, 2.0), Host(3.0, 4.0))
 
 

@@ -30,6 +30,7 @@ from loragraft.train.roofline import (
     load_machine,
     machine_file,
     machine_for,
+    rounded_up,
     save_machine,
     seconds,
 )
@@ -135,6 +136,15 @@ def test_the_roofline_by_hand() -> None:
     assert seconds([(launched, 10)], MACHINE, host=False) == pytest.approx(10 * (8e-9 + 5e-6))
     gradient = OpCost("loragraft::x_dgrad", (bound_by_compute, bound_by_memory))
     assert seconds([(gradient, 2)], MACHINE) == pytest.approx(2 * (2e-3 + 1e-3 + 3e-6))
+
+
+def test_a_product_of_few_tiles_takes_whole_rounds() -> None:
+    card = replace(MACHINE, processors=100)
+    assert [rounded_up(tiles, card) for tiles in (0, 1, 50, 100, 101, 1000)] == [1, 100, 2, 1, 200 / 101, 1]
+    halves = OpCost("loragraft::x", (Part("int8", 10**9, 0, 50),))
+    assert seconds([(halves, 1)], card, host=False) == pytest.approx(2e-3 + 5e-6)
+    by_memory = OpCost("loragraft::x", (Part("int8", 10**9, 10**7, 50),))
+    assert seconds([(by_memory, 1)], card, host=False) == pytest.approx(1e-2 + 5e-6)
 
 
 def test_figures_are_kept_per_card(tmp_path: Path) -> None:
