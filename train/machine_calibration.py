@@ -34,7 +34,7 @@ from loragraft.quantization.linear import SVDQuantLinear
 from loragraft.quantization.settings import QuantSettings
 from loragraft.recipes.schema import AdapterConfig
 from loragraft.train.dry_run import DryRun, dry_infer, dry_train
-from loragraft.train.op_cost import product_tiles
+from loragraft.train.op_cost import product_tiles, weight_only_tiles
 from loragraft.train.roofline import Host, Machine, part_seconds, roofline_seconds, rounded_up
 from loragraft.train.step import GraphStep
 
@@ -47,6 +47,8 @@ DEPTHWISE = (11200, 32)
 """Channels and edge of the image in its feed-forward part."""
 GROUP_NORM = (320, 128)
 """Channels and edge of SDXL's first level; 32 groups."""
+WEIGHT_ONLY = (77, 1280, (64, 2048))
+"""Tokens, outputs and inputs of SDXL's keys of the text, and inputs so few that only the beginning and the end are left."""
 TOGETHER = 8
 """Runs of a single op between two waits for the device."""
 SHALLOW, BLOCKS = 1, 3
@@ -130,6 +132,7 @@ def _rates(machine: Machine, device: torch.device) -> Machine:
         "attention_backward": 2.5 * flops / backward,
     }
     rates |= _fast_attention(rates, flops, device) | _small_rates(device)
+    rates["weight_only"] = _weight_only(machine, device)
     machine = replace(machine, rates=rates, bandwidth=bandwidth)
     layer = SVDQuantLinear.empty(D, MLP, "w4a8", rank=32, bias=True)
     holder = nn.ModuleList([layer])
@@ -173,6 +176,27 @@ def _small_rates(device: torch.device) -> dict[str, float]:
         "depthwise_backward": flops / each(gradients),
         "group_norm": level.numel() / each(lambda: group_norm(level, 32, scale, scale)),
     }
+
+
+@torch.no_grad()
+def _weight_only(machine: Machine, device: torch.device) -> float:
+    """Rate of W4A16 of many tokens, by what more inputs take: the rest is what any op of ours takes."""
+    tokens, outputs, widths = WEIGHT_ONLY
+    times = []
+    for width in widths:
+        layer = SVDQuantLinear.empty(width, outputs, "w4a16", rank=0, bias=True)
+        randomize(nn.ModuleList([layer]), device, torch.bfloat16)
+        x = torch.randn(tokens, width, device=device, dtype=torch.bfloat16)
+        run = replayed(partial(_repeat, partial(layer, x)))
+        times.append(time_of(run) / TOGETHER)
+    flops = 2 * tokens * outputs * (widths[1] - widths[0])
+    work = flops * rounded_up(weight_only_tiles(tokens, outputs), machine)
+    return work / max(times[1] - times[0], 0.2 * times[1])
+
+
+def _repeat(run: Callable[[], object]) -> None:
+    for _ in range(TOGETHER):
+        run()
 
 
 def _fast_attention(rates: dict[str, float], flops: int, device: torch.device) -> dict[str, float]:

@@ -18,14 +18,16 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from loragraft.kernels.block_codes import blocks_of
 from loragraft.kernels.taps import Window, tap_columns
+from loragraft.kernels.w4a16_skinny import fits
 from loragraft.train.launches import launches_of
 
 Unit = Literal[
     "int8", "gemm", "gemm32", "batched32", "attention", "attention_backward", "fast_attention", "fast_attention_backward", "conv",
-    "depthwise", "depthwise_backward", "group_norm", "memory",
+    "depthwise", "depthwise_backward", "group_norm", "weight_only", "memory",
 ]  # fmt: skip
 """What bounds a piece of work: INT8 or 16-bit tensor cores, float32 products, large or in batches of small ones (linear attention),
-attention by flash-2 or by what is faster (cuDNN forward, FlashAttention-4), convolutions, depthwise ones, memory alone. group_norm
+attention by flash-2 or by what is faster (cuDNN forward, FlashAttention-4), convolutions, depthwise ones, W4A16 of many tokens, whose
+kernel waits for one group of columns after the other, memory alone. group_norm
 counts values, not operations: torch's kernel has one block for each group of a picture, so that most of the GPU waits."""
 OURS = "loragraft::"
 GRADIENTS = ("dgrad", "_dx", "row_product", "gradients", "backward", "adamw8bit")
@@ -198,8 +200,16 @@ def _w4a4_dgrad(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[Part]:
 
 def _w4a16(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[Part]:
     x, qweight = args[:2]
-    flops = 2 * x.shape[0] * (qweight.shape[0] * x.shape[1] + results[1].shape[1] * (qweight.shape[0] + x.shape[1]))
-    return [Part("gemm", flops, _bytes(args) + _bytes(results))]
+    (M, K), N, R = x.shape, qweight.shape[0], results[1].shape[1]
+    moved = _bytes(args) + _bytes(results)
+    if fits(x, qweight):
+        return [Part("gemm", 2 * M * (N * K + R * (N + K)), moved)]
+    return [Part("weight_only", 2 * M * N * K, moved, weight_only_tiles(M, N)), Part("gemm", 2 * M * R * (N + K), 0)]
+
+
+def weight_only_tiles(M: int, N: int) -> int:
+    """Of the kernel for many tokens: 64 of them by 64 outputs."""
+    return -(-M // 64) * -(-N // 64)
 
 
 def _w4a16_dx(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[Part]:

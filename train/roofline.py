@@ -26,8 +26,10 @@ USUAL: dict[Unit, float] = {
     "int8": 0.6, "gemm": 0.7, "gemm32": 0.6, "attention": 0.33, "attention_backward": 0.28,
     "fast_attention": 0.65, "fast_attention_backward": 0.57, "conv": 0.4, "memory": 1.0,
     "batched32": 0.12, "depthwise": 0.06, "depthwise_backward": 0.04, "group_norm": 0.03,
+    "weight_only": 0.07,
 }  # fmt: skip
-"""Measured on an H100, but the last four: those are what captured steps of SDXL and SANA on one leave over, shared out by eye."""
+"""Measured on an H100, but the last five: four are what captured steps of SDXL and SANA on one leave over, shared out by eye; a group of
+columns of weight_only is taken to wait 1 us, as in the kernel for 16 tokens."""
 USUAL_BANDWIDTH, USUAL_GPU_OP, USUAL_GPU_FORWARD, USUAL_GPU_GRADIENT = 0.75, 2e-6, 25e-6, 25e-6
 """`w4a8_linear` of 512 to 1024 rows took 18 to 40 us more than its roofline (`int4_engine.json`), the median 23; six captured steps
 of `bases.json` come out within 16 %."""
@@ -88,6 +90,7 @@ def known(
         "int8": int8, "gemm": gemm, "gemm32": fp32, "attention": gemm, "attention_backward": gemm,
         "fast_attention": gemm, "fast_attention_backward": gemm, "conv": gemm, "memory": gemm,
         "batched32": fp32, "depthwise": fp32, "depthwise_backward": fp32, "group_norm": bandwidth_gb / 2000,
+        "weight_only": gemm,
     }  # fmt: skip
     rates = {str(unit): peaks[unit] * 1e12 * share for unit, share in USUAL.items()}
     bandwidth = bandwidth_gb * 1e9 * USUAL_BANDWIDTH

@@ -41,6 +41,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
         "LINEAR": (2, 4, 16),
         "DEPTHWISE": (8, 8),
         "GROUP_NORM": (32, 8),
+        "WEIGHT_ONLY": (20, 64, (64, 2048)),
         "NARROW": (1, 64, 16),
         "MIDDLE": (1, 64, 16),
         "LARGE": (1, 128, 16),
