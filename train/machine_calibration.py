@@ -310,7 +310,8 @@ def _prepared(
     imagined_loss = partial(flux_loss, imagined, "cpu", edge, tokens)
     if not trains:
         with torch.no_grad():
-            return torch.no_grad()(replayed(loss) if captured else loss), partial(dry_infer, imagined, imagined_loss)
+            run = replayed(loss) if captured else loss
+        return partial(_passes, run, real), partial(dry_infer, imagined, imagined_loss)
     parameters = inject_adapter(real, AdapterConfig(), FLUX.quantize)
     inject_adapter(imagined, AdapterConfig(), FLUX.quantize)
     if captured:
@@ -318,6 +319,12 @@ def _prepared(
     optimizer = partial(torch.optim.AdamW, fused=True)
     dry = partial(dry_train, imagined, imagined_loss, optimizer, max_grad_norm=0, captured=captured)
     return _step(real, parameters, loss, captured=captured), dry
+
+
+@torch.no_grad()
+def _passes(run: Callable[[], object], _: nn.Module) -> None:
+    """A pass; the model is held because a graph reads its weights without holding them."""
+    run()
 
 
 def _step(

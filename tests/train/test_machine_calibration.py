@@ -1,6 +1,8 @@
 """Calibration's arithmetic at a size for a CPU: every figure is there, positive, and makes the measured step come out again."""
 
+import gc
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from loragraft.backbones.skeleton import randomize
 from loragraft.quantization.linear import SVDQuantLinear
 from loragraft.train import machine_calibration as calibration
 from loragraft.train.preflight import GIB
@@ -78,6 +81,26 @@ def test_a_known_host_comes_out_again(trains: bool) -> None:
     times.seconds = [[second, 5 * second, second, second] for second in exact]
     found = times.host()
     assert (found.op, found.launch, found.fixed) == pytest.approx((known.op, known.launch, known.fixed))
+
+
+@pytest.mark.usefixtures("_small")
+def test_a_captured_pass_holds_the_weights_that_its_graph_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph knows addresses only."""
+    drawn: list[weakref.ref[torch.nn.Module]] = []
+
+    def noted(model: torch.nn.Module, *args: Any) -> torch.nn.Module:
+        drawn.append(weakref.ref(model))
+        return randomize(model, *args)
+
+    monkeypatch.setattr(calibration, "randomize", noted)
+    monkeypatch.setattr(calibration, "replayed", lambda _: lambda: None)
+    cpu, how = torch.device("cpu"), {"quantized": True, "trains": False, "captured": True}
+    prepared = calibration._prepared(calibration.NARROW, 1, cpu, **how)
+    gc.collect()
+    assert drawn[0]() is not None
+    del prepared
+    gc.collect()
+    assert drawn[0]() is None
 
 
 def test_contradicting_times_cost_nothing_less_than_nothing() -> None:
