@@ -1,6 +1,6 @@
 """Is preflight true? Models of FLUX.1, SDXL and SANA with random weights, predicted on fake tensors and then run on the GPU.
 
-    python benchmarks/preflight.py --out benchmarks/results/preflight.json --commit $(git rev-parse HEAD)          three minutes
+    python benchmarks/preflight.py --out benchmarks/results/preflight.json --commit $(git rev-parse HEAD)          four minutes
     python benchmarks/preflight.py --predict predicted.json          the memory alone, anywhere; two minutes of one core
 
 Each base has its published shapes, quantized in shape (W4A8) as it is loaded, an adapter of rank 16 where the base puts it, and is
@@ -48,6 +48,8 @@ from loragraft.train.step import GraphStep
 
 GIB, MIB = 2**30, 2**20
 WARM, STEPS = 2, 5
+LAUNCHED = 8.0
+"""Seconds of steps, at least, where Python counts: its speed on a shared machine changes by half within seconds."""
 BESIDE = 12
 """Predictions that run at once."""
 MODELS = {"flux": "flux1-dev", "sdxl": "sdxl", "sana": "sana-16b"}
@@ -159,7 +161,7 @@ class Loaded:
         self._compiled = False
 
     def measure(self, configuration: Configuration) -> dict[str, float]:
-        """{peak_bytes, reserved_bytes, resting_bytes, seconds} of the real thing; resting: before the first step. Raises ValueError for what has to come before training."""
+        """{peak_bytes, reserved_bytes, resting_bytes, seconds, fastest, slowest} of the real thing; resting: before the first step. Raises ValueError for what has to come before training."""
         if not configuration.trains and self.parameters:
             raise ValueError(f"{configuration} has no adapter, and the model carries one already: measure it first")
         if configuration.trains:
@@ -230,11 +232,11 @@ def free_memory() -> None:
 
 
 def timed(step: Callable[[], object], anew: bool) -> dict[str, float]:
-    """Peaks, and the median of several steps. anew: memory of the warm ones does not count; what is captured allocates once, in
-    the first."""
-    times = []
-    for number in range(WARM + STEPS):
-        if number == WARM and anew:
+    """Peaks, and the median of several steps beside the fastest and the slowest. anew: launched, not replayed. Memory of the warm ones
+    then does not count; what is captured allocates once, in the first."""
+    times: list[float] = []
+    while len(times) < WARM + STEPS or (anew and sum(times[WARM:]) < LAUNCHED):
+        if len(times) == WARM and anew:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
@@ -243,7 +245,9 @@ def timed(step: Callable[[], object], anew: bool) -> dict[str, float]:
         torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-    return {"peak_bytes": peak, "reserved_bytes": reserved, "seconds": statistics.median(times[WARM:])}
+    counted = times[WARM:]
+    spread = {"seconds": statistics.median(counted), "fastest": min(counted), "slowest": max(counted)}
+    return {"peak_bytes": peak, "reserved_bytes": reserved, **spread}
 
 
 def measure(model: Model, configuration: Configuration, device: torch.device) -> dict[str, float]:

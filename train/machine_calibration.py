@@ -2,19 +2,21 @@
 
 Rates come from single ops at FLUX.1's shapes (linear attention and a depthwise convolution at SANA's, a group norm at SDXL's); INT8
 from `w4a8_linear` less what its other parts take. Host times come from steps and from passes without gradients of a FLUX so narrow that
-only launching takes time, with and without quantized layers. These are rotated, as the bases' are: layers that read one x then share its
-codes. The same step replayed from a CUDA graph, without quantized layers, says what an op costs the GPU beside its work. The correction c
-and what our ops cost, f in a forward pass and g for gradients, come from three more replays: a large step (a double and a single block of
-true width at 1024 px), a middling pass (width 1280, 1088 rows) and the step of the same:
+only launching takes time, with and without quantized layers; without them of two depths, which tell what happens once. Python's speed on a
+shared machine changes by half within seconds, so these are timed in turn, a part of the rounds before the rates, between, and at the end.
+Layers are rotated, as the bases' are: those that read one x then share its codes. The step replayed from a CUDA graph, without quantized
+layers, says what an op costs the GPU beside its work. The correction c and what our ops cost, f in a forward pass and g for gradients, come
+from three more replays: a large step (a double and a single block of true width at 1024 px), a middling pass (width 1280, 1088 rows) and
+the step of the same:
 
     c R + n gpu_op + k f + l g = T          R the roofline's seconds, n, k and l ops of each kind, T measured; three equations
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from diffusers import FluxTransformer2DModel
@@ -32,7 +34,8 @@ from loragraft.quantization.linear import SVDQuantLinear
 from loragraft.quantization.settings import QuantSettings
 from loragraft.recipes.schema import AdapterConfig
 from loragraft.train.dry_run import DryRun, dry_infer, dry_train
-from loragraft.train.roofline import Machine, part_seconds, roofline_seconds
+from loragraft.train.op_cost import product_tiles, weight_only_tiles
+from loragraft.train.roofline import Host, Machine, part_seconds, roofline_seconds, rounded_up
 from loragraft.train.step import GraphStep
 
 M, D, MLP, HEADS, HEAD = 4608, 3072, 12288, 24, 128
@@ -44,10 +47,14 @@ DEPTHWISE = (11200, 32)
 """Channels and edge of the image in its feed-forward part."""
 GROUP_NORM = (320, 128)
 """Channels and edge of SDXL's first level; 32 groups."""
+WEIGHT_ONLY = (77, 1280, (64, 2048))
+"""Tokens, outputs and inputs of SDXL's keys of the text, and inputs so few that only the beginning and the end are left."""
 TOGETHER = 8
 """Runs of a single op between two waits for the device."""
-BLOCKS = 3
-"""Of each kind, in the narrow model."""
+SHALLOW, BLOCKS = 1, 3
+"""Of each kind, in the narrow models."""
+ROUNDS = 5
+"""Of the narrow models' launches, three times."""
 NARROW, MIDDLE, LARGE = (1, 64, 16), (10, 512, 64), (HEADS, 1024, 512)
 """Heads, pixels and words of the steps that are timed: launches alone, the middling one, the one that corrects."""
 
@@ -60,20 +67,27 @@ def calibrate(device: torch.device) -> Machine:
         )
     properties = torch.cuda.get_device_properties(device)
     torch.backends.cuda.enable_cudnn_sdp(False)  # as training does: its backward pass fails on some drivers
-    machine = _rates(unmeasured(properties.name, properties.total_memory), device)
-    machine = _host(machine, device)
-    return _corrected(machine, device)
+    hosts = HostTimes(device, trains=True), HostTimes(device, trains=False)
+    _more(hosts)
+    blank = unmeasured(properties.name, properties.total_memory, properties.multi_processor_count)
+    machine = _rates(blank, device)
+    _more(hosts)
+    machine = _corrected(machine, device)
+    _more(hosts)
+    steps, passes = hosts
+    return replace(machine, host=steps.host(), host_infer=passes.host())
 
 
-def unmeasured(name: str, memory: int) -> Machine:
+def unmeasured(name: str, memory: int, processors: int) -> Machine:
     """A machine whose figures are yet to come."""
-    return Machine(name, memory, {}, *(0.0,) * 8, calibrated=True)
+    nothing = Host(0.0, 0.0)
+    return Machine(name, memory, {}, 0.0, nothing, nothing, *(0.0,) * 3, calibrated=True, processors=processors)
 
 
-def time_of(run: Callable[[], object], repeats: int = 10, together: int = 1) -> float:
-    """Median seconds of `run` on the current CUDA device, after three runs of warming up. together: launched one behind the other
+def time_of(run: Callable[[], object], repeats: int = 10, together: int = 1, warm: int = 3) -> float:
+    """Median seconds of `run` on the current CUDA device, after `warm` runs of warming up. together: launched one behind the other
     before the device is waited for, so that of a single op Python's time does not count."""
-    for _ in range(3):
+    for _ in range(warm):
         run()
     torch.cuda.synchronize()
     times = []
@@ -118,6 +132,7 @@ def _rates(machine: Machine, device: torch.device) -> Machine:
         "attention_backward": 2.5 * flops / backward,
     }
     rates |= _fast_attention(rates, flops, device) | _small_rates(device)
+    rates["weight_only"] = _weight_only(machine, device)
     machine = replace(machine, rates=rates, bandwidth=bandwidth)
     layer = SVDQuantLinear.empty(D, MLP, "w4a8", rank=32, bias=True)
     holder = nn.ModuleList([layer])
@@ -125,7 +140,8 @@ def _rates(machine: Machine, device: torch.device) -> Machine:
     with torch.no_grad():
         whole = op_time(replayed(lambda: layer(x)))
     beside = part_seconds("memory", 0, M * D * 3, machine) + part_seconds("gemm", 2 * M * MLP * 32, 0, machine)
-    return replace(machine, rates={**rates, "int8": 2 * M * D * MLP / max(whole - beside, 0.2 * whole)})
+    work = 2 * M * D * MLP * rounded_up(product_tiles(M, MLP), machine)
+    return replace(machine, rates={**rates, "int8": work / max(whole - beside, 0.2 * whole)})
 
 
 @torch.no_grad()
@@ -160,6 +176,27 @@ def _small_rates(device: torch.device) -> dict[str, float]:
         "depthwise_backward": flops / each(gradients),
         "group_norm": level.numel() / each(lambda: group_norm(level, 32, scale, scale)),
     }
+
+
+@torch.no_grad()
+def _weight_only(machine: Machine, device: torch.device) -> float:
+    """Rate of W4A16 of many tokens, by what more inputs take: the rest is what any op of ours takes."""
+    tokens, outputs, widths = WEIGHT_ONLY
+    times = []
+    for width in widths:
+        layer = SVDQuantLinear.empty(width, outputs, "w4a16", rank=0, bias=True)
+        randomize(nn.ModuleList([layer]), device, torch.bfloat16)
+        x = torch.randn(tokens, width, device=device, dtype=torch.bfloat16)
+        run = replayed(partial(_repeat, partial(layer, x)))
+        times.append(time_of(run) / TOGETHER)
+    flops = 2 * tokens * outputs * (widths[1] - widths[0])
+    work = flops * rounded_up(weight_only_tiles(tokens, outputs), machine)
+    return work / max(times[1] - times[0], 0.2 * times[1])
+
+
+def _repeat(run: Callable[[], object]) -> None:
+    for _ in range(TOGETHER):
+        run()
 
 
 def _fast_attention(rates: dict[str, float], flops: int, device: torch.device) -> dict[str, float]:
@@ -205,6 +242,33 @@ def flux_loss(model: nn.Module, device: torch.device | str, edge: int, tokens: i
     return flow_loss(model, latents, torch.ones_like(latents), torch.full((1,), 0.5, device=device), text)
 
 
+class Counts(NamedTuple):
+    """Ops of a step or a pass."""
+
+    others: int
+    """torch's."""
+    forward: int
+    """Ours that compute layers."""
+    gradients: int
+    """Ours that compute gradients."""
+    launches: float
+    """Kernels that ours launch, by the time that takes."""
+
+    @classmethod
+    def of(cls, run: DryRun) -> "Counts":
+        """Those that do something."""
+        counted = [(cost, count) for cost, count in run.counted() if cost.parts]
+        custom = sum(count for cost, count in counted if cost.custom)
+        forward = sum(count for cost, count in counted if cost.forward)
+        launches = sum(count * cost.launches for cost, count in counted)
+        return cls(sum(count for _, count in counted) - custom, forward, custom - forward, launches)
+
+    @property
+    def ops(self) -> int:
+        """All of them."""
+        return self.others + self.forward + self.gradients
+
+
 @dataclass(frozen=True)
 class Timed:
     """A real step or pass, and its dry run."""
@@ -212,12 +276,9 @@ class Timed:
     seconds: float
     run: DryRun
 
-    def counts(self) -> tuple[int, int, int]:
-        """(ops of torch's, ops of ours that compute layers, those that compute gradients)."""
-        counted = [(cost, count) for cost, count in self.run.counted() if cost.parts]
-        custom = sum(count for cost, count in counted if cost.custom)
-        forward = sum(count for cost, count in counted if cost.forward)
-        return sum(count for _, count in counted) - custom, forward, custom - forward
+    def counts(self) -> Counts:
+        """Its ops."""
+        return Counts.of(self.run)
 
     def roofline(self, machine: Machine) -> float:
         """Seconds of the parts alone, uncorrected."""
@@ -234,6 +295,14 @@ def _timed(
     captured: bool = False,
 ) -> Timed:
     """A training step of a FLUX of that size, or a pass without gradients. captured: replayed from a CUDA graph."""
+    run, imagined = _prepared(size, blocks, device, quantized=quantized, trains=trains, captured=captured)
+    return Timed(time_of(run), imagined())
+
+
+def _prepared(
+    size: tuple[int, int, int], blocks: int, device: torch.device, *, quantized: bool, trains: bool, captured: bool
+) -> tuple[Callable[[], object], Callable[[], DryRun]]:
+    """(what `_timed` times, its dry run)."""
     heads, edge, tokens = size
     real, imagined = (nn.Module.to(flux(heads, blocks, quantized=quantized), dtype=torch.bfloat16) for _ in range(2))
     randomize(real, device, torch.bfloat16)
@@ -241,14 +310,21 @@ def _timed(
     imagined_loss = partial(flux_loss, imagined, "cpu", edge, tokens)
     if not trains:
         with torch.no_grad():
-            return Timed(time_of(replayed(loss) if captured else loss), dry_infer(imagined, imagined_loss))
+            run = replayed(loss) if captured else loss
+        return partial(_passes, run, real), partial(dry_infer, imagined, imagined_loss)
     parameters = inject_adapter(real, AdapterConfig(), FLUX.quantize)
     inject_adapter(imagined, AdapterConfig(), FLUX.quantize)
     if captured:
         JoinedFactors(imagined, torch.bfloat16)
     optimizer = partial(torch.optim.AdamW, fused=True)
-    seconds = time_of(_step(real, parameters, loss, captured=captured))
-    return Timed(seconds, dry_train(imagined, imagined_loss, optimizer, max_grad_norm=0, captured=captured))
+    dry = partial(dry_train, imagined, imagined_loss, optimizer, max_grad_norm=0, captured=captured)
+    return _step(real, parameters, loss, captured=captured), dry
+
+
+@torch.no_grad()
+def _passes(run: Callable[[], object], _: nn.Module) -> None:
+    """A pass; the model is held because a graph reads its weights without holding them."""
+    run()
 
 
 def _step(
@@ -268,31 +344,57 @@ def _step(
     return step
 
 
-def _host(machine: Machine, device: torch.device) -> Machine:
-    """Seconds of Python for an op of torch's and for one of ours, in a step and in a pass without gradients."""
+class HostTimes:
+    """Steps, or passes without gradients, of three narrow models: a shallow and a deep one without our layers, a deep one with them."""
 
-    def launched(trains: bool) -> tuple[float, float]:
-        plain = _timed(NARROW, BLOCKS, device, quantized=False, trains=trains)
-        op = plain.seconds / plain.counts()[0]
-        quantized = _timed(NARROW, BLOCKS, device, trains=trains)
-        others, forward, gradients = quantized.counts()
-        return op, max((quantized.seconds - others * op) / (forward + gradients), op)
+    def __init__(self, device: torch.device, *, trains: bool) -> None:
+        kinds = ((False, SHALLOW), (False, BLOCKS), (True, BLOCKS))
+        self.seconds: list[list[float]] = [[] for _ in kinds]
+        self.counts, self._runs = [], []
+        for quantized, blocks in kinds:
+            run, imagined = _prepared(NARROW, blocks, device, quantized=quantized, trains=trains, captured=False)
+            self._runs.append(run)
+            self.counts.append(Counts.of(imagined()))
+            time_of(run, repeats=1, warm=2)
 
-    (host_op, host_custom), (infer_op, infer) = launched(True), launched(False)
-    return replace(machine, host_op=host_op, host_custom=host_custom, host_infer_op=infer_op, host_infer=infer)
+    def round(self) -> None:
+        """Times each of them once more."""
+        for run, seconds in zip(self._runs, self.seconds, strict=True):
+            seconds.append(time_of(run, repeats=1, warm=0))
+
+    def host(self) -> Host:
+        """From medians."""
+        times = [sorted(seconds)[len(seconds) // 2] for seconds in self.seconds]
+        return host_of(times, self.counts)
+
+
+def host_of(seconds: Sequence[float], counts: Sequence[Counts]) -> Host:
+    """t = fixed + ops op + launches launch, from the three t of `HostTimes`. Where they contradict each other, an op or what happens
+    once costs nothing, and a launch what an op does."""
+    shallow, deep, ours = counts
+    op = max((seconds[1] - seconds[0]) / (deep.ops - shallow.ops), 0.0)
+    fixed = max(seconds[1] - deep.ops * op, 0.0)
+    return Host(op, max((seconds[2] - fixed - ours.ops * op) / ours.launches, op), fixed)
+
+
+def _more(hosts: Sequence[HostTimes]) -> None:
+    """Rounds of all of them, in turn."""
+    for _ in range(ROUNDS):
+        for times in hosts:
+            times.round()
 
 
 def _corrected(machine: Machine, device: torch.device) -> Machine:
     """gpu_op, then the three equations; where they contradict each other an op of ours costs what one of torch's does."""
     plain = _timed(NARROW, BLOCKS, device, quantized=False, captured=True)
-    gpu_op = max(plain.seconds - plain.roofline(machine), 0.0) / plain.counts()[0]
+    gpu_op = max(plain.seconds - plain.roofline(machine), 0.0) / plain.counts().others
     timed = [
         _timed(LARGE, 1, device, captured=True),
         _timed(MIDDLE, 1, device, trains=False, captured=True),
         _timed(MIDDLE, 1, device, captured=True),
     ]
-    rows = [(run.roofline(machine), *run.counts()[1:]) for run in timed]
-    left = [run.seconds - run.counts()[0] * gpu_op for run in timed]
+    rows = [(run.roofline(machine), *run.counts()[1:3]) for run in timed]
+    left = [run.seconds - run.counts().others * gpu_op for run in timed]
     _, forward, gradient = torch.linalg.solve(
         torch.tensor(rows, dtype=torch.float64), torch.tensor(left, dtype=torch.float64)
     ).tolist()

@@ -18,13 +18,16 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from loragraft.kernels.block_codes import blocks_of
 from loragraft.kernels.taps import Window, tap_columns
+from loragraft.kernels.w4a16_skinny import fits
+from loragraft.train.launches import launches_of
 
 Unit = Literal[
     "int8", "gemm", "gemm32", "batched32", "attention", "attention_backward", "fast_attention", "fast_attention_backward", "conv",
-    "depthwise", "depthwise_backward", "group_norm", "memory",
+    "depthwise", "depthwise_backward", "group_norm", "weight_only", "memory",
 ]  # fmt: skip
 """What bounds a piece of work: INT8 or 16-bit tensor cores, float32 products, large or in batches of small ones (linear attention),
-attention by flash-2 or by what is faster (cuDNN forward, FlashAttention-4), convolutions, depthwise ones, memory alone. group_norm
+attention by flash-2 or by what is faster (cuDNN forward, FlashAttention-4), convolutions, depthwise ones, W4A16 of many tokens, whose
+kernel waits for one group of columns after the other, memory alone. group_norm
 counts values, not operations: torch's kernel has one block for each group of a picture, so that most of the GPU waits."""
 OURS = "loragraft::"
 GRADIENTS = ("dgrad", "_dx", "row_product", "gradients", "backward", "adamw8bit")
@@ -38,6 +41,8 @@ class Part:
     unit: Unit
     flops: int
     nbytes: int
+    tiles: int = 0
+    """Equal pieces of work that a multiprocessor takes one after the other; 0: so many that the last round does not count."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,8 @@ class OpCost:
     name: str
     parts: tuple[Part, ...]
     modelled: bool = True
+    launches: float = 0.0
+    """Kernels that it launches from Python, by the time that takes (`Launches.weight`); torch's are launched without it."""
 
     @property
     def custom(self) -> bool:
@@ -69,10 +76,11 @@ def cost_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], results: S
     """The cost of calling the op overload `func`."""
     name: str = func._schema.name
     if name.startswith(OURS):
-        formula = _COSTS.get(name.removeprefix(OURS))
-        if formula is not None:
-            return OpCost(name, tuple(formula(args, results)))
-        return OpCost(name, (Part("memory", 0, _bytes(args) + _bytes(results)),), modelled=False)
+        own = name.removeprefix(OURS)
+        formula = _COSTS.get(own)
+        parts = (formula or _elementwise)(args, results)
+        launches = 0.0 if own.startswith("dry_") else launches_of(own, args).weight
+        return OpCost(name, tuple(parts), modelled=formula is not None, launches=launches)
     short = name.removeprefix("aten::")
     if short in ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"):
         return OpCost(name, ())
@@ -137,9 +145,14 @@ def _w4a8(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[Part]:
     (M, K), (N, R) = x.shape, (qweight.shape[0], _rank(args[5], args[8]))
     return [
         Part("memory", 2 * M * K * R, _bytes([x, *results[1:]])),
-        Part("int8", 2 * M * N * K, _bytes([qweight, args[3], *results])),
+        Part("int8", 2 * M * N * K, _bytes([qweight, args[3], *results]), product_tiles(M, N)),
         Part("gemm", 2 * M * N * R, 0),
     ]
+
+
+def product_tiles(M: int, N: int) -> int:
+    """Of Hopper's INT8 product: 256 tokens by 128 outputs, half of it where tokens are few (`hopper_gemm.hopper_config`)."""
+    return -(-M // (256 if M > 1024 else 128)) * -(-N // 128)
 
 
 def _dequantizes(args: tuple[Any, ...]) -> bool:
@@ -160,7 +173,7 @@ def _w4a8_dgrad(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[Part]:
     rank = Part("gemm", 2 * M * N * R, _bytes([dy, results[1]]))
     return [
         Part("memory", 0, _bytes([dy, qweight]) + M * N + N * K),
-        Part("int8", 2 * M * N * K, M * N + N * K + _bytes(results[0])),
+        Part("int8", 2 * M * N * K, M * N + N * K + _bytes(results[0]), product_tiles(M, K)),
         rank,
         Part("gemm", 2 * M * K * R, 0),
     ]
@@ -187,8 +200,16 @@ def _w4a4_dgrad(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[Part]:
 
 def _w4a16(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[Part]:
     x, qweight = args[:2]
-    flops = 2 * x.shape[0] * (qweight.shape[0] * x.shape[1] + results[1].shape[1] * (qweight.shape[0] + x.shape[1]))
-    return [Part("gemm", flops, _bytes(args) + _bytes(results))]
+    (M, K), N, R = x.shape, qweight.shape[0], results[1].shape[1]
+    moved = _bytes(args) + _bytes(results)
+    if fits(x, qweight):
+        return [Part("gemm", 2 * M * (N * K + R * (N + K)), moved)]
+    return [Part("weight_only", 2 * M * N * K, moved, weight_only_tiles(M, N)), Part("gemm", 2 * M * R * (N + K), 0)]
+
+
+def weight_only_tiles(M: int, N: int) -> int:
+    """Of the kernel for many tokens: 64 of them by 64 outputs."""
+    return -(-M // 64) * -(-N // 64)
 
 
 def _w4a16_dx(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[Part]:
@@ -215,7 +236,7 @@ def _conv(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[Part]:
         Part("memory", 0, 2 * _bytes(x) + codes + kept),
         Part("gemm", 2 * M * C * T * R, _bytes(x) + product),
         Part("memory", 0, product + _bytes(results[1])),
-        Part("int8", 2 * P * N * T * C, codes + _bytes([qweight, *results[:2]])),
+        Part("int8", 2 * P * N * T * C, codes + _bytes([qweight, *results[:2]]), product_tiles(P, N)),
         Part("gemm", 2 * P * N * R, 0),
     ]
 

@@ -34,7 +34,7 @@ from loragraft.train.dry_run import KINDS
 from loragraft.train.fit import what_fits
 from loragraft.train.machine_calibration import calibrate
 from loragraft.train.preflight import CARDS_GIB, GIB, Preflight, preflight
-from loragraft.train.roofline import CARDS, Machine, card_names, machine_for, run_seconds, save_machine, seconds
+from loragraft.train.roofline import CARDS, Host, Machine, card_names, machine_for, run_seconds, save_machine, seconds
 
 MAKERS = 6
 """Ops that are named as makers of what the forward pass keeps."""
@@ -284,11 +284,18 @@ def _machine_lines(machine: Machine) -> list[str]:
     return [
         *rates,
         f"  {'memory':20s} {machine.bandwidth / 1e9:8.0f} GB/s",
-        f"  host: {machine.host_op * 1e6:.1f} us an op, {machine.host_custom * 1e6:.1f} us one of ours "
-        f"({machine.host_infer_op * 1e6:.1f} and {machine.host_infer * 1e6:.1f} without gradients)",
+        _host_line("a step", machine.host),
+        _host_line("a pass without gradients", machine.host_infer),
         f"  beside its roofline an op takes {machine.gpu_op * 1e6:.1f} us, one of ours {machine.gpu_forward * 1e6:.1f} us forward and "
         f"{machine.gpu_gradient * 1e6:.1f} us backward; a block takes {machine.correction:.2f} of its roofline",
     ]
+
+
+def _host_line(what: str, host: Host) -> str:
+    return (
+        f"  Python launches {what}: {host.op * 1e6:.1f} us an op, {host.launch * 1e6:.1f} us a small kernel of ours beside it, "
+        f"{host.fixed * 1e3:.1f} ms once"
+    )
 
 
 def _size(text: str) -> int:

@@ -1,9 +1,9 @@
 """How long a dry run's ops take on a GPU: each piece at the rate of the unit that does it, or of the memory, whichever is slower.
 
     t_op   = correction * sum over its parts of  max(flops / rate(unit), bytes / bandwidth)  +  gpu_op, gpu_forward or gpu_gradient
-    t_GPU  = sum over ops of t_op
-    t_host = ops * host_op + custom ops * host_custom          Python and launches, where nothing is captured; both differ
-    t      = max(t_GPU, t_host)                                between a step and a pass without gradients (`host_infer...`)
+    t_GPU  = sum over ops of t_op                              flops of a product of few tiles: as if each multiprocessor had as many
+    t_host = fixed + ops * op + launches * launch              Python, where nothing is captured: `Host`, one for steps and one for
+    t      = max(t_GPU, t_host)                                passes without gradients; launches: of our kernels (`launches`)
 
 The gpu_... are what an op costs beside its roofline, replayed from a CUDA graph: a custom op is several kernels, more in a forward than
 in a backward pass, and on small models most of them are as long as the gap before the next. `calibrate` measures all of this on the GPU
@@ -26,15 +26,32 @@ USUAL: dict[Unit, float] = {
     "int8": 0.6, "gemm": 0.7, "gemm32": 0.6, "attention": 0.33, "attention_backward": 0.28,
     "fast_attention": 0.65, "fast_attention_backward": 0.57, "conv": 0.4, "memory": 1.0,
     "batched32": 0.12, "depthwise": 0.06, "depthwise_backward": 0.04, "group_norm": 0.03,
+    "weight_only": 0.07,
 }  # fmt: skip
-"""Measured on an H100, but the last four: those are what captured steps of SDXL and SANA on one leave over, shared out by eye."""
+"""Measured on an H100, but the last five: four are what captured steps of SDXL and SANA on one leave over, shared out by eye; a group of
+columns of weight_only is taken to wait 1 us, as in the kernel for 16 tokens."""
 USUAL_BANDWIDTH, USUAL_GPU_OP, USUAL_GPU_FORWARD, USUAL_GPU_GRADIENT = 0.75, 2e-6, 25e-6, 25e-6
 """`w4a8_linear` of 512 to 1024 rows took 18 to 40 us more than its roofline (`int4_engine.json`), the median 23; six captured steps
 of `bases.json` come out within 16 %."""
-USUAL_HOST_OP, USUAL_HOST_CUSTOM, USUAL_HOST_INFER_OP, USUAL_HOST_INFER = 8e-6, 700e-6, 8e-6, 650e-6
-"""Of the machine of that H100, with a slow core: its forward passes of FLUX.1, SD and SDXL Turbo took 560 to 690 us a custom op."""
-VERSION = 3
+VERSION = 4
 """Of the stored figures: raised when they mean something else."""
+
+
+@dataclass(frozen=True)
+class Host:
+    """Seconds that Python needs to launch a step or a pass."""
+
+    op: float
+    """For an op, whosever it is."""
+    launch: float
+    """For a small kernel of this project, beside its op."""
+    fixed: float = 0.0
+    """Once: copies to the device, waiting for it."""
+
+
+USUAL_HOST, USUAL_HOST_INFER = Host(op=30e-6, launch=300e-6), Host(op=15e-6, launch=150e-6, fixed=7e-3)
+"""Of the machines of those H100s, with slow cores: with 15 us an op, eight launched passes of FLUX.1, SDXL and SANA took 130 to 180 us
+a small launch; with 30 us, two steps of FLUX.1 260 and 310."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +65,10 @@ class Machine:
     """Operations of each `op_cost.Unit`."""
     bandwidth: float
     """Bytes."""
-    host_op: float
-    """Seconds that Python needs per op, in a training step: much of a backward pass is launched without it."""
-    host_custom: float
-    """The same for an op of this project."""
-    host_infer_op: float
-    """Per op of a pass without gradients."""
-    host_infer: float
-    """The same for an op of this project."""
+    host: Host
+    """Of a training step: much of a backward pass is launched without Python."""
+    host_infer: Host
+    """Of a pass without gradients."""
     gpu_op: float
     """Seconds that the GPU needs per op beside the roofline's."""
     gpu_forward: float
@@ -65,29 +78,34 @@ class Machine:
     correction: float = 1.0
     """Of a block of true width, measured time over the roofline's."""
     calibrated: bool = False
+    processors: int = 132
+    """Multiprocessors."""
 
 
-def known(name: str, memory_gb: int, gemm: float, int8: float, fp32: float, bandwidth_gb: float) -> Machine:
+def known(
+    name: str, memory_gb: int, processors: int, gemm: float, int8: float, fp32: float, bandwidth_gb: float
+) -> Machine:
     """A card by its maker's dense peaks in T(FL)OP/s and GB/s."""
     peaks: dict[Unit, float] = {
         "int8": int8, "gemm": gemm, "gemm32": fp32, "attention": gemm, "attention_backward": gemm,
         "fast_attention": gemm, "fast_attention_backward": gemm, "conv": gemm, "memory": gemm,
         "batched32": fp32, "depthwise": fp32, "depthwise_backward": fp32, "group_norm": bandwidth_gb / 2000,
+        "weight_only": gemm,
     }  # fmt: skip
     rates = {str(unit): peaks[unit] * 1e12 * share for unit, share in USUAL.items()}
     bandwidth = bandwidth_gb * 1e9 * USUAL_BANDWIDTH
-    host = USUAL_HOST_OP, USUAL_HOST_CUSTOM, USUAL_HOST_INFER_OP, USUAL_HOST_INFER
+    host = USUAL_HOST, USUAL_HOST_INFER
     gpu = USUAL_GPU_OP, USUAL_GPU_FORWARD, USUAL_GPU_GRADIENT
-    return Machine(name, memory_gb * 2**30, rates, bandwidth, *host, *gpu)
+    return Machine(name, memory_gb * 2**30, rates, bandwidth, *host, *gpu, processors=processors)
 
 
 CARDS = (
-    known("H200", 141, 989, 1979, 67, 4800),
-    known("H100", 80, 989, 1979, 67, 3350),
-    known("A100", 80, 312, 624, 19.5, 2039),
-    known("RTX 4090", 24, 165, 660, 82.6, 1008),
-    known("RTX 3090", 24, 71, 284, 35.6, 936),
-    known("L4", 24, 121, 242, 30.3, 300),
+    known("H200", 141, 132, 989, 1979, 67, 4800),
+    known("H100", 80, 132, 989, 1979, 67, 3350),
+    known("A100", 80, 108, 312, 624, 19.5, 2039),
+    known("RTX 4090", 24, 128, 165, 660, 82.6, 1008),
+    known("RTX 3090", 24, 82, 71, 284, 35.6, 936),
+    known("L4", 24, 58, 121, 242, 30.3, 300),
 )
 """Peaks: the makers' data sheets (dense; 16 bits with 32-bit sums)."""
 
@@ -100,21 +118,29 @@ def seconds(ops: Iterable[tuple[OpCost, float]], machine: Machine, *, host: bool
     others = sum(count for _, count in counted) - custom
     ideal = sum(count * roofline_seconds(cost, machine) for cost, count in counted)
     beside = others * machine.gpu_op + forward * machine.gpu_forward + (custom - forward) * machine.gpu_gradient
-    host_op, host_custom = (
-        (machine.host_op, machine.host_custom) if trains else (machine.host_infer_op, machine.host_infer)
-    )
-    launched = others * host_op + custom * host_custom
-    return max(machine.correction * ideal + beside, launched if host else 0.0)
+    launched = host_seconds(counted, machine.host if trains else machine.host_infer) if host and counted else 0.0
+    return max(machine.correction * ideal + beside, launched)
+
+
+def host_seconds(counted: Iterable[tuple[OpCost, float]], host: Host) -> float:
+    """Time that Python needs to launch ops, each with how often it runs."""
+    total = [(count, count * cost.launches) for cost, count in counted]
+    return host.fixed + sum(count for count, _ in total) * host.op + sum(number for _, number in total) * host.launch
 
 
 def roofline_seconds(cost: OpCost, machine: Machine) -> float:
     """The least time of an op's parts, one after the other, uncorrected."""
-    return sum(part_seconds(part.unit, part.flops, part.nbytes, machine) for part in cost.parts)
+    return sum(part_seconds(part.unit, part.flops, part.nbytes, machine, part.tiles) for part in cost.parts)
 
 
-def part_seconds(unit: str, flops: int, nbytes: int, machine: Machine) -> float:
+def part_seconds(unit: str, flops: int, nbytes: int, machine: Machine, tiles: int = 0) -> float:
     """Time of one kernel on the GPU, uncorrected."""
-    return max(flops / machine.rates[unit], nbytes / machine.bandwidth)
+    return max(rounded_up(tiles, machine) * flops / machine.rates[unit], nbytes / machine.bandwidth)
+
+
+def rounded_up(tiles: int, machine: Machine) -> float:
+    """Whole rounds of the multiprocessors over the rounds that `tiles` would need if the last one were shared out; 1 for 0 tiles."""
+    return -(-tiles // machine.processors) * machine.processors / tiles if tiles else 1.0
 
 
 def run_seconds(run: DryRun, machine: Machine, *, host: bool = True, compiled: bool = False) -> float:
@@ -141,7 +167,10 @@ def load_machine(name: str, cache_root: Path) -> Machine | None:
     if not path.is_file():
         return None
     found = json.loads(path.read_text())
-    return Machine(**found) if found.pop("version") == VERSION else None
+    if found.pop("version") != VERSION:
+        return None
+    found |= {name: Host(**found[name]) for name in ("host", "host_infer")}
+    return Machine(**found)
 
 
 def machine_for(name: str, cache_root: Path) -> Machine | None:

@@ -52,6 +52,30 @@ def test_a_group_norm_counts_its_values_and_still_fuses() -> None:
     assert cost.fusible
 
 
+def test_w4a16_of_many_tokens_waits_for_its_groups() -> None:
+    """Two tiles of tokens by three of outputs; few tokens are bound by memory."""
+
+    def parts(tokens: int) -> list[tuple[str, int, int]]:
+        x, y = torch.ones(tokens, 64).bfloat16(), torch.ones(tokens, 192).bfloat16()
+        args = (
+            x,
+            torch.ones(192, 64, dtype=torch.uint8),
+            None,
+            None,
+            torch.ones(8, 64),
+            torch.ones(192, 8),
+            None,
+            None,
+            None,
+        )
+        cost = cost_of(torch.ops.loragraft.w4a16_linear.default, args, {}, [y, y[:, :8]])
+        return [(part.unit, part.flops, part.tiles) for part in cost.parts]
+
+    branch = 2 * 8 * (192 + 64)
+    assert parts(77) == [("weight_only", 2 * 77 * 192 * 64, 6), ("gemm", 77 * branch, 0)]
+    assert parts(16) == [("gemm", 16 * (2 * 192 * 64 + branch), 0)]
+
+
 @pytest.mark.parametrize("name", ["w4a8_linear", "w4a8_conv", "w4a16_linear", "quantize_activation"])
 def test_layers_of_ours_are_forward(name: str) -> None:
     assert OpCost(OURS + name, ()).forward

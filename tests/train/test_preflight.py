@@ -25,18 +25,21 @@ from loragraft.train.preflight import (
 from loragraft.train.preflight_command import look_at_data, run
 from loragraft.train.roofline import (
     CARDS,
+    Host,
     Machine,
     load_machine,
     machine_file,
     machine_for,
+    rounded_up,
     save_machine,
     seconds,
 )
 
 UNITS = ("int8", "gemm", "gemm32", "attention", "attention_backward", "conv", "memory")
 MACHINE = Machine(
-    "Card X", 8 * GIB, dict.fromkeys(UNITS, 1e12), 1e9, 1e-5, 1e-4, 2e-5, 2e-4, 1e-6, 5e-6, 3e-6, calibrated=True
-)
+    "Card X", 8 * GIB, dict.fromkeys(UNITS, 1e12), 1e9, Host(1e-5, 1e-4), Host(2e-5, 2e-4, 0.5), 1e-6, 5e-6, 3e-6,
+    calibrated=True,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -126,12 +129,22 @@ def test_the_roofline_by_hand() -> None:
     assert seconds([(OpCost("aten::empty", ()), 100)], MACHINE) == 0
     slower = replace(MACHINE, correction=2.0)
     assert seconds([(ours, 1)], slower) == pytest.approx(2 * 3e-3 + 5e-6)
-    launched = OpCost("loragraft::x", (Part("memory", 0, 8),))
-    assert seconds([(launched, 10)], MACHINE) == pytest.approx(10 * 1e-4)
-    assert seconds([(launched, 10)], MACHINE, trains=False) == pytest.approx(10 * 2e-4)
-    assert seconds([(short, 100)], MACHINE, trains=False) == pytest.approx(100 * 2e-5)
+    launched = OpCost("loragraft::x", (Part("memory", 0, 8),), launches=3)
+    assert seconds([(launched, 10)], MACHINE) == pytest.approx(10 * (1e-5 + 3e-4))
+    assert seconds([(launched, 10)], MACHINE, trains=False) == pytest.approx(0.5 + 10 * (2e-5 + 6e-4))
+    assert seconds([(short, 100)], MACHINE, trains=False) == pytest.approx(0.5 + 100 * 2e-5)
+    assert seconds([(launched, 10)], MACHINE, host=False) == pytest.approx(10 * (8e-9 + 5e-6))
     gradient = OpCost("loragraft::x_dgrad", (bound_by_compute, bound_by_memory))
     assert seconds([(gradient, 2)], MACHINE) == pytest.approx(2 * (2e-3 + 1e-3 + 3e-6))
+
+
+def test_a_product_of_few_tiles_takes_whole_rounds() -> None:
+    card = replace(MACHINE, processors=100)
+    assert [rounded_up(tiles, card) for tiles in (0, 1, 50, 100, 101, 1000)] == [1, 100, 2, 1, 200 / 101, 1]
+    halves = OpCost("loragraft::x", (Part("int8", 10**9, 0, 50),))
+    assert seconds([(halves, 1)], card, host=False) == pytest.approx(2e-3 + 5e-6)
+    by_memory = OpCost("loragraft::x", (Part("int8", 10**9, 10**7, 50),))
+    assert seconds([(by_memory, 1)], card, host=False) == pytest.approx(1e-2 + 5e-6)
 
 
 def test_figures_are_kept_per_card(tmp_path: Path) -> None:
@@ -142,7 +155,7 @@ def test_figures_are_kept_per_card(tmp_path: Path) -> None:
     save_machine(measured, tmp_path)
     assert machine_for("NVIDIA H100 80GB HBM3", tmp_path) == measured
     file = machine_file(measured.name, tmp_path)
-    file.write_text(file.read_text().replace('"version": 3', '"version": 2'))
+    file.write_text(file.read_text().replace('"version": 4', '"version": 3'))
     assert load_machine(measured.name, tmp_path) is None
 
 
