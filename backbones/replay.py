@@ -1,7 +1,8 @@
 """A denoiser's forward pass, replayed from CUDA graphs while pictures are drawn.
 
 A GPU is done with a pass of four-bit layers before Python has launched the next. So of each kind of call the first runs as it is,
-the second is captured, and later ones are replays: the same kernels on the same arguments, hence the same bits.
+the second is captured, and later ones are replays: the same kernels on the same arguments, hence the same bits. Arguments are
+copied to lie densely; a broadcast view may take another kernel when launched.
 
 A kind of call is
     its arguments   structure, shapes and dtypes of tensors, values of all else: batch, resolution, text, guidance

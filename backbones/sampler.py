@@ -131,8 +131,11 @@ def _draw(family: Family, pipeline: Any, text: dict[str, Tensor], empty: dict[st
     device, dtype = model.device, next(model.parameters()).dtype
     cast = {key: value.to(device, dtype) for key, value in text.items()}
     count = cast["prompt_embeds"].shape[0]
+    # Copies, not views that repeat one row: torch multiplies those by another path, which rounds otherwise, and a graph's inputs
+    # are copies (`replay`).
     negative = {
-        f"negative_{key}": value.to(device, dtype).expand(count, *value.shape[1:]) for key, value in empty.items()
+        f"negative_{key}": value.to(device, dtype).expand(count, *value.shape[1:]).contiguous()
+        for key, value in empty.items()
     }
     if "image" in how:
         how["image"] = how["image"].to(device, dtype)

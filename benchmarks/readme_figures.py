@@ -34,7 +34,7 @@ def figures() -> str:
                 *parts,
                 _ladder(_read("precision_ladder")),
                 _transfer(_read("adapters")),
-                _engine(_read("int4_engine"), _read("quantizer")),
+                _engine(_read("int4_engine"), _read("quantizer"), _read("sanitizer")),
                 _training(_read("flux_training"), _read("preflight")),
                 _bases(_read("bases"), _read("conv")),
             )
@@ -352,7 +352,7 @@ def _bases(result: dict[str, Any], conv: dict[str, Any]) -> list[str]:
     ]
 
 
-def _engine(result: dict[str, Any], quantizer: dict[str, Any]) -> list[str]:
+def _engine(result: dict[str, Any], quantizer: dict[str, Any], sanitizer: dict[str, Any]) -> list[str]:
     flux = {name: row for name, row in result["forward_us"].items() if not name.startswith(("SDXL", "SANA"))}
     rows = [
         f"| {name} ({row['count']} x {row['M']} x {row['N']} x {row['K']}) | {row['bf16']:.0f} | {row['w4a8']:.0f} | "
@@ -375,7 +375,9 @@ def _engine(result: dict[str, Any], quantizer: dict[str, Any]) -> list[str]:
         f"comfy-kitchen's kernels on this card; NF4 at {result['nf4_vs_bf16']:.2f} of bf16. Largest error against float64 of "
         f"the same codes {100 * result['max_rel_err']:.2f} %. A FLUX.1-dev-shaped model is quantized without data in "
         f"{quantizer['seconds']:.0f} s to {quantizer['file_gb']:.1f} GB, {quantizer['peak_gpu_gib']:.1f} GiB of GPU memory; on inputs of its "
-        f"own in {result['calibrated_seconds']:.0f} s, eight passes included (reading the 16-bit weights is not).",
+        f"own in {result['calibrated_seconds']:.0f} s, eight passes included (reading the 16-bit weights is not). NVIDIA's compute-sanitizer "
+        f"({' and '.join(sanitizer['tools'])}) finds nothing in the {sanitizer['kernels']} kernels of `kernels/`, forward and backward "
+        f"at ragged shapes, and finds an error that was planted (commit {sanitizer['commit'][:7]}).",
         "",
         "| layers (M x N x K), microseconds | bf16 | W4A8 | ratio | FP8 | W4A4 | training: bf16 + PEFT | W4A8 | ratio |",
         "|---|---|---|---|---|---|---|---|---|",

@@ -1,6 +1,6 @@
 """Whether the GPU kernels read and write only what is theirs: every op of kernels/ under NVIDIA's compute-sanitizer.
 
-    python benchmarks/sanitizer.py all --out sanitizer.json --commit $(git rev-parse HEAD)
+    python benchmarks/sanitizer.py all --out benchmarks/results/sanitizer.json --commit $(git rev-parse HEAD)
     python benchmarks/sanitizer.py all --cases w4a8-branch conv --tools memcheck racecheck --jobs 4
     python benchmarks/sanitizer.py case w4a8-branch
 
@@ -39,6 +39,7 @@ from sanitizer_cases import CASES, PLANTED, run_case
 
 KERNELS = Path(__file__).parents[1] / "kernels"
 TOOLS = ("memcheck", "synccheck", "racecheck", "initcheck")
+COMMAND = "python benchmarks/sanitizer.py all --out OUT --commit COMMIT"
 ALONE = "alone"
 """The run without a tool."""
 FOUND = 9
@@ -154,7 +155,7 @@ def run_all(args: argparse.Namespace) -> int:
     version = subprocess.run(["compute-sanitizer", "--version"], capture_output=True, text=True, check=True).stdout
     names = list(args.cases or (name for name in CASES if name != PLANTED))
     runs: dict[str, dict[str, Any]] = {name: {} for name in (PLANTED, *names)}
-    report: dict[str, Any] = {"commit": args.commit, "command": " ".join(sys.argv), "tools": args.tools}
+    report: dict[str, Any] = {"commit": args.commit, "command": COMMAND, "tools": args.tools}
     report["sanitizer"] = version.strip().splitlines()[-1]
 
     def work(name: str, tool: str) -> dict[str, Any]:

@@ -59,6 +59,15 @@ def test_the_committed_engine_figures_are_complete_and_passed_their_gate() -> No
     assert result["same_bits_twice"]
 
 
+def test_the_committed_sanitizer_runs_found_only_what_was_planted() -> None:
+    result = committed("sanitizer")
+    assert {"memcheck", "synccheck"} <= set(result["tools"])
+    assert result["passed"]
+    assert result["planted_found"]
+    verdicts = {run["verdict"] for name, runs in result["cases"].items() if name != "planted" for run in runs.values()}
+    assert verdicts == {"clean"}
+
+
 def test_the_committed_gradients_of_w4a8_are_those_of_exact_arithmetic() -> None:
     """Closer to it than bf16's are; in the whole model and layer by layer."""
     result = committed("fidelity")

@@ -93,3 +93,21 @@ def test_each_step_is_reported_and_may_stop(backbone: Backbone, latents: Tensor)
 
     with pytest.raises(InterruptedError, match="1 of 3"):
         draw(backbone, steps=3, on_step=refuse)
+
+
+def test_one_negative_prompt_lies_densely_for_every_picture(backbone: Backbone) -> None:
+    """A broadcast view is multiplied by another path, which rounds otherwise than a graph's copy of it."""
+    family, encoders, seen = backbone.spec.family, backbone.encoders, []
+    pipeline = build_pipeline(family, backbone.transformer, encoders)
+    hook = backbone.transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.extend(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)),
+        with_kwargs=True,
+    )
+    text = encoders.encode_text(["a red star", "a blue house"])
+    with hook:
+        generate_from_text(
+            family, pipeline, text, encoders.encode_text([""]), [1, 2], resolution=64, steps=1, guidance=3.0
+        )
+    states = [tensor for tensor in seen if tensor.shape == text["prompt_embeds"].shape]
+    assert len(states) == 2, "with the prompt, and without"
+    assert all(tensor.is_contiguous() for tensor in seen)
