@@ -313,7 +313,9 @@ def report(
     results: dict[str, Any], wanted: Sequence[Configuration], machine: Machine, commit: str, seconds: float
 ) -> dict[str, Any]:
     """The file as far as it is known; `passed` once all that is judged is there and within its bounds."""
-    judged = [found for name, found in results.items() if not name.endswith("-compiled") and "error" not in found]
+    named = {name: found for name, found in results.items() if not name.endswith("-compiled") and "error" not in found}
+    replayed = {str(configuration) for configuration in wanted if configuration.captured}
+    judged = named.values()
     complete = all("error" not in results.get(str(configuration), {"error": "not yet"}) for configuration in wanted)
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", "commit": commit,
@@ -321,6 +323,7 @@ def report(
         "command": "python benchmarks/preflight.py --out FILE", "machine": asdict(machine),
         "preflight_worst_pct": max((abs(found["memory_pct"]) for found in judged), default=None),
         "time_worst_pct": max((abs(found["time_pct"]) for found in judged), default=None),
+        "replayed_time_worst_pct": max((abs(named[name]["time_pct"]) for name in replayed & named.keys()), default=None),
         "complete": complete, "seconds": seconds,
         "passed": complete and machine.calibrated and all(found["memory_holds"] and found["time_holds"] for found in judged),
         "configurations": results,

@@ -281,7 +281,8 @@ def _training(result: dict[str, Any], preflight: dict[str, Any]) -> list[str]:
         f"{one['batch']} each): {two['images_per_second']:.1f} images a second, {result['ddp2_scaling']:.2f} times one GPU's; one GPU is idle "
         f"{100 * idle['idle_share']:.1f} % of the time. With FSDP each holds {100 * result['fsdp_held_share']:.0f} % of the base. Preflight foretold "
         f"the peaks of {len(preflight['configurations'])} configurations of FLUX.1, SDXL and SANA within "
-        f"{preflight['preflight_worst_pct']:.1f} %, and the seconds of {_in_time(preflight)} of them within 25 % (worst "
+        f"{preflight['preflight_worst_pct']:.1f} %, the seconds of those that are replayed from CUDA graphs, as runs train and draw, within "
+        f"{preflight['replayed_time_worst_pct']:.0f} %, and of all of them {_in_time(preflight)} within 25 % (worst: "
         f"{preflight['time_worst_pct']:.0f} %; commit {preflight['commit'][:7]}).",
         "",
         "| | ms a step | peak GiB | seconds to the first step |",
