@@ -118,16 +118,18 @@ def _products() -> list[Build]:
 
 
 def _transients() -> list[Build]:
-    flags = {"HADAMARD": True, "HAS_SMOOTH": True, "ONE_RANK_BLOCK": True, "BN": 64, "BR": 64, "TILES": 4}
+    kernel = unpack.effective_weight_kernel
+    flags = {"HADAMARD": True, "HAS_SMOOTH": True, "RANK_BLOCKS": 1, "ASM": True, "BN": 64, "BR": 64, "STAGES": 3}
     native = {"p_q": "*u8", "p_words": "*i32", "p_scale": "*fp32", "p_hadamard": "*fp16", "s_ur": "i32"}
+    exact = {"p_up": "*fp32", "p_down": "*fp32", "p_out": "*fp32"}
+    integer = {**native, "p_scale": "*bf16", "p_words": "None"}
     return [
         Build(unpack.transposed_int8_kernel, {"BN": 64}, {"p_q": "*u8", "p_words": "*i32", "p_out": "*i8"}, quick=True),
-        Build(unpack.effective_weight_kernel, {"W4A8": True, **flags}, native, quick=True),
-        Build(
-            unpack.effective_weight_kernel,
-            {"W4A8": False, **flags, "HADAMARD": False},
-            {**native, "p_words": "None", "p_hadamard": "None"},
-        ),
+        Build(kernel, {"W4A8": True, **flags}, native, quick=True),
+        Build(kernel, {"W4A8": True, **flags, "RANK_BLOCKS": 2}, native),
+        Build(kernel, {"W4A8": True, **flags, "RANK_BLOCKS": 2, "BR": 16}, {**native, **exact}),
+        Build(kernel, {"W4A8": False, **flags}, integer),
+        Build(kernel, {"W4A8": False, **flags, "HADAMARD": False, "RANK_BLOCKS": 0}, {**integer, "p_hadamard": "None"}),
     ]
 
 

@@ -17,6 +17,23 @@ from torch import Tensor
 from loragraft.kernels.layout import hadamard64, on_device, padded
 from loragraft.kernels.tiles import load_nibbles
 
+# One register of 4 bytes ($2) -> 4 float16 (u s + c - 128) 2^-16: the bits of a nibble u alone are the float16 u 2^-24, those of
+# a high nibble in its place u 2^-20. $3, $4 hold s 2^8 (high: s 2^4), $5, $6 (c - 128) 2^-16; one multiply-add, exact, for two.
+CODE_UNIT = tl.constexpr(2.0**-16)
+_HALVES = """
+{{
+.reg .b32 first, second;
+prmt.b32 first, $2, 0, 0x4140;
+prmt.b32 second, $2, 0, 0x4342;
+and.b32 first, first, {mask};
+and.b32 second, second, {mask};
+fma.rn.f16x2 $0, first, $3, $5;
+fma.rn.f16x2 $1, second, $4, $6;
+}}
+"""
+HALVES_LOW = tl.constexpr(_HALVES.format(mask="0x000F000F"))
+HALVES_HIGH = tl.constexpr(_HALVES.format(mask="0x00F000F0"))
+
 
 @triton.jit
 def _load_tile(p_q, p_words, o_n, tile, N, KP):
@@ -46,47 +63,81 @@ def transposed_int8_kernel(p_q, p_words, p_out, N, NP, KP, BN: tl.constexpr):
 
 
 @triton.jit
+def _half_float16(b_byte, b_word, HALF: tl.constexpr, ASM: tl.constexpr):
+    """2^-16 I [BN, 64] float16 of one half of a tile, exact for |I| <= 128. The interpreter has no inline PTX."""
+    b_scale = ((b_word >> (16 * HALF)) & 255)[:, None]
+    b_offset = ((b_word >> (16 * HALF + 8)) & 255)[:, None] - 128
+    if ASM:
+        b_scale = tl.broadcast_to(b_scale.to(tl.float16) * (16.0 if HALF else 256.0), b_byte.shape)
+        b_offset = tl.broadcast_to(b_offset.to(tl.float16) * CODE_UNIT, b_byte.shape)
+        return tl.inline_asm_elementwise(
+            HALVES_HIGH if HALF else HALVES_LOW, "=r,=r,r,r,r,r,r", [b_byte, b_scale, b_offset],
+            dtype=tl.float16, is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        b_codes = ((b_byte.to(tl.int32) >> (4 * HALF)) & 15) * b_scale + b_offset
+        return (b_codes.to(tl.float32) * CODE_UNIT).to(tl.float16)
+
+
+@triton.jit
+def _down_tile(p_down, o_r, o_k, R, K, s_dr):
+    """D [BR, 64]: ranks o_r, columns o_k."""
+    p_tile = p_down + o_r[:, None] * s_dr + o_k[None, :]
+    return tl.load(p_tile, mask=(o_r < R)[:, None] & (o_k < K)[None, :], other=0.0)
+
+
+@triton.jit
+def _up_tile(p_up, r_n, o_r, R, s_un, s_ur):
+    """U [BN, BR]: rows r_n, ranks o_r."""
+    return tl.load(p_up + r_n[:, None] * s_un + o_r[None, :] * s_ur, mask=(o_r < R)[None, :], other=0.0)
+
+
+@triton.jit
 def effective_weight_kernel(
-    p_q, p_words, p_scale, p_smooth, p_hadamard, p_up, p_down, p_out, N, K, KP, R, s_un, s_ur, s_dr, s_out,
-    W4A8: tl.constexpr, HADAMARD: tl.constexpr, HAS_SMOOTH: tl.constexpr, ONE_RANK_BLOCK: tl.constexpr,
-    BN: tl.constexpr, BR: tl.constexpr, TILES: tl.constexpr,
+    p_q, p_words, p_scale, p_smooth, p_hadamard, p_up, p_down, p_out, N, K, KP, R, s_un, s_ur, s_dr, s_out, rows,
+    W4A8: tl.constexpr, HADAMARD: tl.constexpr, HAS_SMOOTH: tl.constexpr, RANK_BLOCKS: tl.constexpr, ASM: tl.constexpr,
+    BN: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Rows of BN, TILES tiles of 128 columns. p_scale: row scales [N] of W4A8, group scales [Kp/64, N] of W4A4."""
-    o_n, o_64, o_r = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, 64), tl.arange(0, BR)
+    """128 columns, `rows` rows in steps of BN. p_scale: row scales [N] of W4A8, group scales [Kp/64, N] of W4A4.
+
+    H, and D of one rank block, stay in shared memory; codes, words and U of the next steps are on their way meanwhile. With
+    several rank blocks (RANK_BLOCKS 2) U and D are read again in every step.
+    """
+    tile, first = tl.program_id(0), tl.program_id(1) * rows
+    o_n, o_64, o_r = tl.arange(0, BN), tl.arange(0, 64), tl.arange(0, BR)
     if HADAMARD:
         b_hadamard = tl.load(p_hadamard + o_64[:, None] * 64 + o_64[None, :])
-    if ONE_RANK_BLOCK:
-        p_u = p_up + o_n[:, None] * s_un + o_r[None, :] * s_ur
-        b_up = tl.load(p_u, mask=(o_n < N)[:, None] & (o_r < R)[None, :], other=0.0)
-    for step in range(TILES):
-        tile = tl.program_id(1) * TILES + step
+    o_k = (tile * 128 + o_64, tile * 128 + 64 + o_64)
+    if RANK_BLOCKS == 1:
+        b_downs = (_down_tile(p_down, o_r, o_k[0], R, K, s_dr), _down_tile(p_down, o_r, o_k[1], R, K, s_dr))
+    for n in tl.range(first, min(first + rows, N), BN, num_stages=STAGES):
+        r_n = tl.minimum(n + o_n, N - 1)  # rows beyond the end repeat the last one and are not stored: no masks here
         if W4A8:
-            b_byte, b_word = _load_tile(p_q, p_words, o_n, tile, N, KP)
+            b_byte = tl.load(p_q + r_n.to(tl.int64)[:, None] * (KP // 2) + tile * 64 + o_64[None, :])
+            b_word = tl.load(p_words + tile * N + r_n)
+            b_scale = tl.load(p_scale + r_n) * (1 / CODE_UNIT)
+        if RANK_BLOCKS == 1:
+            b_up = _up_tile(p_up, r_n, o_r, R, s_un, s_ur)
         for half in tl.static_range(2):
-            group = 2 * tile + half
-            o_k = group * 64 + o_64
-            m_out = (o_n < N)[:, None] & (o_k < K)[None, :]
             if W4A8:
-                b_codes = _half_int8(b_byte, b_word, half)
-                b_scale = tl.load(p_scale + o_n, mask=o_n < N, other=0.0)
+                b_codes = _half_float16(b_byte, b_word, half, ASM)
             else:
-                b_codes = (load_nibbles(p_q, o_n, group * 64, tl.where(group * 64 < KP, N, 0), KP, 64) ^ 8) - 8
-                b_scale = tl.load(p_scale + group * N + o_n, mask=o_n < tl.where(group * 64 < KP, N, 0), other=0.0).to(
-                    tl.float32
-                )
+                b_codes = ((load_nibbles(p_q, r_n, tile * 128 + half * 64, N, KP, 64) ^ 8) - 8).to(tl.float16)
+                b_scale = tl.load(p_scale + (2 * tile + half) * N + r_n).to(tl.float32)
             # Codes and +-1/8 are exact in float16, their sums in float32: the rotation rounds nothing.
-            b_w = tl.dot(b_codes.to(tl.float16), b_hadamard) if HADAMARD else b_codes.to(tl.float32)
+            b_w = tl.dot(b_codes, b_hadamard) if HADAMARD else b_codes.to(tl.float32)
             b_w *= b_scale[:, None]
             if HAS_SMOOTH:
-                b_w *= (1.0 / tl.load(p_smooth + o_k, mask=o_k < K, other=1.0).to(tl.float32))[None, :]
-            for r in range(0, R, BR):
-                if not ONE_RANK_BLOCK:
-                    p_u = p_up + o_n[:, None] * s_un + (r + o_r)[None, :] * s_ur
-                    b_up = tl.load(p_u, mask=(o_n < N)[:, None] & (r + o_r < R)[None, :], other=0.0)
-                p_d = p_down + (r + o_r)[:, None] * s_dr + o_k[None, :]
-                b_down = tl.load(p_d, mask=(r + o_r < R)[:, None] & (o_k < K)[None, :], other=0.0)
-                b_w = tl.dot(b_up, b_down, b_w, input_precision="ieee")
-            p_tile = p_out + o_n.to(tl.int64)[:, None] * s_out + o_k[None, :]
+                b_w *= (1.0 / tl.load(p_smooth + o_k[half], mask=o_k[half] < K, other=1.0).to(tl.float32))[None, :]
+            if RANK_BLOCKS == 1:
+                b_w = tl.dot(b_up, b_downs[half], b_w, input_precision="ieee")
+            elif RANK_BLOCKS == 2:
+                for r in range(0, R, BR):
+                    b_up = _up_tile(p_up, r_n, r + o_r, R, s_un, s_ur)
+                    b_down = _down_tile(p_down, r + o_r, o_k[half], R, K, s_dr)
+                    b_w = tl.dot(b_up, b_down, b_w, input_precision="ieee")
+            p_tile = p_out + tl.cast(n, tl.int64) * s_out + o_n[:, None] * s_out + o_k[half][None, :]
+            m_out = (o_n < N - n)[:, None] & (o_k[half] < K)[None, :]
             tl.store(p_tile, b_w.to(p_out.dtype.element_ty), mask=m_out)
 
 
@@ -116,13 +167,14 @@ def _write_weight(
 ) -> None:  # fmt: skip
     """W_eff into the first K columns of `out`; R = 0 leaves the branch out."""
     N, KP = qweight.shape[0], 2 * qweight.shape[1]
-    rank_block, tiles = min(64, max(16, triton.next_power_of_2(R))), 4
+    most = 64 if out.element_size() == 2 else 16  # float32 has no exact tensor core: U and D of a step are in registers
+    rank_block, rows = min(most, max(16, triton.next_power_of_2(R))), 256
     matrix = _half_hadamard(qweight.device) if hadamard else None
     with on_device(qweight):
-        effective_weight_kernel[(triton.cdiv(N, 64), triton.cdiv(KP // 128, tiles))](
+        effective_weight_kernel[(KP // 128, triton.cdiv(N, rows))](
             qweight, words, scale, smooth, matrix, up_NR, down_RK, out, N, K, KP, R, *up_NR.stride(), down_RK.stride(0),
-            out.stride(0), W4A8=words is not None, HADAMARD=hadamard, HAS_SMOOTH=smooth is not None,
-            ONE_RANK_BLOCK=rank_block >= R, BN=64, BR=rank_block, TILES=tiles, num_warps=4, num_stages=2,
+            out.stride(0), rows, W4A8=words is not None, HADAMARD=hadamard, HAS_SMOOTH=smooth is not None,
+            RANK_BLOCKS=min(2, triton.cdiv(R, rank_block)), ASM=qweight.is_cuda, BN=64, BR=rank_block, STAGES=3, num_warps=4,
         )  # fmt: skip
 
 
