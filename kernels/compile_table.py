@@ -107,13 +107,24 @@ def _products() -> list[Build]:
     plain = {**codes, "p_w": "*i8", "s_un": "i32"}
     ranks = {"RANKS": 3, "BR": 16, "GROUP_M": 8}
     rotated = {"HADAMARD": True, "PRECISION": "tf32", "BM": 128, "BN": 64, "BK": 64, **ranks}
-    skinny = {"p_right": "*i8", "p_scale": "*fp32", "p_part": "*fp32"}
+    gradients = {"CODES": True, "ASM": True, "HAS_SCALE": True, "HAS_DY": True, "BM": 64, "BR": 16, "BK": 128, "BN": 64}
+    raw = {**gradients, "CODES": False, "ASM": False, "HAS_SCALE": False, "BK": 64}
+    parts = {"p_part": "*fp32", "p_scale": "*fp32", "x_blocks": "i32"}
+    sums = {"HAS_SMOOTH": True, "HADAMARD": True, "HAS_DY": True, "AHEAD": 8, "BR": 16}
+    summed = {"p_part": "*fp32", "p_down": "*fp32", "p_up": "*fp32", "splits": "i32", "x_blocks": "i32"}
     return [
         Build(gemm.w4a8_gemm_kernel, {"ASM": True, "BM": 128, "BN": 128, **ranks}, packed, quick=True),
         Build(gemm.w4a8_gemm_kernel, {"ASM": True, "BM": 16, "BN": 64, **ranks}, packed),
         Build(gemm.int8_gemm_kernel, {**rotated, "HADAMARD": False, "BN": 128}, plain, num_stages=4, quick=True),
         Build(gemm.int8_gemm_kernel, rotated, plain, num_stages=4),
-        Build(row_product.row_product_kernel, {"HAS_SCALE": True, "BM": 64, "BR": 16, "BC": 256}, skinny, quick=True),
+        Build(row_product.row_product_kernel, gradients, {**parts, "p_x": "*i32"}, quick=True),
+        Build(row_product.row_product_kernel, raw, {**parts, "p_scale": "None"}),
+        Build(row_product.sum_parts_kernel, sums, summed, quick=True),
+        Build(
+            row_product.sum_parts_kernel,
+            {**sums, "HAS_SMOOTH": False, "HADAMARD": False},
+            {**summed, "p_smooth": "None"},
+        ),
     ]
 
 
