@@ -21,6 +21,7 @@ from loragraft.kernels.tiles import hadamard_tile
 PROGRAMS = 528  # at most; four for each multiprocessor of a large card
 ROWS = 64  # tokens of a step
 COLUMNS = {1: 128, 2: 64, 4: 64}  # of a program, by bytes of an element: 128 bytes of a row
+STAGES = 3  # of the loop's loads
 # Byte $BYTE of words $1 and $2 as two bf16: the low 7 bits below the exponent of 128 are 128 + v, the sign's bit there 128 or 256.
 BYTE_TO_BF16 = tl.constexpr(
     tuple(
@@ -112,7 +113,7 @@ def _float_part(
     tl.store(p_tile, acc, mask=(o_r < R)[:, None] & (o_c < C)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["x_blocks"])
 def row_product_kernel(
     p_g, p_x, p_scale, p_h, p_dy, p_part, M, R, K, N, s_gm, s_xm, s_hm, s_dym, rows, x_blocks,
     CODES: tl.constexpr, ASM: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_DY: tl.constexpr,
@@ -150,7 +151,7 @@ def _sum_of_parts(p_part, o_r, o_c, m_rc, splits, R, s_part, AHEAD: tl.constexpr
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "x_blocks"])
 def sum_parts_kernel(
     p_part, p_smooth, p_down, p_up, splits, R, K, KP, N, x_blocks,
     HAS_SMOOTH: tl.constexpr, HADAMARD: tl.constexpr, HAS_DY: tl.constexpr, AHEAD: tl.constexpr, BR: tl.constexpr,
@@ -181,11 +182,14 @@ def sum_parts_kernel(
         tl.store(p_rows, b_up.to(p_up.dtype.element_ty), mask=(o_n < N)[:, None] & (o_r < R)[None, :])
 
 
+def _columns(right_MC: Tensor) -> int:
+    return COLUMNS[right_MC.element_size()]
+
+
 def count_blocks(x_MK: Tensor, dy_MN: Tensor | None) -> tuple[int, int]:
     """Blocks of columns of x and of dy, each of one program per split."""
-    both = (0 if t is None else triton.cdiv(t.shape[1], COLUMNS.get(t.element_size(), 64)) for t in (x_MK, dy_MN))
-    first, second = both
-    return first, second
+    of_x = triton.cdiv(x_MK.shape[1], _columns(x_MK))
+    return of_x, 0 if dy_MN is None else triton.cdiv(dy_MN.shape[1], _columns(dy_MN))
 
 
 def split_rows(M: int, blocks: int) -> tuple[int, int]:
@@ -212,7 +216,8 @@ def _launch(
         row_product_kernel[(sum(blocks), splits)](
             g_Mr, x_words, scale_M1, h_Mr, dy_MN, part_SrC, M, r, KP, N, *strides, rows, blocks[0],
             CODES=codes, ASM=g_Mr.is_cuda and g_Mr.dtype == torch.bfloat16, HAS_SCALE=scale_M1 is not None,
-            HAS_DY=dy_MN is not None, BM=ROWS, BR=max(16, triton.next_power_of_2(r)), BK=COLUMNS.get(x_MK.element_size(), 64), BN=64,
+            HAS_DY=dy_MN is not None, BM=ROWS, BR=max(16, triton.next_power_of_2(r)), BK=_columns(x_MK),
+            BN=64 if dy_MN is None else _columns(dy_MN), num_warps=4, num_stages=STAGES,
         )  # fmt: skip
         sum_parts_kernel[(down_blocks + triton.cdiv(N, 64), triton.cdiv(r, 16))](
             part_SrC, smooth_K, down_rK, up_Nr, splits, r, K, KP, N, down_blocks,
