@@ -21,6 +21,7 @@ from loragraft.kernels import (
     gemm,
     hopper_gemm,
     hopper_quant,
+    join_factors,
     row_product,
     taps,
     token_quant,
@@ -155,17 +156,29 @@ def _optimizer() -> list[Build]:
     (e_m, m_m), (e_r, m_r) = adamw8bit.SIGNED, adamw8bit.UNSIGNED
     sizes = {"BLOCKS": adamw8bit.BLOCKS, "BLOCK": adamw8bit.BLOCK, "E_M": e_m, "M_M": m_m, "E_R": e_r, "M_R": m_r}
     options = {"enable_fp_fusion": False}
+    join = {"p_table": "*i64", "p_scales": "*fp32", "p_work": "*i32"}
     return [
+        Build(join_factors.join_factors_kernel, {"BLOCK": join_factors.BLOCK}, join, quick=True),
         Build(
-            adamw8bit.adamw8bit_kernel,
-            sizes,
-            {**tables, **numbers},
-            least=least,
-            most=most,
-            options=options,
+            join_factors.join_factors_kernel,
+            {"BLOCK": join_factors.BLOCK},
+            {**join, "p_like": "*fp16"},
+            least=75,
+            most=79,
             quick=True,
-        )
-        for least, most in ((80, 999), (75, 79))
+        ),
+        *(
+            Build(
+                adamw8bit.adamw8bit_kernel,
+                sizes,
+                {**tables, **numbers},
+                least=least,
+                most=most,
+                options=options,
+                quick=True,
+            )
+            for least, most in ((80, 999), (75, 79))
+        ),
     ]
 
 
