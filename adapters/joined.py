@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from loragraft.adapters.inject import SVDQuantLoraLinear, layer_factors
+from loragraft.kernels.join_factors import Plan
 from loragraft.quantization.linear import SVDQuantLinear
 
 
@@ -19,9 +20,9 @@ class JoinedFactors:
     def __init__(self, transformer: nn.Module, dtype: torch.dtype) -> None:
         self._transformer, self._dtype = transformer, dtype
         self._layers: list[tuple[SVDQuantLoraLinear, SVDQuantLinear]] = []
-        self._copies: list[tuple[Tensor, Tensor]] = []
         self._together: dict[SVDQuantLinear, tuple[Tensor, int]] = {}
-        self._scaled: list[tuple[Tensor, Tensor, float]] = []
+        self._copies: list[tuple[Tensor, Tensor, float]] = []
+        self._plan: Plan | None = None
         self.join()
 
     def join(self) -> None:
@@ -33,12 +34,14 @@ class JoinedFactors:
                 base = layer.get_base_layer()
                 if isinstance(base, SVDQuantLinear) and base.numerics == "w4a8" and base.lora_down.dtype == self._dtype:
                     self._join(layer, base)
+        if self._copies:
+            self._plan = Plan(*zip(*self._copies, strict=True))
         self.refresh()
 
     @property
     def nbytes(self) -> int:
         """What joining takes beside the base's own factors: A and B in the compute dtype."""
-        return sum(copy.nbytes for copy, _ in self._copies) + sum(copy.nbytes for copy, _, _ in self._scaled)
+        return sum(copy.nbytes for copy, _, _ in self._copies)
 
     def _join(self, layer: SVDQuantLoraLinear, base: SVDQuantLinear) -> None:
         name = layer.active_adapters[0]
@@ -53,8 +56,7 @@ class JoinedFactors:
         layer.joined_down[:rank], layer.joined_up[:, :rank] = base.lora_down, base.lora_up
         self._layers.append((layer, base))
         base.lora_down, base.lora_up = layer.joined_down[:rank], layer.joined_up[:, :rank]
-        self._copies.append((layer.joined_down[rank:], down))
-        self._scaled.append((layer.joined_up[:, rank:], up, scale))
+        self._copies += [(layer.joined_down[rank:], down, 1.0), (layer.joined_up[:, rank:], up, scale)]
 
     def _room(self, base: SVDQuantLinear, rows: int) -> tuple[Tensor | None, int]:
         """Where [D; A] of a layer goes among those of its group (`join_group`), and from which row on; (None, 0) without one.
@@ -68,18 +70,14 @@ class JoinedFactors:
         together, each = self._together[base.group[0]]
         return (together, base.place * rows) if each == rows else (None, 0)
 
-    @torch.no_grad()
     def refresh(self) -> None:
         """Copies A and B as they are now; before a forward pass with gradients."""
-        if not self._layers:
-            return
-        torch._foreach_copy_([to for to, _ in self._copies], [factor.detach() for _, factor in self._copies])
-        for to, factor, scale in self._scaled:
-            to.copy_(factor if scale == 1 else factor * scale)
+        if self._plan is not None:
+            self._plan.run()
 
     def separate(self) -> None:
         """Takes the joined factors off again; the base's own are as they were."""
-        self._copies, self._scaled = [], []  # views, which would keep every layer's memory until the last is apart
+        self._copies, self._plan = [], None  # views, which would keep every layer's memory until the last is apart
         self._together = {}
         for layer, base in self._layers:
             layer.joined_down = layer.joined_up = layer.joined_together = None

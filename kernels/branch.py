@@ -13,8 +13,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from loragraft.kernels import row_product
 from loragraft.kernels.layout import apply_hadamard
-from loragraft.kernels.row_product import row_product
 
 SaveX = Literal["quantized", "raw"]
 Dgrad = Literal["dequantized", "int8"]
@@ -68,15 +68,13 @@ def adapter_gradients(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dA [r, K] and dB [N, r] in the adapter's dtypes. The rotation and smoothing of a rebuilt x act on the small dA."""
     r, K = adapter_down.shape
-    g_Mr, h_Mr = g_MR[:, -r:], h_MR[:, -r:]
-    grad_up = row_product(h_Mr, dy_MN).T.to(adapter_up.dtype, memory_format=torch.contiguous_format)
-    if x_MK is not None:
-        return row_product(g_Mr, x_MK).to(adapter_down.dtype), grad_up
-    assert codes_MK is not None
-    grad_down = row_product(g_Mr, codes_MK, scale_MG)[:, :K]
-    grad_down = apply_hadamard(grad_down) if hadamard else grad_down
-    grad_down = grad_down if smooth_K is None else grad_down * smooth_K.float()
-    return grad_down.to(adapter_down.dtype, copy=True, memory_format=torch.contiguous_format), grad_up
+    rebuild = (None, False) if x_MK is not None else (smooth_K, hadamard)
+    right_MK = codes_MK if x_MK is None else x_MK
+    assert right_MK is not None
+    return row_product.adapter_gradients(
+        g_MR[:, -r:], right_MK, scale_MG if x_MK is None else None, h_MR[:, -r:], dy_MN, *rebuild, K,
+        adapter_down.dtype, adapter_up.dtype,
+    )  # fmt: skip
 
 
 def finish_dx(dx_MKp: Tensor, smooth_K: Tensor | None, hadamard: bool, g_MR: Tensor, down_RK: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from loragraft.kernels import (
     gemm,
     hopper_gemm,
     hopper_quant,
+    join_factors,
     row_product,
     taps,
     token_quant,
@@ -107,13 +108,24 @@ def _products() -> list[Build]:
     plain = {**codes, "p_w": "*i8", "s_un": "i32"}
     ranks = {"RANKS": 3, "BR": 16, "GROUP_M": 8}
     rotated = {"HADAMARD": True, "PRECISION": "tf32", "BM": 128, "BN": 64, "BK": 64, **ranks}
-    skinny = {"p_right": "*i8", "p_scale": "*fp32", "p_part": "*fp32"}
+    gradients = {"CODES": True, "ASM": True, "HAS_SCALE": True, "HAS_DY": True, "BM": 64, "BR": 16, "BK": 128, "BN": 64}
+    raw = {**gradients, "CODES": False, "ASM": False, "HAS_SCALE": False, "BK": 64}
+    parts = {"p_part": "*fp32", "p_scale": "*fp32", "x_blocks": "i32"}
+    sums = {"HAS_SMOOTH": True, "HADAMARD": True, "HAS_DY": True, "AHEAD": 8, "BR": 16}
+    summed = {"p_part": "*fp32", "p_down": "*fp32", "p_up": "*fp32", "splits": "i32", "x_blocks": "i32"}
     return [
         Build(gemm.w4a8_gemm_kernel, {"ASM": True, "BM": 128, "BN": 128, **ranks}, packed, quick=True),
         Build(gemm.w4a8_gemm_kernel, {"ASM": True, "BM": 16, "BN": 64, **ranks}, packed),
         Build(gemm.int8_gemm_kernel, {**rotated, "HADAMARD": False, "BN": 128}, plain, num_stages=4, quick=True),
         Build(gemm.int8_gemm_kernel, rotated, plain, num_stages=4),
-        Build(row_product.row_product_kernel, {"HAS_SCALE": True, "BM": 64, "BR": 16, "BC": 256}, skinny, quick=True),
+        Build(row_product.row_product_kernel, gradients, {**parts, "p_x": "*i32"}, quick=True),
+        Build(row_product.row_product_kernel, raw, {**parts, "p_scale": "None"}),
+        Build(row_product.sum_parts_kernel, sums, summed, quick=True),
+        Build(
+            row_product.sum_parts_kernel,
+            {**sums, "HAS_SMOOTH": False, "HADAMARD": False},
+            {**summed, "p_smooth": "None"},
+        ),
     ]
 
 
@@ -146,17 +158,29 @@ def _optimizer() -> list[Build]:
     (e_m, m_m), (e_r, m_r) = adamw8bit.SIGNED, adamw8bit.UNSIGNED
     sizes = {"BLOCKS": adamw8bit.BLOCKS, "BLOCK": adamw8bit.BLOCK, "E_M": e_m, "M_M": m_m, "E_R": e_r, "M_R": m_r}
     options = {"enable_fp_fusion": False}
+    join = {"p_table": "*i64", "p_scales": "*fp32", "p_work": "*i32"}
     return [
+        Build(join_factors.join_factors_kernel, {"BLOCK": join_factors.BLOCK}, join, quick=True),
         Build(
-            adamw8bit.adamw8bit_kernel,
-            sizes,
-            {**tables, **numbers},
-            least=least,
-            most=most,
-            options=options,
+            join_factors.join_factors_kernel,
+            {"BLOCK": join_factors.BLOCK},
+            {**join, "p_like": "*fp16"},
+            least=75,
+            most=79,
             quick=True,
-        )
-        for least, most in ((80, 999), (75, 79))
+        ),
+        *(
+            Build(
+                adamw8bit.adamw8bit_kernel,
+                sizes,
+                {**tables, **numbers},
+                least=least,
+                most=most,
+                options=options,
+                quick=True,
+            )
+            for least, most in ((80, 999), (75, 79))
+        ),
     ]
 
 

@@ -47,8 +47,8 @@ def hadamard_tile():
     o_i = tl.arange(0, 64)
     b_xor = o_i[:, None] ^ o_i[None, :]
     b_threes = b_xor & (b_xor >> 1) & 0x15
-    b_parity = (b_threes ^ (b_threes >> 2) ^ (b_threes >> 4)) & 1
-    return (1 - 2 * b_parity).to(tl.float32) * 0.125
+    b_sign = ((b_threes * 0x15) << 27) & -2147483648  # bit 4 of the product is the parity of bits 0, 2 and 4
+    return (b_sign | 0x3E000000).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -71,8 +71,13 @@ def _conv(args: tuple[Any, ...]) -> Launches:
 
 
 def _conv_adapter_gradients(args: tuple[Any, ...]) -> Launches:
-    """dy B by taps, a product for each of them, dB."""
-    return Launches(others=Window(*args[6]).taps + 2)
+    """dy B by taps, a product for each of them, dB; every product adds up its parts."""
+    return Launches(others=2 * Window(*args[6]).taps + 3)
+
+
+def _adapter_gradients(args: tuple[Any, ...]) -> Launches:
+    """Both products in parts, and their sums."""
+    return Launches(others=2)
 
 
 _LAUNCHES: dict[str, Callable[[tuple[Any, ...]], Launches]] = {
@@ -82,6 +87,7 @@ _LAUNCHES: dict[str, Callable[[tuple[Any, ...]], Launches]] = {
     "w4a16_linear": _w4a16,
     "w4a8_conv": _conv,
     "conv_adapter_gradients": _conv_adapter_gradients,
+    "adapter_gradients": _adapter_gradients,
     "quantize_activation": lambda args: Launches(quantizers=int(args[0].shape[0] > 0)),
 }
 """The others launch one."""

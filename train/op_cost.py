@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from loragraft.kernels.block_codes import blocks_of
+from loragraft.kernels.row_product import count_blocks, split_rows
 from loragraft.kernels.taps import Window, tap_columns
 from loragraft.kernels.w4a16_skinny import fits
 from loragraft.train.launches import launches_of
@@ -30,7 +31,7 @@ attention by flash-2 or by what is faster (cuDNN forward, FlashAttention-4), con
 kernel waits for one group of columns after the other, memory alone. group_norm
 counts values, not operations: torch's kernel has one block for each group of a picture, so that most of the GPU waits."""
 OURS = "loragraft::"
-GRADIENTS = ("dgrad", "_dx", "row_product", "gradients", "backward", "adamw8bit")
+GRADIENTS = ("dgrad", "_dx", "gradients", "backward", "adamw8bit")
 """In the names of this project's ops that compute gradients or use them."""
 
 
@@ -219,9 +220,11 @@ def _w4a16_dx(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[Part]:
     ]
 
 
-def _row_product(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[Part]:
-    left, right = args[:2]
-    return [Part("memory", 2 * left.shape[0] * left.shape[1] * right.shape[1], _bytes(args) + _bytes(results))]
+def _adapter_gradients(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[Part]:
+    """Both products, one launch; what they add up in parts stays in the cache."""
+    g, x, scale, h, dy, smooth = args[:6]
+    (M, r), columns = g.shape, x.shape[1] + dy.shape[1]
+    return [Part("memory", 2 * M * r * columns, _bytes([g, x, scale, h, dy, smooth]) + _bytes(results))]
 
 
 def _conv(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[Part]:
@@ -303,7 +306,7 @@ _COSTS: dict[str, Callable[[tuple[Any, ...], Sequence[Tensor]], list[Part]]] = {
     "quantize_activation": _elementwise,
     "attention": _attention,
     "attention_backward": _attention_backward,
-    "row_product": _row_product,
+    "adapter_gradients": _adapter_gradients,
     "adamw8bit": _adamw8bit,
     "dry_rms_norm": _elementwise,
     "dry_rms_norm_backward": _elementwise,
@@ -374,16 +377,22 @@ def _conv_adapter_space(args: tuple[Any, ...], results: Sequence[Tensor]) -> lis
     """dy B, its taps, dA tap by tap, and the partial sums of one product."""
     dy, _, x, _, _, up = args[:6]
     r, T, size = up.shape[1], Window(*args[6]).taps, dy.dtype.itemsize
-    partial = _row_product_space((up.new_empty((x.shape[0], r)), x), ())
-    return [dy.shape[0] * r * size, T * x.shape[0] * r * size, 2 * results[0].numel() * 4, *partial]
+    partial = _parts(up.new_empty((x.shape[0], r)), x, None)
+    return [dy.shape[0] * r * size, T * x.shape[0] * r * size, 2 * results[0].numel() * 4, partial]
 
 
-def _row_product_space(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[int]:
-    """float32 partial sums of up to 512 programs."""
-    (M, R), C = args[0].shape, args[1].shape[1]
-    blocks = -(-C // 64)
-    splits = max(1, min(512 // blocks, -(-M // 64)))
-    return [splits * R * C * 4]
+def _adapter_gradients_space(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[int]:
+    """float32 parts of up to 528 programs."""
+    g, x, _, _, dy = args[:5]
+    return [_parts(g, x, dy)]
+
+
+def _parts(left: Tensor, x: Tensor, dy: Tensor | None) -> int:
+    """Bytes of the parts of x's columns and of dy's, side by side."""
+    M, r = left.shape
+    columns = x.shape[1] + (0 if dy is None else dy.shape[1])
+    _, splits = split_rows(M, sum(count_blocks(x, dy)))
+    return splits * r * columns * 4
 
 
 def _attention_backward_space(args: tuple[Any, ...], results: Sequence[Tensor]) -> list[int]:
@@ -414,7 +423,7 @@ _WORKSPACES: dict[str, Callable[[tuple[Any, ...], Sequence[Tensor]], list[int]]]
     "w4a8_dgrad": _w4a8_dgrad_space,
     "w4a4_linear": _w4a4_space,
     "w4a4_dgrad": _w4a4_dgrad_space,
-    "row_product": _row_product_space,
+    "adapter_gradients": _adapter_gradients_space,
     "w4a8_conv": _conv_space,
     "w4a8_conv_dgrad": _conv_dgrad_space,
     "conv_adapter_gradients": _conv_adapter_space,

@@ -82,7 +82,8 @@ def test_what_was_recorded_is_found(
         compute()
         compute()
     assert (gpu.launches, list(tmp_path.iterdir())) == (0, [])
-    assert [launch.name for launch in launches] == ["row_product_kernel"] * 2 + ["hopper_quant_kernel"] * 2
+    ours = ["row_product_kernel", "sum_parts_kernel"]
+    assert [launch.name for launch in launches] == [*ours, *ours] + ["hopper_quant_kernel"] * 2
     monkeypatch.setenv("TRITON_PTXAS_PATH", another_assembler)  # Inductor's doing, in its workers and later on here
     for launch in launches:
         compile_recorded(launch, str(tmp_path))
@@ -95,8 +96,8 @@ def test_what_was_recorded_is_found(
     with triton.knobs.compilation.scope():
         triton.knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
         compute()
-    assert hits == [True] * 4
-    assert gpu.launches == 4
+    assert hits == [True] * 6
+    assert gpu.launches == 6
 
 
 def test_only_this_threads_launches_of_ours_are_held_back(gpu: Driver) -> None:
@@ -115,4 +116,4 @@ def test_only_this_threads_launches_of_ours_are_held_back(gpu: Driver) -> None:
             thread.start()
             thread.join()
         assert triton.knobs.runtime.jit_cache_hook is other_hook
-    assert (launches, asked) == ([], ["theirs", "row_product_kernel"])
+    assert (launches, asked[:2]) == ([], ["theirs", "row_product_kernel"])

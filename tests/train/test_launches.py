@@ -40,7 +40,7 @@ def test_descriptors_make_a_launch_slow() -> None:
     x = empty(4, 64)
     alone, shared = (launches_of("w4a8_linear", (x,) * 13 + rest) for rest in ((), (x, x)))
     assert (shared.weight, alone.weight) == (PRODUCT, PRODUCT + QUANTIZER)
-    assert launches_of("row_product", (x, x, None)).weight == 1 < QUANTIZER < PRODUCT
+    assert launches_of("w4a16_dx", (x,) * 6).weight == 1 < QUANTIZER < PRODUCT
 
 
 class _Launch:

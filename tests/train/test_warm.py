@@ -95,7 +95,7 @@ def test_workers_are_given_all_that_a_step_launches(
     with recorded() as launched:
         loss_of(model, torch.bfloat16).backward()
     assert {launch.name for launch in launched} == {
-        "effective_weight_kernel", "gemv_kernel", "row_product_kernel", "token_quant_kernel", "w4a8_gemm_kernel"
+        "effective_weight_kernel", "gemv_kernel", "row_product_kernel", "sum_parts_kernel", "token_quant_kernel", "w4a8_gemm_kernel"
     }  # fmt: skip
     assert [launch for launch in launched if launch not in given] == []
     monkeypatch.setattr(async_compile, "get_compile_threads", lambda: 1)  # no workers: nothing is handed over
@@ -176,7 +176,7 @@ def test_a_launch_looks_for_the_key_that_a_worker_wrote(
     with torch.autograd.set_multithreading_enabled(False):
         loss_of(model, torch.bfloat16).backward()
     assert {name for name, _ in keys} == {
-        "effective_weight_kernel", "gemv_kernel", "row_product_kernel", "hopper_quant_kernel", "hopper_gemm_kernel"
+        "effective_weight_kernel", "gemv_kernel", "row_product_kernel", "sum_parts_kernel", "hopper_quant_kernel", "hopper_gemm_kernel"
     }  # fmt: skip
     assert set(keys) - set(written) == set()
     get_ptxas_version.cache_clear()
