@@ -19,7 +19,7 @@ from loragraft.kernels.layout import apply_hadamard, on_device, uses_triton
 from loragraft.kernels.tiles import hadamard_tile
 
 PROGRAMS = 528  # at most; four for each multiprocessor of a large card
-ROWS = 64  # tokens of a step
+ROWS = 128  # tokens of a step
 COLUMNS = {1: 128, 2: 64, 4: 64}  # of a program, by bytes of an element: 128 bytes of a row
 STAGES = 3  # of the loop's loads
 # Byte $BYTE of words $1 and $2 as two bf16: the low 7 bits below the exponent of 128 are 128 + v, the sign's bit there 128 or 256.

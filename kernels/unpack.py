@@ -31,6 +31,7 @@ fma.rn.f16x2 $0, first, $3, $5;
 fma.rn.f16x2 $1, second, $4, $6;
 }}
 """
+ROWS, TOGETHER = 64, 3  # of W_eff that are written at a time; programs that share a large card's multiprocessor
 HALVES_LOW = tl.constexpr(_HALVES.format(mask="0x000F000F"))
 HALVES_HIGH = tl.constexpr(_HALVES.format(mask="0x00F000F0"))
 
@@ -168,14 +169,21 @@ def _write_weight(
     """W_eff into the first K columns of `out`; R = 0 leaves the branch out."""
     N, KP = qweight.shape[0], 2 * qweight.shape[1]
     most = 64 if out.element_size() == 2 else 16  # float32 has no exact tensor core: U and D of a step are in registers
-    rank_block, rows = min(most, max(16, triton.next_power_of_2(R))), 256
+    rank_block, rows = min(most, max(16, triton.next_power_of_2(R))), rows_of_program(N, KP, qweight.device)
     matrix = _half_hadamard(qweight.device) if hadamard else None
     with on_device(qweight):
         effective_weight_kernel[(KP // 128, triton.cdiv(N, rows))](
             qweight, words, scale, smooth, matrix, up_NR, down_RK, out, N, K, KP, R, *up_NR.stride(), down_RK.stride(0),
             out.stride(0), rows, W4A8=words is not None, HADAMARD=hadamard, HAS_SMOOTH=smooth is not None,
-            RANK_BLOCKS=min(2, triton.cdiv(R, rank_block)), ASM=qweight.is_cuda, BN=64, BR=rank_block, STAGES=3, num_warps=4,
+            RANK_BLOCKS=min(2, triton.cdiv(R, rank_block)), ASM=qweight.is_cuda, BN=ROWS, BR=rank_block, STAGES=3, num_warps=4,
         )  # fmt: skip
+
+
+def rows_of_program(N: int, KP: int, device: torch.device) -> int:
+    """Rows that a program walks down: all programs together are one wave, whose length is what the longest takes."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    down = max(1, TOGETHER * processors // (KP // 128))
+    return ROWS * triton.cdiv(triton.cdiv(N, ROWS), down)
 
 
 @functools.cache

@@ -108,7 +108,8 @@ def test_blocks_of_one_kind_share_compiled_code(graphs):
     with torch.no_grad():
         before = velocity_of(model, CPU, torch.float32)
         assert compile_blocks(model) == 5
-        assert torch.equal(velocity_of(model, CPU, torch.float32), before)
+        # Not equal bits: some libraries of some processors sum products of other strides in another order.
+        torch.testing.assert_close(velocity_of(model, CPU, torch.float32), before, rtol=1e-5, atol=1e-6)
     assert len(graphs) == 2  # double and single
     called = [node.target for graph in graphs for node in graph.graph.nodes]
     assert called.count(torch.ops.loragraft.w4a8_group.default) == 10  # every layer asks; equal calls become one later
