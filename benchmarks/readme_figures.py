@@ -377,8 +377,8 @@ def _engine(result: dict[str, Any], quantizer: dict[str, Any], sanitizer: dict[s
         f"the same codes {100 * result['max_rel_err']:.2f} %. A FLUX.1-dev-shaped model is quantized without data in "
         f"{quantizer['seconds']:.0f} s to {quantizer['file_gb']:.1f} GB, {quantizer['peak_gpu_gib']:.1f} GiB of GPU memory; on inputs of its "
         f"own in {result['calibrated_seconds']:.0f} s, eight passes included (reading the 16-bit weights is not). NVIDIA's compute-sanitizer "
-        f"({' and '.join(sanitizer['tools'])}) finds nothing in the {sanitizer['kernels']} kernels of `kernels/`, forward and backward "
-        f"at ragged shapes, and finds an error that was planted (commit {sanitizer['commit'][:7]}).",
+        f"({' and '.join(sanitizer['tools'])}) found nothing in the {sanitizer['kernels']} kernels that `kernels/` had at commit "
+        f"{sanitizer['commit'][:7]}, forward and backward at ragged shapes, and found an error that was planted.",
         "",
         "| layers (M x N x K), microseconds | bf16 | W4A8 | ratio | FP8 | W4A4 | training: bf16 + PEFT | W4A8 | ratio |",
         "|---|---|---|---|---|---|---|---|---|",

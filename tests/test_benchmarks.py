@@ -23,6 +23,12 @@ ENGINE_KEYS = (
     "quantize_seconds calibrated_seconds quantize_peak_gib file_gb"
 )
 
+TRAINING_KEYS = (
+    "device versions commit command step_1024_vs_eager step_1024_vs_compiled step_1024_vs_compiled_same_attention "
+    "step_1024_vs_fp8 step_1024_vs_nf4 step_512_vs_eager step_512_vs_compiled peak_gib_ckpt_1024 peak_gib_nockpt_1024 "
+    "reserved_gib_whole_run_1024 first_step_seconds preflight_worst_pct grad_cosine_min image_20_steps_vs_bf16 "
+    "image_memory_vs_bf16 ddp2_scaling"
+)
 ADAPTERS_KEYS = (
     "device versions commit command seed graft_rel_dev_bf16 graft_rel_dev_fp32 switch_ms transfer merge_requantize"
 )
@@ -57,6 +63,18 @@ def test_the_committed_engine_figures_are_complete_and_passed_their_gate() -> No
     assert [key for key in ENGINE_KEYS.split() if key not in result] == []
     assert result["max_rel_err"] <= 5e-3
     assert result["same_bits_twice"]
+
+
+def test_the_committed_training_figures_are_complete_and_of_one_run() -> None:
+    """Every training step and its rivals on one commit and one card, the same losses, and a time to the first step."""
+    result = committed("flux_training")
+    assert [key for key in TRAINING_KEYS.split() if result.get(key) is None] == []
+    assert result["loss_worst_pct"] <= 2
+    steps = {name: part for name, part in result["parts"].items() if "step_ms" in part and "losses" in part}
+    compared = {name: part for name, part in steps.items() if part.get("resolution")}
+    assert len(compared) >= 10
+    assert len({(part["commit"], part["device"]) for part in compared.values()}) == 1
+    assert all(part["timed_alone"] for part in compared.values())
 
 
 def test_the_committed_sanitizer_runs_found_only_what_was_planted() -> None:
