@@ -108,7 +108,16 @@ def _products() -> list[Build]:
     plain = {**codes, "p_w": "*i8", "s_un": "i32"}
     ranks = {"RANKS": 3, "BR": 16, "GROUP_M": 8}
     rotated = {"HADAMARD": True, "PRECISION": "tf32", "BM": 128, "BN": 64, "BK": 64, **ranks}
-    gradients = {"CODES": True, "ASM": True, "HAS_SCALE": True, "HAS_DY": True, "BM": 128, "BR": 16, "BK": 128, "BN": 64}
+    gradients = {
+        "CODES": True,
+        "ASM": True,
+        "HAS_SCALE": True,
+        "HAS_DY": True,
+        "BM": 128,
+        "BR": 16,
+        "BK": 128,
+        "BN": 64,
+    }
     raw = {**gradients, "CODES": False, "ASM": False, "HAS_SCALE": False, "BK": 64}
     parts = {"p_part": "*fp32", "p_scale": "*fp32", "x_blocks": "i32"}
     sums = {"HAS_SMOOTH": True, "HADAMARD": True, "HAS_DY": True, "AHEAD": 8, "BR": 16}
