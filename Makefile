@@ -44,7 +44,7 @@ check: setup-dev
 
 # Two processes of one torch thread each: most tests are Python, and two processes of two threads get in each other's way.
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-gpu: setup-dev
 	$(BIN)/python -m pytest -m gpu
