@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -23,6 +24,7 @@ from loragraft.kernels.act_quant import (
     quantize_reference,
     smooth_and_rotate,
 )
+from loragraft.kernels.join_factors import Plan
 from loragraft.kernels.layout import LinearCase, relative_rms
 from loragraft.kernels.registry import OPS, ConvCase, Inputs, cast
 from loragraft.kernels.w4a8_conv import w4a8_conv, w4a8_conv_reference
@@ -208,6 +210,25 @@ def quantizer_errors(
     return {"codes times scales": (relative_rms(found, exact), 1e-2 if bits == 8 else 5e-2)}
 
 
+def joins(device: str, dtype: torch.dtype) -> Checks:
+    for rank, layers in ((8, ((4, 104, 40), (4, 64, 130))), (0, ((5, 1500, 3),))):
+        yield f"join beside rank {rank}", partial(join_errors, rank, layers, device, dtype)
+
+
+def join_errors(rank: int, layers: tuple[tuple[int, int, int], ...], device: str, dtype: torch.dtype) -> Errors:
+    """A [r, K] and B [N, r] of layers (r, K, N), below and beside factors of `rank` that stay 0."""
+    random, joined, factors, wanted = torch.Generator().manual_seed(0), [], [], []
+    for r, K, N in layers:
+        for shape, scale, at in (((r, K), 1.0, (rank, 0)), ((N, r), 0.5, (0, rank))):
+            factors.append(torch.randn(shape, generator=random))
+            joined.append(torch.zeros(shape[0] + at[0], shape[1] + at[1], dtype=dtype, device=device))
+            wanted.append(F.pad(scale * factors[-1].double(), (at[1], 0, at[0], 0)))
+    places = [whole[-f.shape[0] :, -f.shape[1] :] for whole, f in zip(joined, factors, strict=True)]
+    Plan(places, [factor.to(device) for factor in factors], [1.0, 0.5] * len(layers)).run()
+    pairs = enumerate(zip(joined, wanted, strict=True))
+    return {f"matrix {i}": (relative_rms(whole.cpu(), expected), 4e-3) for i, (whole, expected) in pairs}
+
+
 def optimizers(device: str, dtype: torch.dtype) -> Checks:
     for sizes in adamw8bit.CASES:
         yield f"adamw8bit {sizes}", partial(optimizer_errors, sizes, device)
@@ -288,6 +309,7 @@ CASES: dict[str, Case] = {
     "group": groups,
     "conv": partial(convolutions, CONVOLUTIONS),
     "conv-boxes": partial(convolutions, CONVOLUTIONS_IN_BOXES),
+    "join-factors": joins,
     "adamw8bit": optimizers,
     PLANTED: planted,
 }
