@@ -21,7 +21,6 @@ class JoinedFactors:
         self._transformer, self._dtype = transformer, dtype
         self._layers: list[tuple[SVDQuantLoraLinear, SVDQuantLinear]] = []
         self._together: dict[SVDQuantLinear, tuple[Tensor, int]] = {}
-        self._copies: list[tuple[Tensor, Tensor, float]] = []
         self._plan: Plan | None = None
         self.join()
 
@@ -29,21 +28,23 @@ class JoinedFactors:
         """Joins what is apart: nothing, unless `separate` came before."""
         if self._layers:
             return
+        copies: list[tuple[Tensor, Tensor, float]] = []
         for layer in self._transformer.modules():
             if isinstance(layer, SVDQuantLoraLinear) and len(layer.active_adapters) == 1:
                 base = layer.get_base_layer()
                 if isinstance(base, SVDQuantLinear) and base.numerics == "w4a8" and base.lora_down.dtype == self._dtype:
-                    self._join(layer, base)
-        if self._copies:
-            self._plan = Plan(*zip(*self._copies, strict=True))
+                    copies += self._join(layer, base)
+        if copies:
+            self._plan = Plan(*zip(*copies, strict=True))
         self.refresh()
 
     @property
     def nbytes(self) -> int:
         """What joining takes beside the base's own factors: A and B in the compute dtype."""
-        return sum(copy.nbytes for copy, _, _ in self._copies)
+        return 0 if self._plan is None else sum(copy.nbytes for copy in self._plan.targets)
 
-    def _join(self, layer: SVDQuantLoraLinear, base: SVDQuantLinear) -> None:
+    def _join(self, layer: SVDQuantLoraLinear, base: SVDQuantLinear) -> list[tuple[Tensor, Tensor, float]]:
+        """The places of its A and B, these, and what they are multiplied with."""
         name = layer.active_adapters[0]
         (down, up), scale = layer_factors(layer, name), float(layer.scaling[name])
         rank, (r, K), N = base.rank, down.shape, up.shape[0]
@@ -56,7 +57,7 @@ class JoinedFactors:
         layer.joined_down[:rank], layer.joined_up[:, :rank] = base.lora_down, base.lora_up
         self._layers.append((layer, base))
         base.lora_down, base.lora_up = layer.joined_down[:rank], layer.joined_up[:, :rank]
-        self._copies += [(layer.joined_down[rank:], down, 1.0), (layer.joined_up[:, rank:], up, scale)]
+        return [(layer.joined_down[rank:], down, 1.0), (layer.joined_up[:, rank:], up, scale)]
 
     def _room(self, base: SVDQuantLinear, rows: int) -> tuple[Tensor | None, int]:
         """Where [D; A] of a layer goes among those of its group (`join_group`), and from which row on; (None, 0) without one.
@@ -77,7 +78,7 @@ class JoinedFactors:
 
     def separate(self) -> None:
         """Takes the joined factors off again; the base's own are as they were."""
-        self._copies, self._plan = [], None  # views, which would keep every layer's memory until the last is apart
+        self._plan = None  # it holds views, which would keep every layer's memory until the last is apart
         self._together = {}
         for layer, base in self._layers:
             layer.joined_down = layer.joined_up = layer.joined_together = None

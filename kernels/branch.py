@@ -68,13 +68,14 @@ def adapter_gradients(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dA [r, K] and dB [N, r] in the adapter's dtypes. The rotation and smoothing of a rebuilt x act on the small dA."""
     r, K = adapter_down.shape
-    rebuild = (None, False) if x_MK is not None else (smooth_K, hadamard)
-    right_MK = codes_MK if x_MK is None else x_MK
-    assert right_MK is not None
+    if x_MK is not None:
+        scale_MG, smooth_K, hadamard = None, None, False
+    else:
+        assert codes_MK is not None
+        x_MK = codes_MK
     return row_product.adapter_gradients(
-        g_MR[:, -r:], right_MK, scale_MG if x_MK is None else None, h_MR[:, -r:], dy_MN, *rebuild, K,
-        adapter_down.dtype, adapter_up.dtype,
-    )  # fmt: skip
+        g_MR[:, -r:], x_MK, scale_MG, h_MR[:, -r:], dy_MN, smooth_K, hadamard, K, adapter_down.dtype, adapter_up.dtype
+    )
 
 
 def finish_dx(dx_MKp: Tensor, smooth_K: Tensor | None, hadamard: bool, g_MR: Tensor, down_RK: Tensor) -> Tensor:

@@ -15,14 +15,15 @@ from torch import Tensor
 from loragraft.kernels.layout import on_device, uses_triton
 
 BLOCK = 1024  # values of a program
-FIELDS = 5  # of a row of the table: addresses of target and factor, values, values in a row, the target's stride
+# Of a row of the table: addresses of target and factor, values, values in a row, the target's stride.
+FIELDS = tl.constexpr(5)
 
 
 @triton.jit
 def join_factors_kernel(p_table, p_scales, p_work, p_like, BLOCK: tl.constexpr):
     """p_work [programs, 2]: a row of the table and the first value. p_like: a pointer of the targets' dtype."""
     entry, first = tl.load(p_work + 2 * tl.program_id(0)), tl.load(p_work + 2 * tl.program_id(0) + 1)
-    p_entry = p_table + 5 * entry
+    p_entry = p_table + FIELDS * entry
     p_target = tl.load(p_entry).to(tl.pointer_type(p_like.dtype.element_ty))
     p_factor = tl.load(p_entry + 1).to(tl.pointer_type(tl.float32))
     size, width = tl.load(p_entry + 2).to(tl.int32), tl.load(p_entry + 3).to(tl.int32)
@@ -52,7 +53,7 @@ class Plan:
         start = torch.arange(int(programs.sum())) - (programs.cumsum(0) - programs)[entry]
         self.work = torch.stack([entry, start * BLOCK], 1).to(torch.int32).to(device)
         self.scales = torch.tensor(list(scales), dtype=torch.float32).to(device)
-        self.here = torch.zeros((len(factors), FIELDS), dtype=torch.int64)
+        self.here = torch.zeros((len(factors), FIELDS.value), dtype=torch.int64)
         self.there = self.here.to(device)
 
     @torch.no_grad()

@@ -17,6 +17,7 @@ from torch import Tensor
 from loragraft.kernels.layout import hadamard64, on_device, padded
 from loragraft.kernels.tiles import load_nibbles
 
+ROWS, TOGETHER = 64, 3  # of W_eff that are written at a time; programs that share a large card's multiprocessor
 # One register of 4 bytes ($2) -> 4 float16 (u s + c - 128) 2^-16: the bits of a nibble u alone are the float16 u 2^-24, those of
 # a high nibble in its place u 2^-20. $3, $4 hold s 2^8 (high: s 2^4), $5, $6 (c - 128) 2^-16; one multiply-add, exact, for two.
 CODE_UNIT = tl.constexpr(2.0**-16)
@@ -31,7 +32,6 @@ fma.rn.f16x2 $0, first, $3, $5;
 fma.rn.f16x2 $1, second, $4, $6;
 }}
 """
-ROWS, TOGETHER = 64, 3  # of W_eff that are written at a time; programs that share a large card's multiprocessor
 HALVES_LOW = tl.constexpr(_HALVES.format(mask="0x000F000F"))
 HALVES_HIGH = tl.constexpr(_HALVES.format(mask="0x00F000F0"))
 

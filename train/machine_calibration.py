@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import torch
 from diffusers import FluxTransformer2DModel
@@ -35,7 +35,7 @@ from loragraft.quantization.settings import QuantSettings
 from loragraft.recipes.schema import AdapterConfig
 from loragraft.train.dry_run import DryRun, dry_infer, dry_train
 from loragraft.train.op_cost import product_tiles, weight_only_tiles
-from loragraft.train.roofline import Host, Machine, part_seconds, roofline_seconds, rounded_up
+from loragraft.train.roofline import Counts, Host, Machine, part_seconds, roofline_seconds, rounded_up
 from loragraft.train.step import GraphStep
 
 M, D, MLP, HEADS, HEAD = 4608, 3072, 12288, 24, 128
@@ -242,33 +242,6 @@ def flux_loss(model: nn.Module, device: torch.device | str, edge: int, tokens: i
     return flow_loss(model, latents, torch.ones_like(latents), torch.full((1,), 0.5, device=device), text)
 
 
-class Counts(NamedTuple):
-    """Ops of a step or a pass."""
-
-    others: int
-    """torch's."""
-    forward: int
-    """Ours that compute layers."""
-    gradients: int
-    """Ours that compute gradients."""
-    launches: float
-    """Kernels that ours launch, by the time that takes."""
-
-    @classmethod
-    def of(cls, run: DryRun) -> "Counts":
-        """Those that do something."""
-        counted = [(cost, count) for cost, count in run.counted() if cost.parts]
-        custom = sum(count for cost, count in counted if cost.custom)
-        forward = sum(count for cost, count in counted if cost.forward)
-        launches = sum(count * cost.launches for cost, count in counted)
-        return cls(sum(count for _, count in counted) - custom, forward, custom - forward, launches)
-
-    @property
-    def ops(self) -> int:
-        """All of them."""
-        return self.others + self.forward + self.gradients
-
-
 @dataclass(frozen=True)
 class Timed:
     """A real step or pass, and its dry run."""
@@ -278,7 +251,7 @@ class Timed:
 
     def counts(self) -> Counts:
         """Its ops."""
-        return Counts.of(self.run)
+        return Counts.of(self.run.counted())
 
     def roofline(self, machine: Machine) -> float:
         """Seconds of the parts alone, uncorrected."""
@@ -354,7 +327,7 @@ class HostTimes:
         for quantized, blocks in kinds:
             run, imagined = _prepared(NARROW, blocks, device, quantized=quantized, trains=trains, captured=False)
             self._runs.append(run)
-            self.counts.append(Counts.of(imagined()))
+            self.counts.append(Counts.of(imagined().counted()))
             time_of(run, repeats=1, warm=2)
 
     def round(self) -> None:

@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from loragraft.disk import write_atomic
 from loragraft.train.dry_run import DryRun
@@ -112,20 +113,39 @@ CARDS = (
 
 def seconds(ops: Iterable[tuple[OpCost, float]], machine: Machine, *, host: bool = True, trains: bool = True) -> float:
     """Time of ops, each with how often it runs. host=False: launches cost nothing (CUDA graphs). trains: with gradients."""
-    counted = [(cost, count) for cost, count in ops if cost.parts]
-    custom = sum(count for cost, count in counted if cost.custom)
-    forward = sum(count for cost, count in counted if cost.forward)
-    others = sum(count for _, count in counted) - custom
-    ideal = sum(count * roofline_seconds(cost, machine) for cost, count in counted)
-    beside = others * machine.gpu_op + forward * machine.gpu_forward + (custom - forward) * machine.gpu_gradient
-    launched = host_seconds(counted, machine.host if trains else machine.host_infer) if host and counted else 0.0
+    ops = list(ops)
+    n, by = Counts.of(ops), machine.host if trains else machine.host_infer
+    ideal = sum(count * roofline_seconds(cost, machine) for cost, count in ops)
+    beside = n.others * machine.gpu_op + n.forward * machine.gpu_forward + n.gradients * machine.gpu_gradient
+    launched = by.fixed + n.ops * by.op + n.launches * by.launch if host and n.ops else 0.0
     return max(machine.correction * ideal + beside, launched)
 
 
-def host_seconds(counted: Iterable[tuple[OpCost, float]], host: Host) -> float:
-    """Time that Python needs to launch ops, each with how often it runs."""
-    total = [(count, count * cost.launches) for cost, count in counted]
-    return host.fixed + sum(count for count, _ in total) * host.op + sum(number for _, number in total) * host.launch
+class Counts(NamedTuple):
+    """Ops of a step or a pass."""
+
+    others: float
+    """torch's."""
+    forward: float
+    """Ours that compute layers."""
+    gradients: float
+    """Ours that compute gradients."""
+    launches: float
+    """Kernels that ours launch, by the time that takes."""
+
+    @classmethod
+    def of(cls, ops: Iterable[tuple[OpCost, float]]) -> "Counts":
+        """Those of them that do something."""
+        counted = [(cost, count) for cost, count in ops if cost.parts]
+        custom = sum(count for cost, count in counted if cost.custom)
+        forward = sum(count for cost, count in counted if cost.forward)
+        launches = sum(count * cost.launches for cost, count in counted)
+        return cls(sum(count for _, count in counted) - custom, forward, custom - forward, launches)
+
+    @property
+    def ops(self) -> float:
+        """All of them."""
+        return self.others + self.forward + self.gradients
 
 
 def roofline_seconds(cost: OpCost, machine: Machine) -> float:
