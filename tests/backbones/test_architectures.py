@@ -83,8 +83,9 @@ def test_the_command_takes_folder_pipeline_and_file(
     shown = capsys.readouterr()
     assert "w4a8: 17 layers" in shown.out and "w4a16: 3 layers" in shown.out
     assert "layer/s" in shown.err
-    assert "transformer_blocks.0.attn.to_v" in shown.err
     layers = json.loads((tmp_path / "out0" / "config.json").read_text())["quantization_config"]["layers"]
+    at_end = shown.err.splitlines()[-1]  # what a bar shows before its end depends on the machine's speed
+    assert "20/20" in at_end and any(path in at_end for path in layers)
     assert {layer["group_size"] for layer in layers.values() if layer["numerics"] == "w4a8"} == {128}
 
 
