@@ -33,9 +33,15 @@ IN_ITS_PLACE = {
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write one safetensors file, whole or not at all. Raises DiskFullError where there is no room."""
+    """Write one safetensors file, whole or not at all, readable by whom any new file of yours is.
+
+    Raises DiskFullError where there is no room, OSError naming `path` where it may not be written.
+    """
     with replacing_file(path, sum(tensor.nbytes for tensor in tensors.values())) as scratch:
+        scratch.touch()
+        mode = scratch.stat().st_mode  # the library makes files that nobody but their owner may read
         save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, scratch, metadata)
+        scratch.chmod(mode)
 
 
 def read_header(path: Path, header_limit: int = HEADER_LIMIT) -> tuple[dict[str, Any], dict[str, str]]:

@@ -65,7 +65,7 @@ def naming_full_disk(path: Path, needed: int = 0) -> Iterator[None]:
 def replacing_file(path: Path, needed: int = 0) -> Iterator[Path]:
     """A scratch name beside `path` for the block to write; flushed and renamed if the block ends well, removed if not.
 
-    Raises DiskFullError where there is no room; `needed` is the file's size in bytes for that message.
+    Raises DiskFullError where there is no room, `needed` being the file's size in bytes for that message, and OSError naming `path`.
     """
     scratch = scratch_name(path)
     with naming_full_disk(path, needed):
@@ -74,6 +74,10 @@ def replacing_file(path: Path, needed: int = 0) -> Iterator[Path]:
             flush(scratch)
             os.replace(scratch, path)
             flush(path.parent)
+        except OSError as error:
+            if error.filename == str(scratch):
+                error.filename = str(path)  # the name that the user gave, not one that is gone
+            raise
         finally:
             scratch.unlink(missing_ok=True)
 

@@ -1,5 +1,6 @@
 """Files and folders appear whole or not at all; a damaged one is refused by the tensor's name."""
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,25 @@ def test_roundtrip(tmp_path: Path) -> None:
         assert tensors[name].dtype == tensor.dtype
         assert torch.equal(tensors[name], tensor)
     assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]
+
+
+def test_who_may_read_a_file_is_up_to_the_umask(tmp_path: Path) -> None:
+    """The safetensors library makes files for their owner alone: no other account could load what lies in a shared folder."""
+    (tmp_path / "any").touch()
+    write_tensors(tmp_path / "w.safetensors", TENSORS, {})
+    assert (tmp_path / "w.safetensors").stat().st_mode == (tmp_path / "any").stat().st_mode
+
+
+def test_a_folder_that_may_not_be_written_is_named_with_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(scratch: Path, *_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(scratch))
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    with pytest.raises(PermissionError) as caught:
+        write_tensors(tmp_path / "w.safetensors", TENSORS, {})
+    assert caught.value.filename == str(tmp_path / "w.safetensors")
 
 
 def test_truncation_names_the_tensor(tmp_path: Path) -> None:
