@@ -12,7 +12,6 @@ The folder is a function of the run: twice the same run gives twice the same byt
 """
 
 import json
-import re
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -28,6 +27,7 @@ from loragraft.evaluation.image_sets import adapter_hash
 from loragraft.zoo.card import Picture, adapter_card
 from loragraft.zoo.entry import (
     ENTRY,
+    VERSION,
     BaseRef,
     Entry,
     FileRecord,
@@ -41,7 +41,6 @@ from loragraft.zoo.licences import licence_for, repository_of
 from loragraft.zoo.scores import scores_of
 
 WEIGHTS, CARD, SCORE, IMAGES = "pytorch_lora_weights.safetensors", "README.md", "score.json", "images"
-VERSION = re.compile(r"(0|[1-9]\d*)(\.(0|[1-9]\d*)){2}")
 SAMPLES = f"{IMAGES}/samples.png"
 GALLERY = 12
 """Pictures at most."""

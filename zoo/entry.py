@@ -10,7 +10,8 @@ safetensors or not at all.
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -27,6 +28,10 @@ SIZE_LIMIT = {ENTRY: 1 << 20, STATUS: 1 << 20, INDEX: 1 << 26, SIGNATURE: 1 << 2
 
 class ZooError(ValueError):
     """What a zoo holds, or was given, cannot be trusted or done; the message says which and how to go on."""
+
+
+class NotAsPublishedError(ZooError):
+    """A file is missing, foreign, or not the bytes that its entry or index says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,9 +161,14 @@ class Listed:
         return [*sorted(self.entry.files), *([SIGNATURE] if self.signed else []), ENTRY]
 
 
-def another(where: str, entry: Entry) -> ZooError:
-    """`where` holds other files under the name and version of `entry`, which may not be replaced."""
-    major, minor, patch = version_numbers(entry.version)
+VERSION = re.compile(r"(0|[1-9]\d*)(\.(0|[1-9]\d*)){2}")
+
+
+def another(where: str, entry: Entry, taken: Iterable[str]) -> ZooError:
+    """`where` holds other files under the name and version of `entry`, which may not be replaced. taken: versions of that name."""
+    numbers = [version_numbers(version) for version in {*taken, entry.version} if VERSION.fullmatch(version)]
+    major, minor, _ = version_numbers(entry.version)
+    patch = max(number[2] for number in numbers if number[:2] == (major, minor))
     return ZooError(
         f"{where} holds another {entry.name} {entry.version}, and a version never changes: publish this one with "
         f"--version {major}.{minor}.{patch + 1}, or give the recipe another name"

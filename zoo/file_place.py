@@ -6,12 +6,14 @@
     PLACE/NAME/VERSION/...                    the files; a version's never change
 
 What a killed publisher leaves is a VERSION without an entry, which no index names and which the next attempt replaces, or
-a complete one that the index does not name yet: the next attempt writes the index. Two who publish different adapters under one
+a complete one that the index does not name yet: the next attempt writes the index, and sends what has been lost or damaged since. Two who publish different adapters under one
 name and version at the same moment may mix their files; whoever fetches the mixture is told by its sums.
 """
 
+import hashlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,9 @@ from loragraft.zoo.entry import (
     SIZE_LIMIT,
     STATUS,
     Entry,
+    FileRecord,
     Listed,
+    NotAsPublishedError,
     Status,
     ZooError,
     another,
@@ -38,8 +42,12 @@ from loragraft.zoo.entry import (
     statuses_from_bytes,
     statuses_to_bytes,
 )
+from loragraft.zoo.places import VARIABLE
 
+AGAIN = "whoever published it gives the same `loragraft publish` once more, which sends what is lost"
 CHUNK = 1 << 20
+NOT_FOUND = 404
+"""HTTP's word for a file that is not there."""
 ATTEMPTS = 10
 """How often an index is written anew because another publisher added to the place meanwhile."""
 
@@ -59,11 +67,20 @@ class FilePlace:
 
     def listed(self) -> list[Listed]:
         path = f"{self.root}/{INDEX}"
-        if not self.fs.exists(path):
+        try:
+            with self._telling():
+                content = self._read(path, INDEX)
+        except (FileNotFoundError, NotADirectoryError):
             if self.fs.exists(self.root):
-                raise ZooError(f"{self.url} has no {INDEX}, so it is no zoo: `loragraft publish RUN --to {self.url}`")
-            raise ZooError(f"{self.url} is no folder: give one that `loragraft publish --to` wrote, or hf://OWNER")
-        return index_from_bytes(self._read(path, INDEX), path)
+                raise ZooError(
+                    f"{self.url} has no {INDEX}, so it is no zoo: name one with --zoo or ${VARIABLE}. `loragraft publish RUN --to "
+                    "PLACE` makes one, `loragraft zoo index PLACE` mends one whose index is lost"
+                ) from None
+            raise ZooError(
+                f"{self.url} is no folder: name a zoo with --zoo or ${VARIABLE}, a folder that `loragraft publish --to` wrote, a "
+                "URL, or hf://OWNER"
+            ) from None
+        return index_from_bytes(content, path)
 
     def versions(self, name: str) -> list[Listed]:
         return [item for item in self.listed() if item.entry.name == name]
@@ -72,7 +89,8 @@ class FilePlace:
         entry = item.entry
         with tqdm(total=entry.size, unit="B", unit_scale=True, desc=f"{entry.name} {entry.version}") as bar:
             for name in item.files:
-                self._copy(f"{self._folder(entry)}/{name}", name, entry, folder / name, bar)
+                with self._telling():
+                    self._copy(f"{self._folder(entry)}/{name}", name, entry, folder / name, bar)
 
     def _copy(self, source: str, name: str, entry: Entry, target: Path, bar: "tqdm[Any]") -> None:
         """No more bytes than promised reach the disk."""
@@ -86,11 +104,11 @@ class FilePlace:
                     bar.update(len(chunk) if record is not None else 0)
                 got = local.tell()
         except FileNotFoundError:
-            raise ZooError(f"{source} is not there, though {INDEX} promises it: publish that version again") from None
+            raise NotAsPublishedError(f"{source} is not there, though {INDEX} promises it: {AGAIN}") from None
         if got > limit or (record is not None and got != limit):
             said = f"{limit} bytes" if record is not None else f"at most {limit} bytes"
-            raise ZooError(
-                f"{source} has {'more than ' if got > limit else 'only '}{min(got, limit)} bytes, not {said}"
+            raise NotAsPublishedError(
+                f"{source} has {'more than ' if got > limit else 'only '}{min(got, limit)} bytes, not {said}: {AGAIN}"
             )
 
     def publish(self, entry: Entry, folder: Path) -> bool:
@@ -98,9 +116,13 @@ class FilePlace:
         if self.fs.exists(f"{target}/{ENTRY}"):
             present = entry_from_bytes(self._read(f"{target}/{ENTRY}", ENTRY), f"{target}/{ENTRY}")
             if present != entry:
-                raise another(self.url, entry)
+                entries = self.fs.glob(f"{self.root}/{entry.name}/*/{ENTRY}")
+                raise another(self.url, entry, [path.split("/")[-2] for path in entries])
+            lost = [name for name in entry.files if not self._is_whole(f"{target}/{name}", entry.files[name])]
+            for name in lost:
+                self.put(folder / name, f"{target}/{name}")
             self.write_index()
-            return False
+            return bool(lost)
         if self.fs.exists(target):  # a killed publisher's
             self.fs.rm(target, recursive=True)
         signature = [SIGNATURE] if (folder / SIGNATURE).exists() else []
@@ -150,6 +172,33 @@ class FilePlace:
         path = f"{self.root}/{name}/{STATUS}"
         return statuses_from_bytes(self._read(path, STATUS), path) if self.fs.exists(path) else {}
 
+    def _is_whole(self, path: str, record: FileRecord) -> bool:
+        """Whether the file is there, byte for byte as published."""
+        if not self.fs.exists(path) or self.fs.size(path) != record.size:
+            return False
+        with self.fs.open(path, "rb") as file:
+            digest = hashlib.sha256()
+            while chunk := file.read(CHUNK):
+                digest.update(chunk)
+        return digest.hexdigest() == record.sha256
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Turns a URL that cannot be read into one sentence. Over HTTP a file that is not there and a host that is not are both a
+        FileNotFoundError; what it was raised from tells them apart."""
+        try:
+            yield
+        except OSError as error:
+            cause: BaseException | None = error
+            while isinstance(cause, FileNotFoundError):
+                cause = cause.__cause__
+            if cause is None or getattr(cause, "status", None) == NOT_FOUND or isinstance(self.fs, LocalFileSystem):
+                raise
+            raise ZooError(
+                f"{self.url} cannot be read ({str(cause) or type(cause).__name__}): look at the address and at your connection, and "
+                "give the same command again"
+            ) from error
+
     def _folder(self, entry: Entry) -> str:
         return f"{self.root}/{entry.name}/{entry.version}"
 
@@ -170,6 +219,14 @@ def open_files(text: str) -> FilePlace:
         raise ZooError(f"{text} cannot be opened: {error}") from error
     if isinstance(fs, LocalFileSystem):
         return FilePlace(text, fs, root, _put_local, _write_local)
+    if "http" in fs.protocol:
+
+        def refuse(_: Path | bytes, __: str) -> None:
+            raise ZooError(
+                f"{text} can only be read: publish to a folder, s3://bucket/zoo or hf://OWNER, and serve that"
+            )
+
+        return FilePlace(text, fs, root.rstrip("/"), refuse, refuse)
 
     def put(source: Path, target: str) -> None:
         fs.makedirs(target.rpartition("/")[0], exist_ok=True)

@@ -22,6 +22,7 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -34,6 +35,7 @@ from loragraft.zoo.entry import (
     STATUS,
     Entry,
     Listed,
+    NotAsPublishedError,
     Status,
     ZooError,
     another,
@@ -144,12 +146,13 @@ class HubPlace:
             tags = {tag.name: tag.target_commit for tag in self._api.list_repo_refs(repo).tags}
             tag, there = f"{PREFIX}{entry.version}", set(_sizes(head))
             if tag in tags:
-                self._require_same(repo, entry, self._api.model_info(repo, revision=tags[tag], files_metadata=True))
+                info = self._api.model_info(repo, revision=tags[tag], files_metadata=True)
+                self._require_same(repo, entry, info, [name.removeprefix(PREFIX) for name in tags])
                 return False
             if ENTRY in there:
                 present = entry_from_bytes(self._read(repo, ENTRY, head), f"{repo}/{ENTRY}")
                 if present.version == entry.version:  # committed by a publisher that was killed before it set the tag
-                    self._require_same(repo, entry, head)
+                    self._require_same(repo, entry, head, [name.removeprefix(PREFIX) for name in tags])
                     self._api.create_tag(repo, tag=tag, revision=head.sha, exist_ok=True)
                     return False
             mine = [*sorted(entry.files), ENTRY, *([SIGNATURE] if (folder / SIGNATURE).exists() else [])]
@@ -181,9 +184,9 @@ class HubPlace:
             raise ZooError(f"{self.url} is for an adapter {name!r}, and this one is {entry.name!r}: --to hf://{owner}")
         return f"{self.owner}/{entry.name}"
 
-    def _require_same(self, repo: str, entry: Entry, info: Any) -> None:
+    def _require_same(self, repo: str, entry: Entry, info: Any, taken: list[str]) -> None:
         if self._read(repo, ENTRY, info) != entry.to_bytes():
-            raise another(repo, entry)
+            raise another(repo, entry, taken)
 
     def _statuses(self, repo: str, head: Any) -> dict[str, Status]:
         if STATUS not in _sizes(head):
@@ -212,6 +215,11 @@ class HubPlace:
             for cause in _causes(error):  # an upload that failed is a RuntimeError around what happened
                 if isinstance(cause, HfHubHTTPError):
                     raise ZooError(_sentence(what, cause)) from error
+                if isinstance(cause, LocalTokenNotFoundError):
+                    whose = "" if self.account else ", or name an account to read from: hf://OWNER"
+                    raise ZooError(
+                        f"{what}: you are not logged in to the Hub: `hf auth login`, or set HF_TOKEN to a token that may write{whose}"
+                    ) from error
                 if isinstance(cause, OfflineModeIsEnabled):
                     raise ZooError(
                         f"{what}: HF_HUB_OFFLINE is set, so the Hub is not asked. Unset it, or use a copy: `loragraft zoo mirror`"
@@ -240,10 +248,10 @@ def _check_size(repo: str, name: str, size: int | None, entry: Entry) -> None:
     """Before anything is fetched: a file may not be larger than the entry says."""
     record = entry.files.get(name)
     if size is None:
-        raise ZooError(f"{repo} lacks {name}, which its {ENTRY} promises")
+        raise NotAsPublishedError(f"{repo} lacks {name}, which its {ENTRY} promises")
     if (record is not None and size != record.size) or (record is None and size > SIZE_LIMIT[name]):
         said = record.size if record is not None else f"at most {SIZE_LIMIT[name]}"
-        raise ZooError(f"{repo}/{name} has {size} bytes, not {said}")
+        raise NotAsPublishedError(f"{repo}/{name} has {size} bytes, not {said}")
 
 
 def _sentence(what: str, error: HfHubHTTPError) -> str:

@@ -5,13 +5,14 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from loragraft.zoo import file_place
-from loragraft.zoo.entry import ENTRY, Listed, Status, ZooError
+from loragraft.zoo.entry import ENTRY, Listed, NotAsPublishedError, Status, ZooError
 from loragraft.zoo.file_place import FilePlace, open_files
 from loragraft.zoo.places import choose, open_place
 from loragraft.zoo.publish import publish
@@ -56,10 +57,13 @@ def test_a_version_never_changes_and_a_higher_one_is_chosen(place: FilePlace, ma
     publish(make_run(), place, version="1.9.0")
     with pytest.raises(ZooError, match=r"--version 1\.9\.1"):
         publish(make_run(seed=1), place, version="1.9.0")
+    publish(make_run(seed=1), place, version="1.9.1")
+    with pytest.raises(ZooError, match=r"--version 1\.9\.2"):  # one that is free
+        publish(make_run(seed=2), place, version="1.9.0")
     publish(make_run(seed=1), place, version="1.10.0")
     assert choose(place, "marketing").entry.version == "1.10.0"
     assert choose(place, "marketing@1.9.0").entry.version == "1.9.0"
-    with pytest.raises(ZooError, match=r"but 1\.9\.0, 1\.10\.0"):
+    with pytest.raises(ZooError, match=r"but 1\.9\.0, 1\.9\.1, 1\.10\.0"):
         choose(place, "marketing@2.0.0")
 
 
@@ -171,6 +175,27 @@ def test_a_file_that_is_not_as_published_is_never_left_behind(
     assert list((tmp_path / "out").iterdir()) == []
 
 
+@pytest.mark.parametrize("grow", [None, -1, 0])
+def test_publishing_again_mends_what_was_lost_or_damaged(
+    place: FilePlace, make_run: Callable[..., Path], tmp_path: Path, grow: int | None
+) -> None:
+    """As the message of whoever misses it says."""
+    run = make_run()
+    publish(run, place)
+    file = f"{place.root}/marketing/1.0.0/score.json"
+    whole = place.fs.cat_file(file)
+    if grow is None:
+        place.fs.rm(file)
+    else:
+        tamper(place, "score.json", b"x" * (len(whole) + grow))
+    with pytest.raises(NotAsPublishedError) as caught:
+        pull(place, "marketing", tmp_path / "out", say=quiet)
+    assert ".writing" not in str(caught.value)  # a scratch copy is nothing that anybody could look at
+    assert publish(run, place).changed
+    assert place.fs.cat_file(file) == whole
+    assert not publish(run, place).changed
+
+
 def test_no_more_reaches_the_disk_than_was_promised(
     place: FilePlace, make_run: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -213,7 +238,7 @@ def test_pull_does_not_replace_another_version(place: FilePlace, make_run: Calla
     folder = pull(place, "marketing", tmp_path / "out", say=quiet)
     before = (folder / ENTRY).read_bytes()
     publish(make_run(seed=1), place, version="1.0.1")
-    with pytest.raises(ZooError, match=r"holds another marketing 1\.0\.0"):
+    with pytest.raises(ZooError, match=r"holds marketing 1\.0\.0, not 1\.0\.1"):
         pull(place, "marketing", tmp_path / "out", say=quiet)
     assert (folder / ENTRY).read_bytes() == before
 
@@ -236,6 +261,39 @@ def test_a_place_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert open_place().url == str(tmp_path / "mine")
     monkeypatch.delenv("LORAGRAFT_ZOO")
     assert open_place().url == "zoo"
+
+
+def test_a_url_that_does_not_answer_is_not_called_an_empty_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fsspec's HTTP says FileNotFoundError of a host that is down, and of a file that is not there."""
+    place = open_files(f"memory://{uuid.uuid4().hex}/zoo")
+
+    def unreachable(*_: object) -> None:
+        raise FileNotFoundError("https://host/zoo/index.json") from ConnectionRefusedError("connect call failed")
+
+    monkeypatch.setattr(place.fs, "open", unreachable)
+    with pytest.raises(ZooError, match=r"cannot be read \(connect call failed\)"):
+        place.listed()
+
+    class AnswerError(Exception):
+        status = 404
+
+    def absent(*_: object) -> None:
+        raise FileNotFoundError("https://host/zoo/index.json") from AnswerError("File not found")
+
+    monkeypatch.setattr(place.fs, "open", absent)
+    with pytest.raises(ZooError, match="is no folder"):
+        place.listed()
+
+
+def test_a_web_server_can_only_be_read(make_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Web(MemoryFileSystem):  # type: ignore[misc]  # fsspec is untyped
+        protocol = ("http", "https")
+        store: ClassVar[dict[str, Any]] = {}
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", lambda _: (Web(skip_instance_cache=True), "/host/zoo"))
+    with pytest.raises(ZooError, match="can only be read: publish to a folder"):
+        publish(make_run(), open_files("https://host/zoo"))
+    assert Web.store == {}
 
 
 def test_unknown_names_meet_the_nearest(place: FilePlace, make_run: Callable[..., Path]) -> None:

@@ -139,6 +139,15 @@ def test_who_may_not_publish_is_told_why(
     assert hub.repos == {}
 
 
+@pytest.mark.parametrize("where", ["hf://alice", "hf://"])
+def test_who_is_not_logged_in_is_told_how(
+    hub: Any, make_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    monkeypatch.setattr("huggingface_hub.hf_api.get_token", lambda: None)
+    with pytest.raises(ZooError, match=rf"{where}: you are not logged in to the Hub: `hf auth login`"):
+        publish(make_run(), open_place(where))
+
+
 def test_a_gated_repository(hub: Any, make_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     publish(make_run(), open_place("hf://alice", public=True))
     hub.repos[REPO].gated = True

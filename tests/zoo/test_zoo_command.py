@@ -136,6 +136,13 @@ def test_all_of_a_zoo_is_verified_and_the_bad_ones_are_named(capsys: Say, make_r
     text = said(capsys, "zoo", "verify", "--all", "--no-graft", code=1)
     assert "1 of 2 versions are what they say: not design@1.0.0" in text
     assert "verify what?" in said(capsys, "zoo", "verify", code=2)
+    text = said(capsys, "zoo", "verify", "design", "--no-graft", code=1)
+    assert "FAILED  files" in text
+    assert "README.md has" in text
+    assert "there is no folder adapters/desing" in said(capsys, "zoo", "verify", "adapters/desing", code=2)
+    assert "name a zoo with --zoo" in said(capsys, "zoo", "info", "design", "--zoo", "nowhere", code=2)
+    text = said(capsys, "zoo", "verify", "marketing", "--no-graft", "--key", "me.pub", code=1)
+    assert "FAILED  signature  it is not signed" in text
 
 
 def test_signed(capsys: Say, make_run: Callable[..., Path]) -> None:
