@@ -30,8 +30,8 @@ def run(args: Namespace) -> int:
     Raises ValueError without an adapter, and as `graft` and `truncate` do.
     """
     if not args.adapter:
-        raise ValueError("--rank and --any-base say how adapters are grafted: name one with --adapter")
-    adapters = open_adapters(args.adapter)
+        raise ValueError("--rank, --any-base and --denoiser-only say how adapters are grafted: name one with --adapter")
+    adapters = open_adapters(args.adapter, denoiser_only=args.denoiser_only)
     notes = [f"grafted {adapter.name} with weight {weight:g}, rank {adapter.rank}" for adapter, weight in adapters]
     if args.rank is not None:
         joined = truncate(adapters, args.rank, "+".join(adapter.name for adapter, _ in adapters))

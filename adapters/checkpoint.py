@@ -122,8 +122,9 @@ class Adapter:
                 f"is one for this base, graft it with --any-base (any_base=True); this base is {base_id}"
             )
         if self.base_id != base_id:
+            profile = f" in profile {self.metadata['profile']}" if self.metadata.get("profile") else ""
             raise ValueError(
-                f"adapter {self.name!r} was trained on base {self.base_id} ({self.metadata.get('base', 'no name')}), "
+                f"adapter {self.name!r} was trained on base {self.base_id} ({self.metadata.get('base', 'no name')}{profile}), "
                 f"this base is {base_id}; load that base, or graft it all the same with --any-base (any_base=True) and expect another result"
             )
 
@@ -266,15 +267,20 @@ def check_fits(adapter: Adapter, layers: Mapping[str, tuple[tuple[int, ...], int
         listed = "; ".join(f"{path!r} ({nearest(path, layers)})" for path in unknown[:MOST_LISTED])
         more = f"; and {len(unknown) - MOST_LISTED} more" if len(unknown) > MOST_LISTED else ""
         raise ValueError(
-            f"adapter {adapter.name!r} targets {len(unknown)} layer(s) that cannot carry it here: {listed}{more}"
+            f"adapter {adapter.name!r} targets {len(unknown)} layer(s) that cannot carry it here: {listed}{more}. {_meant_for(adapter)}"
         )
     for path, (down, up) in adapter.pairs.items():
         inputs, outputs = layers[path]
         if (_less_ones(down.shape[1:]), up.shape[0]) != (_less_ones(inputs), outputs):
             raise ValueError(
                 f"adapter {adapter.name!r}: {path!r} maps {_sizes(down.shape[1:])} to {up.shape[0]} features, "
-                f"the layer {_sizes(inputs)} to {outputs}"
+                f"the layer {_sizes(inputs)} to {outputs}. {_meant_for(adapter)}"
             )
+
+
+def _meant_for(adapter: Adapter) -> str:
+    """Which base the adapter seems to be for, in words."""
+    return f"Is it for this base? Its file says {adapter.metadata.get('base') or 'none'}; layers: {adapter.family}"
 
 
 def _sizes(shape: Sequence[int]) -> str:

@@ -10,13 +10,14 @@ A convolution's A [r, C, k, k] and B [N, r, 1, 1] join as matrices over (tap, ch
 W + w B A takes the place of W, by the same bookkeeping.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loragraft.adapters.checkpoint import Adapter, check_fits
+from loragraft.adapters.checkpoint import UNKNOWN_BASE, Adapter, check_fits
 from loragraft.adapters.formats.contract import check_together
 from loragraft.kernels.layout import relative_rms
 from loragraft.quantization.branched import BranchedLinear
@@ -49,11 +50,12 @@ def graft(
 ) -> None:
     """Concatenate `adapter`, times `weight`, into the branches; `name` (default: the adapter's) identifies it later.
 
-    Nothing changes unless everything fits. Raises ValueError for an adapter of another base unless `any_base`, a name
-    in use, targets or shapes that do not fit, a second compensating adapter, one that changes more than the denoiser's layers (`check_whole`), and a
+    Nothing changes unless everything fits. Raises ValueError for a weight that is not finite, an adapter of another base unless
+    `any_base`, a name in use, targets or shapes that do not fit, a second compensating adapter, one that changes more than the denoiser's layers (`check_whole`), and a
     transformer with an injected (training) adapter.
     """
     name = adapter.name if name is None else name
+    check_weight(name, weight)
     if getattr(transformer, RESIDENT, None) is not None:
         raise ValueError("the transformer has resident adapters; add this one to them, or clear() them before grafting")
     state = getattr(transformer, STATE, None) or _Grafts(recorded_base_id(transformer))
@@ -75,11 +77,19 @@ def check_graftable(transformer: nn.Module, adapter: Adapter, base_id: str, *, a
     """Raises ValueError as `graft` does for what is wrong with the adapter or the transformer."""
     if any(path.endswith(".base_layer") for path, _ in transformer.named_modules()):
         raise ValueError("the transformer carries an injected adapter; remove_adapter before grafting")
-    if not any_base:
+    if not any_base and adapter.base_id != UNKNOWN_BASE:
         adapter.check_base(base_id)
     adapter.check_portable(base_id)
     adapter.check_whole()
     check_fits(adapter, _targets(transformer))
+    if not any_base:  # a file that does not say its base is asked last: one that does not fit needs no --any-base
+        adapter.check_base(base_id)
+
+
+def check_weight(name: str, weight: float) -> None:
+    """Raises ValueError for NaN and infinity, which would make every picture black."""
+    if not math.isfinite(weight):
+        raise ValueError(f"weight {weight} of adapter {name!r}: expected a finite number, such as 0.8")
 
 
 def ungraft(transformer: nn.Module, name: str) -> None:
@@ -92,8 +102,9 @@ def ungraft(transformer: nn.Module, name: str) -> None:
 
 
 def set_weight(transformer: nn.Module, name: str, weight: float) -> None:
-    """Change the strength of a grafted adapter. Raises ValueError as `ungraft` does."""
+    """Change the strength of a grafted adapter. Raises ValueError as `ungraft` does, and for a weight that is not finite."""
     state = _state(transformer, name)
+    check_weight(name, weight)
     adapter, _ = state.adapters[name]
     state.adapters[name] = (adapter, float(weight))
     _compose(transformer, state, list(adapter.pairs))

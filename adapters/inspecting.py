@@ -57,10 +57,12 @@ def targets(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, int]:
 def inspection_text(found: Mapping[str, Any]) -> str:
     """The same to read."""
     ranks = ", ".join(f"{rank} ({count} layers)" for rank, count in found["ranks"].items())
+    said = found["metadata"]
+    base = ", profile ".join(said[key] for key in ("base", "profile") if key in said) or "the file does not say"
     lines = [
         f"name      {found['name']}",
         f"dialect   {found['dialect']}",
-        f"base      {found['family']}",
+        f"base      {base}; layers: {found['family']}",
         f"layers    {found['layers']}, {found['numbers'] / 1e6:.2f} million numbers",
         f"rank      {ranks}",
         *(f"  {count:4d}  {kind}" for kind, count in found["targets"].items()),

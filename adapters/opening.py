@@ -1,6 +1,8 @@
 """What a user types to name adapters and runs -> the adapters themselves."""
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from loragraft.adapters.checkpoint import RUN_RECIPE, Adapter, load_adapter
@@ -12,27 +14,42 @@ from loragraft.recipes.schema import Recipe
 def open_adapters(given: Sequence[str], *, denoiser_only: bool = False) -> list[tuple[Adapter, float]]:
     """`PATH` or `PATH@WEIGHT`, where PATH is a run, an adapter folder or a .safetensors file in any dialect.
 
-    Raises ValueError for an adapter that changes more than the denoiser, unless `denoiser_only` drops the rest of it.
+    Adapters of one name, such as two runs of a recipe, get their paths into their names. Raises ValueError for a weight that is no
+    finite number, and for an adapter that changes more than the denoiser, unless `denoiser_only` drops the rest of it.
     """
     found = []
     for entry in given:
-        path, at, weight = entry.rpartition("@")
-        path, weight = (path, weight) if at else (entry, "1")
-        try:
-            value = float(weight)
-        except ValueError:
-            raise ValueError(f"{entry!r}: what follows @ is the adapter's weight, a number such as 0.8") from None
+        path, weight = _split_weight(entry)
         adapter = load_adapter(path)
         adapter = adapter.denoiser_only() if denoiser_only else adapter
         adapter.check_whole()
-        found.append((adapter, value))
-    return found
+        found.append((adapter, path, weight))
+    names = [adapter.name for adapter, _, _ in found]
+    return [
+        (adapter if names.count(adapter.name) == 1 else replace(adapter, name=f"{adapter.name} ({path})"), weight)
+        for adapter, path, weight in found
+    ]
+
+
+def _split_weight(entry: str) -> tuple[str, float]:
+    """A path that exists is one, whatever it is called. Raises ValueError for a weight that is none."""
+    path, at, weight = entry.rpartition("@")
+    if not at or Path(entry).exists():
+        return entry, 1.0
+    try:
+        value = float(weight)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(
+            f"{entry!r}: what follows @ is the adapter's weight, a number such as 0.8; there is no such path"
+        )
+    return path, value
 
 
 def recipe_of_run(given: str) -> Recipe | None:
     """The recipe of the run folder in `PATH` or `PATH@WEIGHT`, or None where that is no run folder."""
-    path, at, _ = given.rpartition("@")
-    recipe = Path(path if at else given) / RUN_RECIPE
+    recipe = Path(_split_weight(given)[0]) / RUN_RECIPE
     return load_recipe(str(recipe)) if recipe.is_file() else None
 
 

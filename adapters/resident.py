@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from loragraft.adapters.checkpoint import Adapter
 from loragraft.adapters.formats.contract import check_together
-from loragraft.adapters.graft import RESIDENT, as_matrices, check_graftable, grafted
+from loragraft.adapters.graft import RESIDENT, as_matrices, check_graftable, check_weight, grafted
 from loragraft.quantization.checkpoint import quantized_layers, recorded_base_id
 from loragraft.quantization.linear import SVDQuantLinear
 
@@ -105,6 +105,7 @@ class ResidentAdapters:
         Nothing changes unless everything fits. Raises ValueError as `graft` does.
         """
         name = adapter.name if name is None else name
+        check_weight(name, weight)
         self._check_alone()
         if name in self._residents:
             raise ValueError(
@@ -132,8 +133,9 @@ class ResidentAdapters:
         return self._compose(begun, names)
 
     def set_weight(self, name: str, weight: float) -> Change:
-        """Another strength for one adapter, from its own unrounded B. Raises ValueError for an unknown name."""
+        """Another strength for one adapter, from its own unrounded B. Raises ValueError for an unknown name or a weight that is not finite."""
         begun, resident = self._now(), self._find(name)
+        check_weight(name, weight)
         for path, (_, up) in resident.factors.items():
             layer = self._layers[path]
             up.copy_(_scaled(as_matrices(layer, resident.adapter.pairs[path])[1], weight, up))

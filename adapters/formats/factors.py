@@ -87,7 +87,11 @@ def check_plain(parts: Mapping[str, Tensor]) -> None:
     for name, tensor in (("A", down), ("B", up)):
         if tensor.ndim not in (2, 4):
             raise ValueError(f"has {name} {tuple(tensor.shape)}, expected a matrix or a convolution's weight")
-    if up.shape[1] != down.shape[0] or up.shape[1] == 0:
+    if 0 in (*down.shape, *up.shape):
+        raise ValueError(
+            f"has A {tuple(down.shape)} and B {tuple(up.shape)}, factors without a number in them: rank 0 changes nothing"
+        )
+    if up.shape[1] != down.shape[0]:
         raise ValueError(f"has A {tuple(down.shape)} and B {tuple(up.shape)}: ranks differ")
     if up.ndim == 4 and up.shape[2:] != (1, 1):
         raise ValueError(f"has B {tuple(up.shape)}, expected a 1x1 convolution's [N, r, 1, 1]")

@@ -60,11 +60,15 @@ def convert_checkpoint(
     with numerics="w4a4" the layers that it fuses get one smoothing factor.
     numerics: convert W4A4 or W4A8 layers to these; signed: give unsigned activations up. Without either every value is
     carried over as it is. graft: called with the model as it will be written but for adapters, to graft them; they become part
-    of the base that is written, and no code of it changes. Raises CheckpointError for what cannot be read, ValueError naming the layer that the target
-    cannot hold, FileExistsError if `dest` exists.
+    of the base that is written, and no code of it changes. Raises CheckpointError for what cannot be read, ValueError for a `dest` with the
+    other's suffix and naming the layer that the target cannot hold, FileExistsError if `dest` exists.
     """
     if to not in TARGETS:
         raise ValueError(f"target {to!r}: expected one of {', '.join(TARGETS)}")
+    is_file = to.startswith("comfyui")
+    if is_file != (dest.suffix == ".safetensors"):
+        wanted = f"a .safetensors file: {dest}.safetensors" if is_file else f"a folder: {dest.with_suffix('')}"
+        raise ValueError(f"{dest} is written as {to}, which is {wanted} (--to says what is written)")
     if dest.exists():
         raise FileExistsError(f"{dest} exists; name another place, or move it away")
     dialect = detect_dialect(source)

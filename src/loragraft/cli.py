@@ -147,7 +147,7 @@ def _quantize(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    if args.adapter or args.any_base or args.rank is not None:
+    if args.adapter or args.any_base or args.denoiser_only or args.rank is not None:
         from loragraft.adapters.baking import run
 
         return run(args)

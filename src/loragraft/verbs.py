@@ -153,7 +153,7 @@ def quantize_options(parser: argparse.ArgumentParser) -> None:
 def convert_options(parser: argparse.ArgumentParser) -> None:
     """`loragraft convert`."""
     parser.add_argument("source", help="a file or folder; its format is found out")
-    parser.add_argument("dest", help="a folder to write (ComfyUI: a file); must not exist")
+    parser.add_argument("dest", help="a folder to write (ComfyUI: a .safetensors file); must not exist")
     parser.add_argument(
         "--to",
         choices=("native", "nunchaku-lite", "comfyui", "comfyui-flux"),
@@ -172,6 +172,9 @@ def convert_options(parser: argparse.ArgumentParser) -> None:
         help="graft this run, adapter folder or file before writing; can be repeated",
     )
     parser.add_argument("--any-base", action="store_true", help="graft an adapter that was trained on another base")
+    parser.add_argument(
+        "--denoiser-only", action="store_true", help="of adapters that change text encoders or norms too, graft the rest"
+    )
     parser.add_argument("--rank", type=int, help="cut the adapters together to this rank; what is lost is shown")
     parser.add_argument("--layout", choices=("row-major", "tile-packed"), default="row-major", help="for ComfyUI")
 

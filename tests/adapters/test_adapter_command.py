@@ -34,7 +34,7 @@ def test_constants_are_those_of_the_modules_behind() -> None:
 def test_inspect(kohya: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["adapter", "inspect", str(kohya)]) == 0
     text = capsys.readouterr().out
-    for line in ("dialect   kohya", "flux's names, other sizes", "rank      2 (1 layers)", "transformer_blocks.*.attn.to_out.0", "also      text_encoder, 2 tensors"):  # fmt: skip
+    for line in ("dialect   kohya", "base      the file does not say; layers: flux's names, other sizes", "rank      2 (1 layers)", "transformer_blocks.*.attn.to_out.0", "also      text_encoder, 2 tensors"):  # fmt: skip
         assert line in text
     assert "\x1b" not in text and "x" * 150 not in text
     assert main(["adapter", "inspect", str(kohya), "--json"]) == 0

@@ -24,7 +24,7 @@ from loragraft.quantization.convert import plan_layers, quantize_model
 from loragraft.quantization.dialects.detection import load_any
 from loragraft.quantization.linear import SVDQuantLinear
 from loragraft.quantization.settings import QuantSettings
-from loragraft.quantization.tensor_file import read_tensors
+from loragraft.quantization.tensor_file import read_tensors, write_tensors
 
 BLOCKS = (r"(single_)?transformer_blocks\.\d+\.(attn\..*|ff(_context)?\.net\..*|proj_mlp|proj_out)",)
 ADALN = (r"(single_)?transformer_blocks\.\d+\.norm(1|1_context)?\.linear",)
@@ -221,9 +221,25 @@ def test_several_adapters_cut_to_one_rank(
     assert "cut together to rank 2:" in capsys.readouterr().out
 
 
+def test_what_a_graft_leaves_out_is_left_out_knowingly(
+    flux: FluxTransformer2DModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The message names an option, and the verb has it."""
+    source, file = save_quantized(flux, tmp_path / "base"), tmp_path / "theirs.safetensors"
+    pair = torch.ones(2, 128), torch.ones(128, 2)
+    tensors = {f"transformer.{TO_Q}.lora_{side}.weight": factor for side, factor in zip("AB", pair, strict=True)}
+    te = "text_encoder.text_model.encoder.layers.0.mlp.fc1"
+    tensors |= {f"{te}.lora_A.weight": torch.ones(2, 4), f"{te}.lora_B.weight": torch.ones(4, 2)}
+    write_tensors(file, tensors, {"format": "pt"})
+    command = ["convert", str(source), str(tmp_path / "out"), "--adapter", str(file), "--any-base"]
+    assert cli.main(command) == 2
+    assert "give --denoiser-only" in capsys.readouterr().err
+    assert cli.main([*command, "--denoiser-only"]) == 0
+
+
 def test_refusals(flux: FluxTransformer2DModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Another base; other codes of the same base; options without an adapter. Nothing is written."""
-    source, dest = save_quantized(flux, tmp_path / "base"), tmp_path / "no"
+    source = save_quantized(flux, tmp_path / "base")
     adapter = _adapter(flux, 0)
     folder = write_adapter(adapter.pairs, tmp_path / "own", adapter.metadata).parent
     foreign = write_adapter(adapter.pairs, tmp_path / "foreign", {**adapter.metadata, "base_id": "another"}).parent
@@ -232,9 +248,11 @@ def test_refusals(flux: FluxTransformer2DModel, tmp_path: Path, capsys: pytest.C
         (["--adapter", str(folder), "--numerics", "w4a4"], "--any-base"),
         (["--adapter", str(folder), "--to", "comfyui"], "is w4a8, which ComfyUI cannot hold"),
         (["--rank", "4"], "name one with --adapter"),
+        (["--denoiser-only"], "name one with --adapter"),
         (["--adapter", str(folder), "--rank", "0"], "expected at least one"),
     )
     for options, message in cases:
+        dest = tmp_path / ("no.safetensors" if "comfyui" in options else "no")
         assert cli.main(["convert", str(source), str(dest), *options]) != 0
         assert message in capsys.readouterr().err
         assert not dest.exists()

@@ -9,6 +9,7 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
 from loragraft.adapters.checkpoint import Adapter
+from loragraft.adapters.formats.families import Family
 from loragraft.adapters.graft import graft, graft_deviation, grafted, set_weight, ungraft
 from loragraft.adapters.inject import inject_adapter, load_factors
 from loragraft.kernels.layout import relative_rms
@@ -194,3 +195,33 @@ def test_refusals_change_nothing(flux: FluxTransformer2DModel, make_adapter: Mak
     inject_adapter(flux, AdapterConfig(), [r"transformer_blocks\.0\.attn\.to_q"])
     with pytest.raises(ValueError, match="remove_adapter before grafting"):
         graft(flux, good)
+
+
+def test_a_weight_that_is_no_number_is_refused(flux: FluxTransformer2DModel, make_adapter: MakeAdapter) -> None:
+    adapter, before = make_adapter("a", 0), _bytes(flux)
+    for weight in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"weight (nan|inf) of adapter 'a': expected a finite number"):
+            graft(flux, adapter, weight)
+    assert _same(flux, before)
+    graft(flux, adapter)
+    with pytest.raises(ValueError, match="expected a finite number"):
+        set_weight(flux, "a", float("nan"))
+    assert grafted(flux) == {"a": 1.0}
+
+
+def test_an_adapter_for_another_base_is_not_sent_to_any_base_in_vain(
+    flux: FluxTransformer2DModel, make_adapter: MakeAdapter
+) -> None:
+    """A file of another trainer's names no base: what does not fit says whose layers it has; what fits, how to graft it."""
+    ours = make_adapter("a", 0)
+    theirs = Adapter("theirs", {}, ours.pairs)
+    with pytest.raises(ValueError, match="trained on an unknown base"):
+        graft(flux, theirs)
+    sdxl = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    pairs = {sdxl: (torch.ones(4, 640), torch.ones(640, 4))}
+    theirs = Adapter("theirs", {}, pairs, family=Family("sdxl", True))
+    with pytest.raises(ValueError, match=r"cannot carry it here.*Its file says none; layers: sdxl"):
+        graft(flux, theirs)
+    interchange = Adapter("b", {"base": "pocket", "base_id": "another", "profile": "interchange"}, ours.pairs)
+    with pytest.raises(ValueError, match=r"trained on base another \(pocket in profile interchange\)"):
+        graft(flux, interchange)

@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import pytest
+import torch
 
-from loragraft.adapters.opening import open_adapters, open_control, open_run
+from loragraft.adapters.checkpoint import write_adapter
+from loragraft.adapters.opening import open_adapters, open_control, open_run, recipe_of_run
 
 
 def test_a_control_that_is_not_there_is_named(tmp_path: Path) -> None:
@@ -12,9 +14,34 @@ def test_a_control_that_is_not_there_is_named(tmp_path: Path) -> None:
         open_control(tmp_path / "nowhere")
 
 
-def test_a_weight_must_be_a_number() -> None:
+@pytest.mark.parametrize("weight", ["strong", "nan", "inf", ""])
+def test_a_weight_must_be_a_number(weight: str) -> None:
+    """NaN is one for Python, and a black picture for everybody else."""
     with pytest.raises(ValueError, match="what follows @ is the adapter's weight"):
-        open_adapters(["runs/mine@strong"])
+        open_adapters([f"runs/mine@{weight}"])
+
+
+def test_a_path_may_hold_the_sign_of_weights(tmp_path: Path) -> None:
+    run = _write(tmp_path / "me@home", 0)
+    (tmp_path / "me@home" / "recipe.yaml").write_text("extends: marketing\n")
+    for given, weight in ((run, 1.0), (f"{run}@0.5", 0.5)):
+        assert [found for _, found in open_adapters([given])] == [weight]
+        assert recipe_of_run(given) is not None
+
+
+def test_two_runs_of_one_recipe_are_told_apart_by_their_paths(tmp_path: Path) -> None:
+    """As the demo's page does; the same path twice keeps its name, and is refused where it is used."""
+    runs = [_write(tmp_path / name, seed) for seed, name in enumerate(("first", "second"))]
+    names = [adapter.name for adapter, _ in open_adapters([runs[0], f"{runs[1]}@0.5"])]
+    assert names == [f"mine ({run})" for run in runs]
+    assert [adapter.name for adapter, _ in open_adapters(runs[:1])] == ["mine"]
+
+
+def _write(run: Path, seed: int) -> str:
+    torch.manual_seed(seed)
+    about = {"name": "mine", "base": "pocket", "base_id": "ab"}
+    write_adapter({"a": (torch.randn(2, 4), torch.randn(4, 2))}, run / "adapter", about)
+    return str(run)
 
 
 def test_a_run_says_what_it_lacks(tmp_path: Path) -> None:

@@ -228,6 +228,10 @@ def test_refusals(flux: FluxTransformer2DModel, make_adapter: MakeAdapter) -> No
         adapters.add(a)
     with pytest.raises(ValueError, match="named twice"):
         adapters.activate("a", "a")
+    with pytest.raises(ValueError, match="weight nan of adapter 'a': expected a finite number"):
+        adapters.set_weight("a", float("nan"))
+    with pytest.raises(ValueError, match="weight inf of adapter 'c'"):
+        adapters.add(foreign, float("inf"), "c", any_base=True)
     with pytest.raises(ValueError, match="has resident adapters"):
         graft(flux, make_adapter("b", 1))
     with pytest.raises(ValueError, match="resident adapters already"):

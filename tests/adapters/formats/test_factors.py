@@ -85,3 +85,8 @@ def test_shapes_that_do_not_fit(draw) -> None:
         expand({"hada_w1_a": draw(4, 2), "hada_w1_b": draw(2, 4), "hada_w2_a": draw(4, 2)}, None)
     with pytest.raises(ValueError, match="alpha has 2 values"):
         expand({"down": draw(2, 4), "up": draw(4, 2), "alpha": torch.ones(2)}, None)
+
+
+def test_rank_0_is_not_called_two_ranks_that_differ() -> None:
+    with pytest.raises(ValueError, match="rank 0 changes nothing"):
+        expand({"down": torch.ones(0, 8), "up": torch.ones(8, 0)}, None)

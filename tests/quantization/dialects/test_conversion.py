@@ -13,7 +13,7 @@ from torch import Tensor
 from loragraft import cli
 from loragraft.kernels.layout import relative_rms
 from loragraft.quantization.checkpoint import load_quantized, quantized_layers, save_quantized
-from loragraft.quantization.dialects.conversion import convert_checkpoint
+from loragraft.quantization.dialects.conversion import Target, convert_checkpoint
 from loragraft.quantization.dialects.detection import detect_dialect, load_any
 from loragraft.quantization.tensor_file import read_tensors, write_tensors
 
@@ -107,14 +107,29 @@ def test_native_to_comfyui_needs_other_numerics(quantized_flux: FluxTransformer2
         convert_checkpoint(source, tmp_path / "x", "gguf")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("to", "name", "message"),
+    [
+        ("comfyui", "flux", r"a \.safetensors file: .*/flux\.safetensors \("),  # ComfyUI lists no file without it
+        ("native", "flux.safetensors", r"a folder: .*/flux \("),
+    ],
+)
+def test_a_folder_is_not_named_like_a_file_nor_a_file_like_a_folder(
+    svdq: Path, tmp_path: Path, to: Target, name: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        convert_checkpoint(svdq, tmp_path / name, to, show_progress=False)
+    assert not (tmp_path / name).exists()
+
+
 def test_a_failed_write_leaves_nothing(svdq: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     before = set(tmp_path.iterdir())
     monkeypatch.setattr("loragraft.quantization.tensor_file.save_file", full)
-    for to in ("native", "nunchaku-lite", "comfyui"):
+    for to, name in (("native", "out"), ("nunchaku-lite", "out"), ("comfyui", "out.safetensors")):
         with pytest.raises(OSError, match="no space is left"):
-            convert_checkpoint(svdq, tmp_path / "out", to, signed=True, show_progress=False)  # type: ignore[arg-type]
+            convert_checkpoint(svdq, tmp_path / name, to, signed=True, show_progress=False)  # type: ignore[arg-type]
     assert set(tmp_path.iterdir()) == before
     assert torch.get_default_dtype() == torch.float32
