@@ -64,6 +64,8 @@ class Adapter:
     """What else the file changes, which a graft does not: text encoders, embeddings, norms, biases (`formats.reading`)."""
     errors: Mapping[str, float] = field(default_factory=dict)
     """Path -> relative error of an expanded LoKr, LoHa or difference, where it was cut to the largest rank."""
+    unscaled: int = 0
+    """Modules whose alpha / r the file does not say, taken as 1."""
 
     @property
     def base_id(self) -> str:
@@ -222,7 +224,15 @@ def load_adapter(path: Path | str, max_rank: int = MAX_RANK) -> Adapter:
     dialect = "loragraft" if own else contents.dialect
     component: Component = "unet" if contents.unet else "transformer"
     return Adapter(
-        name, metadata, contents.pairs, component, dialect, contents.family, contents.extras, contents.errors
+        name,
+        metadata,
+        contents.pairs,
+        component,
+        dialect,
+        contents.family,
+        contents.extras,
+        contents.errors,
+        contents.unscaled,
     )
 
 

@@ -36,6 +36,7 @@ def inspection(adapter: Adapter, header: Mapping[str, str]) -> dict[str, Any]:
         "layers": len(adapter.pairs),
         "ranks": {str(rank): count for rank, count in sorted(ranks.items())},
         "numbers": numbers,
+        "unscaled": adapter.unscaled,
         "targets": targets(adapter.pairs),
         "extras": {kind: len(tensors) for kind, tensors in adapter.extras.items()},
         "approximated": {
@@ -67,6 +68,11 @@ def inspection_text(found: Mapping[str, Any]) -> str:
         f"rank      {ranks}",
         *(f"  {count:4d}  {kind}" for kind, count in found["targets"].items()),
     ]
+    if found["unscaled"]:
+        lines.append(
+            f"scale     not in the file for {found['unscaled']} modules (no alpha, no configuration): taken as 1, as diffusers, kohya "
+            "and ComfyUI do"
+        )
     for kind, count in found["extras"].items():
         lines.append(f"also      {kind}, {count} tensors: not part of a graft")
     if found["approximated"]["layers"]:

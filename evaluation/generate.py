@@ -15,6 +15,7 @@ from loragraft.adapters.switching import using
 from loragraft.backbones.sampler import generate_images
 from loragraft.backbones.spec import Backbone
 from loragraft.data.images import png_bytes
+from loragraft.disk import write_atomic
 
 LABEL_LINES = 3
 LINE_HEIGHT = 12
@@ -68,8 +69,8 @@ def save_image(
     backbone: Backbone,
     adapters: Sequence[tuple[Adapter, float]],
 ) -> None:
-    """Writes `encode_png`."""
-    path.write_bytes(encode_png(image, settings, backbone, adapters))
+    """Writes `encode_png`, whole or not at all."""
+    write_atomic(path, encode_png(image, settings, backbone, adapters))
 
 
 def encode_png(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from loragraft.backbones.bases import list_bases
+from loragraft.disk import write_atomic
 from loragraft.recipes.schema import Numerics
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ def run(args: argparse.Namespace, device: str) -> int:
     from loragraft.adapters.opening import open_adapters
     from loragraft.backbones.load import find_spec, load_backbone
     from loragraft.data.cache import default_cache_root
+    from loragraft.data.images import png_bytes
     from loragraft.evaluation.generate import Settings, before_after_grid, render, save_image
     from loragraft.evaluation.prompt_file import draw_lines
 
@@ -134,7 +136,8 @@ def run(args: argparse.Namespace, device: str) -> int:
     print(f"{len(images)} image{'s' * (len(images) != 1)} in {out}")
     if args.compare:
         before = render(backbone, [], settings)
-        before_after_grid([s.prompt for s in settings], before, images).save(out / "before_after.png")
+        grid = before_after_grid([s.prompt for s in settings], before, images)
+        write_atomic(out / "before_after.png", png_bytes(grid))
         print(f"before and after: {out / 'before_after.png'}")
     return 0
 

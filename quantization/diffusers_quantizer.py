@@ -7,6 +7,7 @@ folders belong to diffusers' own quantizer, which is left alone: `load_nunchaku_
 on Hopper and on a CPU too. diffusers `quantizers/auto.py`, `models/model_loading_utils.py` (0.42).
 """
 
+import logging
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ from loragraft.quantization.dialects.nunchaku_lite import open_lite
 from loragraft.quantization.linear import share_inputs
 from loragraft.quantization.names import named_module, replace_module
 from loragraft.quantization.tensor_file import CheckpointError
+
+LOGGER = logging.getLogger(__name__)
 
 
 class Method(StrEnum):
@@ -122,7 +125,11 @@ class LoragraftQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffusers
 
     @property
     def is_serializable(self) -> bool:
-        """`save_pretrained` is refused: `save_quantized` writes these models."""
+        """`save_pretrained` is refused, and diffusers' message points to the log."""
+        LOGGER.warning(
+            "save_pretrained does not know SVDQuant's layers; loragraft.quantization.checkpoint.save_quantized(model, folder) writes "
+            "a folder that from_pretrained reads, `loragraft convert` other formats"
+        )
         return False
 
     @property

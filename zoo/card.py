@@ -120,7 +120,7 @@ def _body(entry: Entry, about: Mapping[str, Any], gallery: Sequence[Picture], sa
         *lines,
         "",
         "```bash",
-        'loragraft generate --adapter . --prompt "..." --compare',
+        'loragraft generate --adapter . --prompt "..." --compare --out ../drawn',
         "```",
         "",
         READING[entry.contract],

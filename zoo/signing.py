@@ -74,8 +74,8 @@ def _hashing(library: Any) -> Any:
 def _library() -> Any:
     try:
         import model_signing
-    except ImportError:
+    except ImportError as error:  # of the library, or of something that it needs
         raise ZooError(
-            'signatures need model-signing, which is not installed: pip install "loragraft[signing]"'
-        ) from None
+            f'signatures need model-signing, which cannot be imported ({error}): pip install "loragraft[signing]"'
+        ) from error
     return model_signing

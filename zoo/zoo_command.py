@@ -113,8 +113,17 @@ def _search(args: argparse.Namespace) -> int:
     from loragraft.zoo.search import matches
 
     place = open_place(args.zoo)
-    found = [item for item in place.listed() if matches(item.entry, args.words, args.base, args.domain)]
+    items = place.listed()
+    found = [item for item in items if matches(item.entry, args.words, args.base, args.domain)]
     print_table(found, every=args.all)
+    for option, wanted, known in (
+        ("--base", args.base, {name for item in items for name in (item.entry.base.name, item.entry.base.repository)}),
+        ("--domain", args.domain, {item.entry.domain for item in items}),
+    ):
+        if wanted and wanted not in known:
+            print(
+                f"{option} {wanted}: nothing in {place.url} is for it. {did_you_mean(wanted, sorted(filter(None, known)))}"
+            )
     print(f"{len({item.entry.name for item in found})} adapters in {place.url} match")
     return 0
 

@@ -82,6 +82,8 @@ class Contents:
     """The denoiser is a UNet, `unet` in a pipeline, not a `transformer`."""
     errors: dict[str, float] = field(default_factory=dict)
     """Path -> relative error of an expansion cut to the largest rank; exact ones are left out."""
+    unscaled: int = 0
+    """Modules for which neither the tensors nor the header say alpha / r: it is taken as 1, as diffusers, kohya and ComfyUI do."""
 
 
 def read_file(file: Path, max_rank: int = MAX_RANK) -> Contents:
@@ -112,7 +114,7 @@ def read_file(file: Path, max_rank: int = MAX_RANK) -> Contents:
     family = family_of({path: (down[0].numel(), up.shape[0]) for path, (down, up) in reader.pairs.items()})
     pairs = {path: _with_kernel(pair, path, family) for path, pair in sorted(reader.pairs.items())}
     unet = family.name in UNETS or any(key.startswith("unet.") for key in tensors)
-    return Contents(dialect, family, pairs, extras, header, unet, reader.errors)
+    return Contents(dialect, family, pairs, extras, header, unet, reader.errors, reader.unscaled)
 
 
 def _changes(entry: Entry) -> bool:
@@ -157,7 +159,7 @@ class _Reader:
         self.pairs: dict[str, Pair] = {}
         self.extras: dict[str, dict[str, Tensor]] = {"norm": {}, "norm_diff": {}, "norm_bias": {}, "bias": {}}
         self.errors: dict[str, float] = {}
-        self.numbers = 0
+        self.numbers = self.unscaled = 0
 
     def add(self, module: str, entry: Entry) -> None:
         target = self.targets[module]
@@ -179,6 +181,7 @@ class _Reader:
             raise CheckpointError(f"{self.file}: {module!r} {error}") from error
         if not torch.isfinite(found.up).all() or not torch.isfinite(found.down).all():
             raise CheckpointError(f"{self.file}: {module!r} is not finite once its scale is in it")
+        self.unscaled += "down" in parts and "alpha" not in parts and scale is None
         self.numbers += found.up.numel() + found.down.numel()
         if self.numbers > MOST_NUMBERS:
             raise CheckpointError(

@@ -26,6 +26,7 @@ from loragraft.adapters.formats.factors import Factors, shaped
 from loragraft.adapters.formats.families import UNETS, kernel_of
 from loragraft.adapters.formats.file_metadata import described
 from loragraft.adapters.formats.fusing import Pair, fused_flux
+from loragraft.disk import write_atomic
 from loragraft.quantization.tensor_file import write_tensors
 
 STYLES = ("diffusers", "kohya", "comfyui")
@@ -58,7 +59,11 @@ def export_adapter(adapter: Adapter, style: str, out: Path, dtype: torch.dtype |
     write_tensors(file, tensors, header)
     if drawing is None:
         return [file]
-    beside.write_text(json.dumps(drawing, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    try:
+        write_atomic(beside, (json.dumps(drawing, indent=2, ensure_ascii=False) + "\n").encode())
+    except BaseException:
+        file.unlink()  # both or none: the same command would find the file in its way
+        raise
     return [file, beside]
 
 

@@ -42,6 +42,15 @@ def test_inspect(kohya: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (found["component"], found["layers"], found["ranks"], found["extras"]) == ("transformer", 1, {"2": 1}, {"text_encoder": 2})  # fmt: skip
 
 
+def test_inspect_says_what_scale_was_assumed(kohya: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tensors, header = read_tensors(kohya)
+    del tensors[f"{NAME}.alpha"]
+    write_tensors(tmp_path / "none.safetensors", tensors, header)
+    for file, expected in ((kohya, False), (tmp_path / "none.safetensors", True)):
+        assert main(["adapter", "inspect", str(file)]) == 0
+        assert ("scale     not in the file for 1 modules" in capsys.readouterr().out) is expected
+
+
 def test_export_and_back(kohya: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What would be lost has to be left out knowingly; the scale goes into B; dtype as asked."""
     out = tmp_path / "out"

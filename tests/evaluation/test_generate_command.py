@@ -2,6 +2,8 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from PIL import Image
 from loragraft.adapters.checkpoint import write_adapter
 from loragraft.backbones.load import load_backbone
 from loragraft.cli import main
+from loragraft.evaluation.generate import Settings, save_image
 from loragraft.quantization.checkpoint import quantized_layers
 
 
@@ -49,6 +52,24 @@ def test_two_adapters_and_the_base_beside_them(
     spots = ((x, y) for y in range(pixels.height - 63) for x in range(12))
     found = [spot for spot in spots if pixels.crop((*spot, spot[0] + 64, spot[1] + 64)).tobytes() == alone]
     assert len(found) == 1, "beside it stands what the base alone draws, to the bit"
+
+
+def test_a_picture_is_the_old_one_or_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped by ctrl-C the command says that files appear whole or not at all."""
+    backbone: Any = SimpleNamespace(spec=SimpleNamespace(name="pocket"), base_id="ab", profile="native")
+    picture, file, write = Image.new("RGB", (8, 8)), tmp_path / "0000.png", Path.write_bytes
+    save_image(picture, file, Settings(prompt="a"), backbone, [])
+    before = file.read_bytes()
+
+    def stopped(path: Path, content: bytes) -> None:
+        write(path, content[:20])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_bytes", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        save_image(picture, file, Settings(prompt="b"), backbone, [])
+    assert [path.name for path in tmp_path.iterdir()] == ["0000.png"]
+    assert file.read_bytes() == before
 
 
 def test_compiling_is_refused_before_anything_is_loaded(

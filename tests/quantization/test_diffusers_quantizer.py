@@ -43,7 +43,10 @@ def folder(quantized_flux: FluxTransformer2DModel, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float32])
 def test_from_pretrained_is_load_quantized(
-    folder: Path, flux_inputs: Callable[[int], dict[str, Tensor]], dtype: torch.dtype | None
+    folder: Path,
+    flux_inputs: Callable[[int], dict[str, Tensor]],
+    dtype: torch.dtype | None,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """torch_dtype reaches the 16-bit layers; quantized ones are what the file holds."""
     register()
@@ -67,6 +70,7 @@ def test_from_pretrained_is_load_quantized(
     assert torch.equal(loaded(**inputs).sample, expected(**inputs).sample)
     with pytest.raises(ValueError, match="not serializable"):
         loaded.save_pretrained(folder.parent / "again")
+    assert "save_quantized(model, folder) writes" in caplog.text  # diffusers' message points to the log
     again = load_quantized(save_quantized(loaded, folder.parent / "again"), FluxTransformer2DModel)
     assert torch.equal(again.get_submodule(LAYER).qweight, layers[LAYER].qweight)
 

@@ -55,6 +55,8 @@ def test_the_card_says_what_the_hub_reads(make_run: Callable[..., Path], tmp_pat
     assert result["metrics"][0]["args"]["n"] == 64
     assert "![samples](images/samples.png)" in (folder / "README.md").read_text()
     assert str(tmp_path) not in (folder / "README.md").read_text()
+    assert "--adapter . --prompt" in (folder / "README.md").read_text()
+    assert "--out ../" in (folder / "README.md").read_text()  # images/ is published: drawing there would change it
 
 
 def test_a_compensating_adapter_travels_with_its_start(make_run: Callable[..., Path], tmp_path: Path) -> None:

@@ -76,6 +76,9 @@ def test_search(capsys: Say, make_run: Callable[..., Path]) -> None:
         capsys, "zoo", "search", "promo", "--base", "pocket", "--domain", "marketing"
     )
     assert "0 adapters" in said(capsys, "zoo", "search", "--base", "flux1-dev")
+    assert "--base pockt: nothing in zoo is for it. Did you mean 'pocket'?" in said(
+        capsys, "zoo", "search", "--base", "pockt"
+    )
 
 
 def test_mistakes_name_the_nearest(capsys: Say, make_run: Callable[..., Path]) -> None:

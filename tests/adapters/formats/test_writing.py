@@ -20,6 +20,7 @@ from loragraft.adapters.checkpoint import Adapter, load_adapter
 from loragraft.adapters.formats.families import UNETS, Family
 from loragraft.adapters.formats.file_metadata import without_paths
 from loragraft.adapters.formats.writing import STYLES, export_adapter, styled
+from loragraft.disk import DiskFullError
 from loragraft.quantization.dialects.flux_names import flux_linears
 from loragraft.quantization.tensor_file import read_tensors, write_tensors
 
@@ -231,6 +232,19 @@ def test_the_workflow_is_a_whole_graph(draw, tmp_path: Path, family: str) -> Non
     assert graph["lora"]["inputs"]["lora_name"] == file.name
     assert graph["sampler"]["inputs"]["model"] == ["lora", 0]
     assert "a cat" in [node["inputs"].get("text") for node in graph.values()]
+
+
+def test_an_adapter_and_its_workflow_appear_together(draw, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file without its workflow would be in the way of the same command."""
+
+    def full(path: Path, _: bytes) -> None:
+        raise DiskFullError(f"{path} is not written")
+
+    monkeypatch.setattr("loragraft.adapters.formats.writing.write_atomic", full)
+    adapter = replace(flux_adapter(draw), family=Family("flux", True))
+    with pytest.raises(DiskFullError, match=r"workflow\.json is not written"):
+        export_adapter(adapter, "comfyui", tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_base_that_comfyui_does_not_know_has_no_workflow(draw, tmp_path: Path) -> None:
