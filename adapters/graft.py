@@ -77,9 +77,9 @@ def check_graftable(transformer: nn.Module, adapter: Adapter, base_id: str, *, a
     """Raises ValueError as `graft` does for what is wrong with the adapter or the transformer."""
     if any(path.endswith(".base_layer") for path, _ in transformer.named_modules()):
         raise ValueError("the transformer carries an injected adapter; remove_adapter before grafting")
+    adapter.check_portable(base_id)  # first: --any-base does not help there
     if not any_base and adapter.base_id != UNKNOWN_BASE:
         adapter.check_base(base_id)
-    adapter.check_portable(base_id)
     adapter.check_whole()
     check_fits(adapter, _targets(transformer))
     if not any_base:  # a file that does not say its base is asked last: one that does not fit needs no --any-base

@@ -225,3 +225,15 @@ def test_an_adapter_for_another_base_is_not_sent_to_any_base_in_vain(
     interchange = Adapter("b", {"base": "pocket", "base_id": "another", "profile": "interchange"}, ours.pairs)
     with pytest.raises(ValueError, match=r"trained on base another \(pocket in profile interchange\)"):
         graft(flux, interchange)
+
+
+def test_a_compensating_adapter_is_not_sent_to_any_base(
+    flux: FluxTransformer2DModel, make_adapter: MakeAdapter
+) -> None:
+    """It is refused there too: what helps is the portable file."""
+    ours = make_adapter("a", 0)
+    theirs = replace(ours, metadata={**ours.metadata, "base_id": "another", "contract": "compensating"})
+    for any_base in (False, True):
+        with pytest.raises(ValueError, match=r"is compensating: .*--portable") as caught:
+            graft(flux, theirs, any_base=any_base)
+        assert "--any-base" not in str(caught.value)
