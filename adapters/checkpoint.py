@@ -1,4 +1,4 @@
-"""The adapter file: what diffusers and PEFT read as it is, plus one JSON block of ours in the header.
+"""The adapter file: what diffusers reads as it is, plus one JSON block of ours in the header.
 
     pytorch_lora_weights.safetensors
       transformer.<path>.lora_A.weight [r, K]     transformer.<path>.lora_B.weight [N, r], already times alpha / r

@@ -36,6 +36,7 @@ def inspection(adapter: Adapter, header: Mapping[str, str]) -> dict[str, Any]:
         "layers": len(adapter.pairs),
         "ranks": {str(rank): count for rank, count in sorted(ranks.items())},
         "numbers": numbers,
+        "zero": sum(not (bool(down.any()) and bool(up.any())) for down, up in adapter.pairs.values()),
         "unscaled": adapter.unscaled,
         "targets": targets(adapter.pairs),
         "extras": {kind: len(tensors) for kind, tensors in adapter.extras.items()},
@@ -68,6 +69,8 @@ def inspection_text(found: Mapping[str, Any]) -> str:
         f"rank      {ranks}",
         *(f"  {count:4d}  {kind}" for kind, count in found["targets"].items()),
     ]
+    if found["zero"]:
+        lines.append(f"zero      the update of {found['zero']} layers: they stay as they are")
     if found["unscaled"]:
         lines.append(
             f"scale     not in the file for {found['unscaled']} modules (no alpha, no configuration): taken as 1, as diffusers, kohya "

@@ -208,7 +208,9 @@ def check(value: Any, kind: str, where: str) -> None:
     if isinstance(found, int) and found > SCHEMA:
         raise ZooError(f"{where} is of schema {found}, this version of Loragraft reads {SCHEMA}: update Loragraft")
     key = ".".join(map(str, error.absolute_path)) or "its top"
-    raise ZooError(f"{where}: {key}: {error.message[:300]}")
+    meant = error.schema.get("description") if error.validator == "pattern" else None
+    said = f"{error.instance[:100]!r} is not {meant}" if meant else error.message[:300]
+    raise ZooError(f"{where}: {key}: {said}")
 
 
 def entry_from_bytes(content: bytes, where: str) -> Entry:

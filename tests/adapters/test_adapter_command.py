@@ -51,6 +51,17 @@ def test_inspect_says_what_scale_was_assumed(kohya: Path, tmp_path: Path, capsys
         assert ("scale     not in the file for 1 modules" in capsys.readouterr().out) is expected
 
 
+def test_inspect_says_what_changes_nothing(kohya: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """alpha = 0, or a file from before the first step: without it, a picture that is the base's looks like a defect."""
+    tensors, header = read_tensors(kohya)
+    assert main(["adapter", "inspect", str(kohya)]) == 0
+    assert "zero" not in capsys.readouterr().out
+    tensors[f"{NAME}.alpha"] = torch.tensor(0.0)
+    write_tensors(kohya, tensors, header)
+    assert main(["adapter", "inspect", str(kohya)]) == 0
+    assert "zero      the update of 1 layers" in capsys.readouterr().out
+
+
 def test_export_and_back(kohya: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What would be lost has to be left out knowingly; the scale goes into B; dtype as asked."""
     out = tmp_path / "out"

@@ -119,8 +119,9 @@ def test_a_name_that_no_zoo_can_have_is_refused(make_run: Callable[..., Path], t
     head["__metadata__"]["loragraft"] = json.dumps(json.loads(head["__metadata__"]["loragraft"]) | {"name": name})
     renamed = json.dumps(head).encode()
     file.write_bytes(len(renamed).to_bytes(8, "little") + renamed + content[8 + length :])
-    with pytest.raises(ValueError, match="name"):
+    with pytest.raises(ValueError, match="name") as caught:
         collect(run, staged(tmp_path))
+    assert "letters, digits" in str(caught.value) and "[A-Za-z" not in str(caught.value)  # a sentence, no pattern
 
 
 def test_a_derivative_is_under_its_bases_licence() -> None:
