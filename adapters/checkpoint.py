@@ -41,6 +41,8 @@ PEFT_WEIGHTS = "adapter_model.safetensors"
 REQUIRED = ("base", "base_id")
 RUN_RECIPE = "recipe.yaml"
 """In a run folder, beside `adapter`."""
+BELOW = ("*", "*/*")
+"""Where the adapters of a folder of runs, of adapters or of a zoo lie."""
 MOST_LISTED = 5
 UNKNOWN_BASE = "unknown (the file does not say)"
 
@@ -213,8 +215,11 @@ def load_adapter(path: Path | str, max_rank: int = MAX_RANK) -> Adapter:
     """Read an adapter file, or the one in a folder, onto the CPU; its dialect is found out (`formats.reading`).
 
     Files of other trainers do not say which base they are for (`check_base` refuses them). LoKr, LoHa and full differences are
-    expanded up to `max_rank`. Raises CheckpointError as `read_file` does, and for metadata that cannot be trusted.
+    expanded up to `max_rank`. Raises CheckpointError as `read_file` does, and for metadata that cannot be trusted; ValueError for a
+    `max_rank` below 1.
     """
+    if max_rank < 1:
+        raise ValueError(f"largest rank {max_rank} of an expanded LoKr or LoHa (--rank): it is at least 1")
     file = adapter_file(Path(path))
     contents = read_file(file, max_rank)
     metadata = _block(file, contents.header)
@@ -253,8 +258,14 @@ def adapter_file(path: Path) -> Path:
     if not only and (run / RUN_RECIPE).is_file():
         raise CheckpointError(f"{run} is a run that is not finished: give its training command again, it goes on")
     if len(only) != 1:
+        found = sorted(file for below in BELOW for file in run.glob(f"{below}/{LORA_WEIGHT_NAME_SAFE}"))
+        near = [str(file.parent.parent if file.parent.name == "adapter" else file.parent) for file in found]
+        listed = (
+            f"; in it are {', '.join(near[:MOST_LISTED])}{', ...' if len(near) > MOST_LISTED else ''}" if near else ""
+        )
         raise CheckpointError(
-            f"{path} holds {len(only)} .safetensors files and none named {LORA_WEIGHT_NAME_SAFE} or {PEFT_WEIGHTS}; give the file"
+            f"{path} holds {len(only)} .safetensors files and none named {LORA_WEIGHT_NAME_SAFE} or {PEFT_WEIGHTS}; give the "
+            f"file{listed}"
         )
     return only[0]
 

@@ -57,7 +57,8 @@ def collect(
     """
     source = run / "adapter" / WEIGHTS
     if not source.exists():
-        raise ZooError(f"{run} holds no finished adapter: give the folder that training wrote, after it ended")
+        near = f", {run.parent}" if (run.absolute().parent / "adapter" / WEIGHTS).exists() else ""
+        raise ZooError(f"{run} holds no finished adapter: give the folder that training wrote{near}, after it ended")
     if VERSION.fullmatch(version) is None:
         raise ZooError(f"--version {version}: a version is MAJOR.MINOR.PATCH, such as {FIRST_VERSION}")
     adapter = load_adapter(source)

@@ -107,9 +107,8 @@ def mirror(place: Place, folder: Path, *, key: Path | None = None, say: Say = pr
 
     Yanked versions are copied with their flag. Raises as `pull` does; versions that came before stay.
     """
-    copy = open_files(str(folder))
+    copy, items = open_files(str(folder)), place.listed()
     folder.mkdir(parents=True, exist_ok=True)
-    items = place.listed()
     present = {(i.entry.name, i.entry.version): i for i in (copy.listed() if (folder / "index.json").exists() else [])}
     for item in items:
         entry = item.entry

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from loragraft.adapters.checkpoint import write_adapter
+from loragraft.adapters.checkpoint import load_adapter, write_adapter
 from loragraft.adapters.opening import open_adapters, open_control, open_run, recipe_of_run
 
 
@@ -35,6 +35,18 @@ def test_two_runs_of_one_recipe_are_told_apart_by_their_paths(tmp_path: Path) ->
     names = [adapter.name for adapter, _ in open_adapters([runs[0], f"{runs[1]}@0.5"])]
     assert names == [f"mine ({run})" for run in runs]
     assert [adapter.name for adapter, _ in open_adapters(runs[:1])] == ["mine"]
+
+
+def test_a_folder_of_runs_names_them(tmp_path: Path) -> None:
+    runs = [_write(tmp_path / "runs" / name, 0) for name in ("first", "second")]
+    with pytest.raises(ValueError, match=f"give the file; in it are {runs[0]}, {runs[1]}$"):
+        open_adapters([str(tmp_path / "runs")])
+
+
+@pytest.mark.parametrize("rank", [0, -3])
+def test_a_largest_rank_is_a_rank(tmp_path: Path, rank: int) -> None:
+    with pytest.raises(ValueError, match=r"--rank\): it is at least 1"):
+        load_adapter(_write(tmp_path / "run", 0), rank)
 
 
 def _write(run: Path, seed: int) -> str:

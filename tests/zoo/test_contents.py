@@ -96,6 +96,12 @@ def test_an_unscored_run_without_pictures_is_published_too(make_run: Callable[..
     assert "model-index" not in header(tmp_path / "staged")
 
 
+def test_the_folder_of_the_weights_names_the_run(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    run = make_run()
+    with pytest.raises(ZooError, match=rf"give the folder that training wrote, {run}, after it ended"):
+        collect(run / "adapter", staged(tmp_path))
+
+
 def test_a_stale_score_is_refused(make_run: Callable[..., Path], tmp_path: Path) -> None:
     run, other = make_run(), make_run(seed=1)
     (run / "score.json").write_text((other / "score.json").read_text())

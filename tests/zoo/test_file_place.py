@@ -255,6 +255,9 @@ def test_a_place_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         open_place(str(tmp_path / "nowhere")).listed()
     with pytest.raises(ZooError, match=r"has no index\.json"):
         open_place(str(tmp_path)).listed()
+    with pytest.raises(ZooError, match="is no folder"):
+        mirror(open_place(str(tmp_path / "nowhere")), tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
     with pytest.raises(ZooError, match="cannot be opened"):
         open_place("gopher://zoo")
     monkeypatch.setenv("LORAGRAFT_ZOO", str(tmp_path / "mine"))
