@@ -35,7 +35,10 @@ IN_ITS_PLACE = {
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write one safetensors file, whole or not at all. Raises DiskFullError where there is no room."""
     with replacing_file(path, sum(tensor.nbytes for tensor in tensors.values())) as scratch:
+        scratch.touch()
+        mode = scratch.stat().st_mode
         save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, scratch, metadata)
+        scratch.chmod(mode)  # safetensors 0.8 leaves a file that its owner alone can read
 
 
 def read_header(path: Path, header_limit: int = HEADER_LIMIT) -> tuple[dict[str, Any], dict[str, str]]:

@@ -26,6 +26,13 @@ def test_roundtrip(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]
 
 
+def test_whoever_may_read_the_folder_may_read_the_file(tmp_path: Path) -> None:
+    """safetensors 0.8 leaves files that their owner alone can read, and a cache or a run is often shared."""
+    (tmp_path / "plain").touch()
+    write_tensors(tmp_path / "a.safetensors", {"a": torch.ones(2)}, {})
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_truncation_names_the_tensor(tmp_path: Path) -> None:
     file = tmp_path / "w.safetensors"
     write_tensors(file, TENSORS, {})
