@@ -98,7 +98,8 @@ def frechet_distance(x_ND: Tensor, y_MD: Tensor) -> float:
         raise ValueError(f"the Frechet distance needs at least two images on each side, got {len(x_ND)}, {len(y_MD)}")
     a, b = _covariance_factor(x_ND), _covariance_factor(y_MD)
     shift = (x_ND.double().mean(0) - y_MD.double().mean(0)).square().sum()
-    return float(shift + a.square().sum() + b.square().sum() - 2 * torch.linalg.svdvals(a @ b.T).sum())
+    distance = float(shift + a.square().sum() + b.square().sum() - 2 * torch.linalg.svdvals(a @ b.T).sum())
+    return max(0.0, distance)  # equal sets: rounding alone is left
 
 
 def frechet_distance_interval(x_ND: Tensor, y_MD: Tensor, groups: int = 10) -> Interval:
