@@ -90,7 +90,8 @@ def run(args: argparse.Namespace, device: str) -> int:
 
 
 def measured_row(args: argparse.Namespace, device: str) -> "Row":
-    """The row of one folder; a metric whose other side is not given is an error, not left out."""
+    """The row of one folder. Raises ValueError for a metric whose other side is not given, a side that no metric reads, and as
+    `open_metrics` does."""
     from loragraft.data.cache import default_cache_root
     from loragraft.evaluation.comparison import Row
     from loragraft.evaluation.measure import read_image
@@ -163,7 +164,8 @@ def same_names(images: Sequence[Path], others: Sequence[Path]) -> tuple[list[Pat
 
 
 def prompts_of(images: Sequence[Path], table: Path | None) -> list[str]:
-    """What each image was asked for: from `table` by name, else from what our PNGs say of themselves."""
+    """What each image was asked for: from `table` by name, else from what our PNGs say of themselves. Raises ValueError naming
+    the line, or the images that have no prompt."""
     if table is None:
         return [_own_prompt(path) for path in images]
     known: dict[str, str] = {}
