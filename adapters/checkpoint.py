@@ -164,7 +164,10 @@ def write_adapter(
     component: Component = "transformer",
     file_name: str = LORA_WEIGHT_NAME_SAFE,
 ) -> Path:
-    """`save_adapter` for (A, scaled B) pairs that are in memory already; `file_name` is the file's in `folder`."""
+    """`save_adapter` for (A, scaled B) pairs that are in memory already; `file_name` is the file's in `folder`.
+
+    Raises ValueError for metadata that lack the base, DiskFullError where there is no room.
+    """
     lacking = [key for key in REQUIRED if not metadata.get(key)]
     if lacking:
         raise ValueError(

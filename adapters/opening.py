@@ -63,7 +63,7 @@ def open_run(run: Path) -> tuple[Adapter, Recipe]:
 
 
 def open_control(path: Path) -> Adapter:
-    """The adapter of another run, an adapter folder or file."""
+    """The adapter of another run, an adapter folder or file. Raises ValueError where there is none, and as `load_adapter`."""
     if not path.exists():
         raise ValueError(
             f"--control {path} does not exist: give another run folder, an adapter folder or a .safetensors file"

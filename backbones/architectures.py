@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+from accelerate import init_empty_weights
 
 from loragraft.backbones.family import Component
 from loragraft.backbones.spec import BaseSpec, Profile
@@ -237,6 +239,34 @@ def plan_model(source: WeightSource, architecture: Architecture, main: QuantSett
     return plan_source(source, *plan_rules(architecture, main, kernels))
 
 
+def check_tensors(source: WeightSource, config: Mapping[str, Any], path: Path) -> None:
+    """Refuses before any work what the quantized model could not be loaded from: `source` holds exactly the tensors of the model
+    that `config` describes, as floating-point numbers. Raises CheckpointError naming the first that is missing, foreign or misshapen.
+    """
+    with init_empty_weights(include_buffers=False):
+        model = getattr(diffusers, config["_class_name"]).from_config(dict(config))
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    missing = [name for name in expected if name not in source.tensors]
+    foreign = [name for name in source.tensors if name not in expected]
+    if missing:
+        raise CheckpointError(
+            f"{path}: {len(missing)} tensor(s) of the model that its configuration describes are missing, the first is {missing[0]!r}; "
+            "fetch the weights and config.json again, from one place"
+        )
+    if foreign:
+        raise CheckpointError(
+            f"{path}: {len(foreign)} tensor(s) belong to no layer of the model that its configuration describes, the first is "
+            f"{foreign[0]!r}; {nearest(foreign[0], expected)}"
+        )
+    for name, info in source.tensors.items():
+        if info.shape != expected[name]:
+            raise CheckpointError(
+                f"{path}: tensor {name!r} has shape {info.shape}, its configuration means {expected[name]}"
+            )
+        if not info.dtype.is_floating_point:
+            raise CheckpointError(f"{path}: tensor {name!r} is {info.dtype}: these are codes, not 16-bit weights")
+
+
 def quantize_files(
     path: Path,
     folder: Path,
@@ -251,9 +281,11 @@ def quantize_files(
 ) -> list[LayerReport]:
     """Quantizes the transformer at `path`, layer by layer, into the checkpoint `folder`; goes on where a killed run ended.
 
-    `stats` is a file of `calibrate.save_stats`; None chooses data-free. Raises as `open_model` and `quantize_stream` do.
+    `stats` is a file of `calibrate.save_stats`; None chooses data-free. Raises as `open_model`, `check_tensors` and
+    `quantize_stream` do.
     """
     source, architecture, config = open_model(path)
+    check_tensors(source, config, path)
     main = folder_settings(profile, calibrated=stats is not None, rank=rank, group_size=group_size, gptq=gptq)
     plan = plan_model(source, architecture, main)
     measured = None if stats is None else StatsFile(stats)

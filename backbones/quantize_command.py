@@ -6,7 +6,14 @@ import hashlib
 import json
 from pathlib import Path
 
-from loragraft.backbones.architectures import SMOOTHED, folder_settings, open_model, plan_model, quantize_files
+from loragraft.backbones.architectures import (
+    SMOOTHED,
+    check_tensors,
+    folder_settings,
+    open_model,
+    plan_model,
+    quantize_files,
+)
 from loragraft.backbones.load import find_spec, quantize_base
 from loragraft.quantization.formats import FORMATS
 from loragraft.quantization.partial_file import JOURNAL
@@ -20,6 +27,12 @@ def run(args: argparse.Namespace, device: str) -> int:
     out, source = Path(args.out), Path(args.base)
     if args.smoothing not in (None, "none") and args.profile not in SMOOTHED:
         raise ValueError(f"--smoothing {args.smoothing}: {args.profile} stores no smoothing vector; leave it out")
+    calibrates = source.exists() and args.smoothing == "calibrated" and not args.stats
+    for option, value in (("--prompts", args.prompts), ("--resolution", args.resolution)):
+        if value is not None and not calibrates:
+            raise ValueError(
+                f"{option} {value} is for a pipeline's folder that is run with --smoothing calibrated; nothing reads it here"
+            )
     if out.exists() and not (out / JOURNAL).exists():
         raise ValueError(f"{out} exists already: name another folder with --out, or move it away")
     if source.exists():
@@ -90,8 +103,9 @@ def _pipeline_stats(args: argparse.Namespace, source: Path, out: Path, device: s
     if args.prompts:
         lines = Path(args.prompts).read_text(encoding="utf-8").splitlines()
         prompts = tuple(line.strip() for line in lines if line.strip())
-    weights, architecture, _ = open_model(source)
+    weights, architecture, config = open_model(source)
     main = folder_settings(args.profile, calibrated=True, rank=args.rank, group_size=args.group_size)
+    check_tensors(weights, config, source)
     plan = plan_model(weights, architecture, main)  # what cannot be quantized is refused before the model runs
     layers = [layer for layer, settings in plan.items() if settings.numerics != "w4a16"]
     decisive = json.dumps([weights.identity, layers, prompts, args.resolution]).encode()

@@ -105,7 +105,7 @@ def randomize(transformer: nn.Module, device: torch.device | str, dtype: torch.d
             continue
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:
-                value = _draw(module, name, parameter, generator).to(dtype)
+                value = _draw(name, parameter, generator).to(dtype)
                 module.register_parameter(name, nn.Parameter(value, requires_grad=parameter.requires_grad))
     left = [name for name, buffer in transformer.named_buffers() if buffer.is_meta]
     if left:
@@ -171,7 +171,7 @@ def _fill_format(layer: QuantizedLinear, generator: torch.Generator) -> None:
         layer.bias = torch.zeros(N, device=device, dtype=layer.bias.dtype)
 
 
-def _draw(module: nn.Module, name: str, parameter: Tensor, generator: torch.Generator) -> Tensor:
+def _draw(name: str, parameter: Tensor, generator: torch.Generator) -> Tensor:
     """Vectors are biases or norms; of anything else all axes but the first are fan-in."""
     if parameter.dim() < 2:
         fill = 0.0 if name == "bias" else 1.0

@@ -114,7 +114,10 @@ class RandomEncoders(Pictures):
         return caption
 
     def encode_text(self, captions: list[str]) -> dict[str, Tensor]:
-        """B captions -> `prompt_embeds` [B, T, D] and, where P > 0, `pooled_prompt_embeds` [B, P]: N(0, 1), float32 on the CPU."""
+        """B captions -> `prompt_embeds` [B, T, D] and, where P > 0, `pooled_prompt_embeds` [B, P]: N(0, 1), float32 on the CPU.
+
+        Raises RuntimeError after `release_text`.
+        """
         if self._released:
             raise RuntimeError(RELEASED)
         tokens, width, *pooled = self._shape

@@ -141,8 +141,8 @@ def _open_split(config: DataConfig, cache: Path) -> datasets.Dataset | datasets.
         near = difflib.get_close_matches(config.dataset_split, found, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise DataError(
-            f"data.dataset {name!r} has no split {config.dataset_split!r}{hint} It has {', '.join(map(str, found))}; "
-            "choose with data.dataset_split"
+            f"data.dataset {name!r} has no split {config.dataset_split!r}{hint or ';'} it has "
+            f"{', '.join(map(str, found))}: choose with data.dataset_split"
         )
     return _streamed(found[config.dataset_split], config)
 

@@ -99,7 +99,10 @@ def svdquant_subset(entries: Sequence[Entry], count: int = SVDQUANT_COUNT) -> li
     `entries` in the order of the set's file: the shuffle is of positions.
     """
     if not 0 < count <= len(entries):
-        raise DataError(f"{count} prompts were asked for, and the set has {len(entries)}")
+        raise DataError(
+            f"{count} prompts were asked for, and the set has {len(entries)}: ask for 1 to {len(entries)} with --count (SVDQuant's "
+            f"figures are of {SVDQUANT_COUNT}, and scores at different N do not compare)"
+        )
     names = [entry.name for entry in entries]
     random.Random(0).shuffle(names)
     by_name = {entry.name: entry for entry in entries}
@@ -202,9 +205,11 @@ def show(which: str, folder: Path, count: int | None, training_folder: str | Non
 def _mjhq(folder: Path) -> PromptSet:
     path = folder / "meta_data.json"
     table = _json(path)
+    if not isinstance(table, dict):
+        raise DataError(f"{path} is no table of names, each with category and prompt")
     entries = []
-    for name, about in table.items() if isinstance(table, dict) else ():
-        if not isinstance(about, dict) or not {"category", "prompt"} <= about.keys():
+    for name, about in table.items():
+        if not isinstance(about, dict) or not all(isinstance(about.get(key), str) for key in ("category", "prompt")):
             raise DataError(f"{path}: {name!r} has no category and prompt")
         file = Path(about["category"]) / f"{name}.jpg"
         entries.append(Entry(name, about["prompt"], _first(folder, ("mjhq30k_imgs", ""), file), about["category"]))
@@ -233,7 +238,7 @@ def _coco(folder: Path) -> PromptSet:
         entries = [entry for path in official for entry in _coco_captions(path, images)]
     elif table.is_file():
         with table.open(encoding="utf-8", newline="") as lines:
-            entries = [_coco_entry(row["image_id"], row["prompt"], images) for row in csv.DictReader(lines)]
+            entries = _coco_table(csv.DictReader(lines), table, images)
     else:
         raise DataError(f"{folder} has none of dataset_coco.json, captions_*.json and coco_30k.csv")
     return PromptSet("COCO captions", "CC-BY-4.0", tuple(entries))
@@ -252,7 +257,7 @@ def _karpathy(path: Path, images: Mapping[str, Path]) -> list[Entry]:
             )
             for image in content["images"]
         ]
-    except (KeyError, IndexError, TypeError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is not Karpathy's split: {error!r}") from error
 
 
@@ -269,8 +274,22 @@ def _coco_captions(path: Path, images: Mapping[str, Path]) -> list[Entry]:
         return [
             Entry(Path(files[i]).stem, first[i][1].strip(), images.get(files[i]), split=split) for i in sorted(first)
         ]
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is not a COCO caption file: {error!r}") from error
+
+
+def _coco_table(rows: "csv.DictReader[str]", path: Path, images: Mapping[str, Path]) -> list[Entry]:
+    lacking = {"image_id", "prompt"} - set(rows.fieldnames or ())
+    if lacking:
+        raise DataError(
+            f"{path} has no column {' and '.join(sorted(lacking))}; found {', '.join(rows.fieldnames or ())}"
+        )
+    entries = []
+    for row in rows:
+        if not row["image_id"] or row["prompt"] is None:
+            raise DataError(f"{path}:{rows.line_num} has no image_id and prompt")
+        entries.append(_coco_entry(row["image_id"], row["prompt"], images))
+    return entries
 
 
 def _coco_entry(image: str, prompt: str, images: Mapping[str, Path]) -> Entry:
@@ -287,6 +306,8 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist: it holds the set's prompts") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8: {error}") from error
 
 
 def _json(path: Path) -> Any:

@@ -51,14 +51,14 @@ def read_stream(config: DataConfig, cache_root: Path, encode: Encode, lacking: L
         with exclusively(folder):
             shutil.rmtree(folder / ".reading", ignore_errors=True)
             index = _read_index(folder)
-            wanted = {s.image.name for s in lacking(as_shown(_samples(index, folder, config), config))}
+            wanted = {s.image.name for s in lacking(as_shown(_samples(index, folder), config))}
             if wanted:  # of another base, or a cache that was emptied
                 _read(config, stream, folder, encode, range(len(index)), wanted)
             if not _complete(index):
                 _cut(folder)
                 _read(config, stream, folder, encode, range(len(index), config.limit), None)
             index = _read_index(folder)
-    samples = as_shown(_samples(index, folder, config), config)
+    samples = as_shown(_samples(index, folder), config)
     if not any(sample.split == "train" for sample in samples):
         raise DataError(
             f"the {len(samples)} rows of data.dataset {config.dataset!r} have no image in the train split; raise data.limit, "
@@ -77,7 +77,7 @@ def stored_stream(config: DataConfig, cache_root: Path) -> list[Sample]:
             f"of data.dataset {config.dataset!r} {len(index)} of {config.limit} rows have been read so far; a stream is "
             "read by training: run that first, with the same data block"
         )
-    return as_shown(_samples(index, folder, config), config)
+    return as_shown(_samples(index, folder), config)
 
 
 def _folder(config: DataConfig, stream: Stream, cache_root: Path) -> Path:
@@ -98,7 +98,7 @@ def _read(
         while batch := list(itertools.islice(numbered, ROWS_AT_ONCE)):
             lines = list(_written(stream, batch, folder / ".reading", config, only))
             try:
-                encode(as_shown(_samples(lines, folder, config, reading=True), config))
+                encode(as_shown(_samples(lines, folder, reading=True), config))
             except ValueError as error:
                 raise DataError(
                     f"data.dataset {stream.name!r}, a row by the number in the file's name: {error}"
@@ -154,7 +154,7 @@ def _split(entry: dict[str, Any], concept: str, config: DataConfig, number: int)
     return "test" if chance < config.test_fraction else "validation" if chance < held_out else "train"
 
 
-def _samples(lines: Sequence[dict[str, Any]], folder: Path, config: DataConfig, reading: bool = False) -> list[Sample]:
+def _samples(lines: Sequence[dict[str, Any]], folder: Path, reading: bool = False) -> list[Sample]:
     """Samples of lines of the index; `reading`: while their files are."""
     samples = []
     for line in lines:

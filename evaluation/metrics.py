@@ -28,7 +28,8 @@ def kernel_distance(x_ND: Tensor, y_MD: Tensor) -> float:
         KID = mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean_{i, j} k(x_i, y_j)
 
     x [N, D], y [M, D], N and M at least 2; the expectation over draws does not depend on N or M. Can be slightly
-    negative for equal distributions. Source: Binkowski et al., "Demystifying MMD GANs" (2018), section 4.
+    negative for equal distributions. Raises ValueError for fewer images. Source: Binkowski et al., "Demystifying MMD GANs" (2018),
+    section 4.
     """
     n, m = len(x_ND), len(y_MD)
     if n < 2 or m < 2:
@@ -57,7 +58,8 @@ def kernel_distance_paired(x_ND: Tensor, y_ND: Tensor, resamples: int = 500, see
         mean_{i != j} k(x_i, x_j) + k(y_i, y_j) - k(x_i, y_j) - k(x_j, y_i)
 
     x_i resembles y_i, so the pairs (i, i) stay out of the cross term, which they would pull below zero; equal sets give
-    exactly 0. Source: Gretton et al., "A Kernel Two-Sample Test" (2012), lemma 6. Draws take pairs.
+    exactly 0. Draws take pairs. Raises ValueError for sets of different sizes and for fewer than two pairs. Source: Gretton et al.,
+    "A Kernel Two-Sample Test" (2012), lemma 6.
     """
     if len(x_ND) != len(y_ND) or len(x_ND) < 2:
         raise ValueError(f"pairs need two sets of one size, at least two images, got {len(x_ND)} and {len(y_ND)}")
@@ -72,6 +74,7 @@ def kernel_distance_change(a_ND: Tensor, b_ND: Tensor, y_MD: Tensor, resamples: 
     """KID(b, y) - KID(a, y), where a_i and b_i belong together (one prompt, one seed): each draw takes both or neither.
 
     The interval of a difference is what tells two sets apart; overlapping intervals of the two values do not settle it.
+    Raises ValueError for sets of different sizes, and as `kernel_distance`.
     """
     if len(a_ND) != len(b_ND):
         raise ValueError(f"the sets belong together image by image, but have {len(a_ND)} and {len(b_ND)}")
@@ -92,13 +95,15 @@ def frechet_distance(x_ND: Tensor, y_MD: Tensor) -> float:
 
     with S_x = A^T A, S_y = B^T B the unbiased covariances: no matrix root, so that fewer images than features do no harm
     to the arithmetic. They do to the statistic: it falls as N grows, so compare at one N only. x [N, D], y [M, D].
+    Raises ValueError for fewer than two images a side.
     Source: Heusel et al., "GANs Trained by a Two Time-Scale Update Rule" (2017); Dowson and Landau (1982).
     """
     if len(x_ND) < 2 or len(y_MD) < 2:
         raise ValueError(f"the Frechet distance needs at least two images on each side, got {len(x_ND)}, {len(y_MD)}")
     a, b = _covariance_factor(x_ND), _covariance_factor(y_MD)
     shift = (x_ND.double().mean(0) - y_MD.double().mean(0)).square().sum()
-    return float(shift + a.square().sum() + b.square().sum() - 2 * torch.linalg.svdvals(a @ b.T).sum())
+    distance = float(shift + a.square().sum() + b.square().sum() - 2 * torch.linalg.svdvals(a @ b.T).sum())
+    return max(0.0, distance)  # equal sets: rounding alone is left
 
 
 def frechet_distance_interval(x_ND: Tensor, y_MD: Tensor, groups: int = 10) -> Interval:
@@ -176,7 +181,7 @@ def ssim(a_BCHW: Tensor, b_BCHW: Tensor) -> Tensor:
 
         (2 mu_a mu_b + c1) (2 cov_ab + c2) / ((mu_a^2 + mu_b^2 + c1) (var_a + var_b + c2)),   c1 = 0.01^2, c2 = 0.03^2
 
-    with an 11 x 11 Gaussian window of deviation 1.5; a, b [B, C, H, W] in [0, 1], both edges at least 11.
+    with an 11 x 11 Gaussian window of deviation 1.5; a, b [B, C, H, W] in [0, 1], both edges at least 11, else ValueError.
     Source: Wang et al., "Image Quality Assessment" (2004). The definition of scikit-image's `structural_similarity`
     with `gaussian_weights=True, use_sample_covariance=False`, which the tests compare with where it is installed.
     """

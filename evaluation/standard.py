@@ -47,6 +47,8 @@ from loragraft.evaluation.weight_files import (
 
 Kind = Literal["references", "prompts", "pairs"]
 BATCH = 16
+FEW = 4
+"""Images a side below which a distance of two sets has no interval."""
 _NETWORK = "Inception-v3 2015-12-05"
 
 
@@ -273,10 +275,11 @@ class StandardMetrics:
     def _result(
         self, metric: Metric, n: int, value: Interval, references: int = 0, notes: Sequence[str] = ()
     ) -> Result:
+        few = n < 2 or (metric.kind == "references" and min(n, references) < FEW)  # draws of so few are one draw
         free = [
             f"{file.name} has no published sha256; the one found is stated" for file in metric.files if not file.sha256
         ]
-        low, high = (None if math.isnan(bound) else bound for bound in (value.low, value.high))
+        low, high = (None if few or math.isnan(bound) else bound for bound in (value.low, value.high))
         found = self._digests(metric.files)
         return Result(metric.key, n, references, value.value, low, high, (*notes, *free), found)
 

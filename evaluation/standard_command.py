@@ -70,11 +70,16 @@ def run(args: argparse.Namespace, device: str) -> int:
     if bool(args.table) == bool(args.images):
         raise ValueError("give a folder of images to measure, or --table with rows to show")
     if args.table:
+        given = [args.metrics, args.weights, args.references, args.against, args.prompts, args.row, args.out]
+        if any(given):
+            raise ValueError("--table shows rows that were measured; of the other options it takes --csv alone")
         rows = read_rows([Path(name) for name in args.table])
         print(markdown(rows))
         if args.csv:
             write_atomic(Path(args.csv), as_csv(rows).encode())
         return 0
+    if args.csv:
+        raise ValueError("--csv goes with --table; --out writes the row that is measured")
     row = measured_row(args, device)
     print(markdown([row]))
     if args.out:
@@ -85,7 +90,8 @@ def run(args: argparse.Namespace, device: str) -> int:
 
 
 def measured_row(args: argparse.Namespace, device: str) -> "Row":
-    """The row of one folder; a metric whose other side is not given is an error, not left out."""
+    """The row of one folder. Raises ValueError for a metric whose other side is not given, a side that no metric reads, and as
+    `open_metrics` does."""
     from loragraft.data.cache import default_cache_root
     from loragraft.evaluation.comparison import Row
     from loragraft.evaluation.measure import read_image
@@ -95,11 +101,13 @@ def measured_row(args: argparse.Namespace, device: str) -> "Row":
     if metrics is None:
         raise ValueError("nothing to measure: give --metrics, such as --metrics fid,clip --weights DIR")
     images = images_of(Path(args.images))
-    for kind, option in (("references", args.references), ("pairs", args.against)):
+    for kind, name, option in (("references", "references", args.references), ("pairs", "against", args.against)):
         needing = [metric.key for metric in metrics.metrics if metric.kind == kind]
         if needing and not option:
-            raise ValueError(f"{', '.join(needing)}: give --{'against' if kind == 'pairs' else kind} DIR")
-    wants_prompts = any(metric.kind == "prompts" for metric in metrics.metrics)
+            raise ValueError(f"{', '.join(needing)}: give --{name} DIR")
+        _check_used(name, option, needing, kind)
+    wants_prompts = bool(asked := [metric.key for metric in metrics.metrics if metric.kind == "prompts"])
+    _check_used("prompts", args.prompts, asked, "prompts")
     prompts = prompts_of(images, Path(args.prompts) if args.prompts else None) if wants_prompts else []
     results = []
     if args.references:
@@ -109,6 +117,15 @@ def measured_row(args: argparse.Namespace, device: str) -> "Row":
     if args.against:
         results += metrics.paired(*same_names(images, images_of(Path(args.against))))
     return Row(**about, results=tuple(results))
+
+
+def _check_used(name: str, value: str | None, needing: Sequence[str], kind: str) -> None:
+    """Refuses an option that none of the chosen metrics reads."""
+    from loragraft.evaluation.standard import METRICS
+
+    if value and not needing:
+        readers = ", ".join(metric.key for metric in METRICS.values() if metric.kind == kind)
+        raise ValueError(f"--{name} {value}: none of the chosen metrics reads it; {readers} do")
 
 
 def row_fields(pairs: Sequence[str]) -> dict[str, Any]:
@@ -147,7 +164,8 @@ def same_names(images: Sequence[Path], others: Sequence[Path]) -> tuple[list[Pat
 
 
 def prompts_of(images: Sequence[Path], table: Path | None) -> list[str]:
-    """What each image was asked for: from `table` by name, else from what our PNGs say of themselves."""
+    """What each image was asked for: from `table` by name, else from what our PNGs say of themselves. Raises ValueError naming
+    the line, or the images that have no prompt."""
     if table is None:
         return [_own_prompt(path) for path in images]
     known: dict[str, str] = {}

@@ -46,6 +46,7 @@ def quantize_to_format(
         weight_error=relative_rms(effective, weight_NK),
         output_error=relative_rms(output, target),
         rtn_error=relative_rms(seen @ plain.T, target),
+        inputs="normal" if stats is None else "measured",
     )
     tensors = tensors | {"lora_down": down, "lora_up": up}
     tensors |= {} if bias is None else {"bias": bias.detach().clone()}

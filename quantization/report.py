@@ -4,16 +4,23 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from loragraft.quantization.settings import LayerReport
+from loragraft.quantization.settings import Inputs, LayerReport
+
+INPUTS: dict[Inputs, str] = {
+    "measured": "measured inputs",
+    "normal": "N(0, 1) inputs (nothing was measured)",
+    "mixed": "synthetic inputs, outliers among them (nothing was measured)",
+}
 
 
 def report_to_dict(reports: Sequence[LayerReport]) -> dict[str, Any]:
-    """JSON-able: mean errors per numerics, then every layer."""
-    return {"summary": _means(reports), "layers": [asdict(report) for report in reports]}
+    """JSON-able: mean errors per numerics and what they were measured on, then every layer."""
+    summary = {name: {**mean, "inputs": _inputs(reports, name)} for name, mean in _means(reports).items()}
+    return {"summary": summary, "layers": [asdict(report) for report in reports]}
 
 
 def report_table(reports: Sequence[LayerReport]) -> str:
-    """One line per layer, errors in per cent of the 16-bit layer's output (RMS), then the means."""
+    """One line per layer, errors in per cent of the 16-bit layer's output (RMS), then the means and what they were measured on."""
     head = (
         "path",
         "numerics",
@@ -32,8 +39,11 @@ def report_table(reports: Sequence[LayerReport]) -> str:
     for numerics, mean in _means(reports).items():
         text.append(
             f"{numerics}: {mean['layers']:.0f} layers, mean output error {100 * mean['output_error']:.2f} %, "
-            f"plain rounding {100 * mean['rtn_error']:.2f} %"
+            f"plain rounding {100 * mean['rtn_error']:.2f} %, on "
+            + " and ".join(INPUTS[kind] for kind in _inputs(reports, numerics))
         )
+    if len({report.inputs for report in reports}) > 1:
+        text.append("Errors on unlike inputs are not comparable.")
     return "\n".join(text)
 
 
@@ -50,6 +60,11 @@ def _cells(report: LayerReport) -> tuple[str, ...]:
         f"{100 * report.output_error:.2f}",
         f"{100 * report.rtn_error:.2f}",
     )
+
+
+def _inputs(reports: Sequence[LayerReport], numerics: str) -> list[Inputs]:
+    """What the errors of the layers of these numerics were measured on."""
+    return sorted({report.inputs for report in reports if report.numerics == numerics})
 
 
 def _means(reports: Sequence[LayerReport]) -> dict[str, dict[str, float]]:

@@ -16,6 +16,8 @@ Smoothing = Literal["calibrated", "weight", "hadamard", "none", "auto"]
 there are any, else data-free on the synthetic rows of `svdquant.synthetic_rows`.
 """
 Search = Literal["exhaustive", "subsampled"]
+Inputs = Literal["measured", "normal", "mixed"]
+"""What a layer's errors are measured on: its own activations, N(0, 1) rows, or `svdquant.synthetic_rows`."""
 DEFAULT_RANK = 16
 
 
@@ -53,9 +55,11 @@ class QuantSettings:
             raise ValueError(f"numerics {self.numerics!r}: expected one of {', '.join(get_args(Numerics))}")
         if self.smoothing is not None and self.smoothing not in get_args(Smoothing):
             raise ValueError(f"smoothing {self.smoothing!r}: expected one of {', '.join(get_args(Smoothing))}")
-        allowed = (64, 128) if self.numerics == "w4a8" else (64,)
-        if self.group_size not in allowed:
-            raise ValueError(f"group_size {self.group_size} with {self.numerics}: expected one of {allowed}")
+        if self.group_size not in (64, 128):
+            raise ValueError(f"group_size {self.group_size}: expected 64 or, with w4a8, 128")
+        if self.group_size == 128 and self.numerics != "w4a8":
+            block = "a block size of its own" if self.numerics in FORMATS else "groups of 64"
+            raise ValueError(f"group_size 128 with {self.numerics}, which has {block}; only w4a8 (native) knows 128")
         if self.smoothing == "hadamard" and self.numerics != "w4a8":
             raise ValueError(
                 f"smoothing 'hadamard' with {self.numerics}: only w4a8 layers store a rotation; use 'weight'"
@@ -117,8 +121,10 @@ class LayerReport:
     weight_error: float
     """|W_eff - W| / |W|."""
     output_error: float
-    """Error of the layer's output on the calibration rows (N(0, 1) rows without calibration), activations quantized."""
+    """Error of the layer's output on `inputs`, activations quantized."""
     rtn_error: float
     """The same with plain rounding: no smoothing, no rotation, no branch."""
+    inputs: Inputs
+    """What both were measured on; errors on unlike inputs are not comparable."""
     weighted: bool = False
     """Whether the branch was fitted to the measured inputs, not to the weight alone."""

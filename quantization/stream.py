@@ -32,12 +32,13 @@ from loragraft.quantization.partial_file import JOURNAL, PartialFile
 from loragraft.quantization.report import report_to_dict
 from loragraft.quantization.settings import LayerReport, QuantSettings
 from loragraft.quantization.svdquant import quantize_linear
+from loragraft.quantization.tensor_file import CheckpointError
 from loragraft.quantization.weight_source import TensorInfo, WeightSource
 
 AHEAD = 2
 """Layers that may wait between two threads."""
-ALGORITHM = 2
-"""Part of the key of a half-done quantization: raised whenever the same layer would come out with other bits."""
+ALGORITHM = 3
+"""Part of the key of a half-done quantization: raised whenever the same layer would come out with other bits or another report."""
 REPORT_NAME = "quantization_report.json"
 OnWait = Callable[[str, float], None]
 T = TypeVar("T")
@@ -171,6 +172,14 @@ def _stored(info: TensorInfo) -> TensorInfo:
     return TensorInfo(torch.bfloat16 if wide else info.dtype, info.shape)
 
 
+def _kept(name: str, tensor: Tensor) -> Tensor:
+    """The tensor as it is stored. Raises CheckpointError for NaN and infinity, which would be every picture's."""
+    stored = tensor.to(_stored(TensorInfo(tensor.dtype, tuple(tensor.shape))).dtype)
+    if stored.is_floating_point() and not torch.isfinite(stored.float()).all():
+        raise CheckpointError(f"tensor {name!r} holds NaN or infinity; nothing can be drawn with it")
+    return stored
+
+
 def _run(
     source: WeightSource,
     pieces: Sequence[_Piece],
@@ -191,7 +200,7 @@ def _run(
     ):
         for piece, inputs, found in _ahead(reader, source, pieces, stats, waited):
             if piece.settings is None:
-                outputs = {name: tensor.to(_stored(source.tensors[name]).dtype) for name, tensor in inputs.items()}
+                outputs = {name: _kept(name, tensor) for name, tensor in inputs.items()}
                 result: dict[str, Any] = {}
             else:
                 bar.set_postfix_str(piece.name, refresh=False)
@@ -248,8 +257,8 @@ def _quantize(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors under their full names, the report as JSON)."""
     bias = inputs.get(f"{piece.name}.bias")
-    if bias is not None and bias.dtype in (torch.float32, torch.float64):
-        bias = bias.to(torch.bfloat16)
+    if bias is not None:
+        bias = _kept(f"{piece.name}.bias", bias)
     stored = inputs[f"{piece.name}.weight"]
     # The copy has no name here: it leaves the device as soon as `quantize_linear` has widened it.
     quantize = quantize_linear if stored.ndim == 2 else quantize_conv_weight

@@ -96,6 +96,7 @@ def quantize_linear(
         weight_error=weight_error(reported, best),
         output_error=relative_rms(layer_output(reported, best), reported.target_SN),
         rtn_error=_plain_error(reported),
+        inputs="measured" if reported.measured else "mixed" if mode == "auto" else "normal",
     )
     return _tensors(best, bias, settings), report
 

@@ -107,7 +107,10 @@ class FileSource:
         return self._identity
 
     def read(self, name: str) -> Tensor:
-        """A copy in memory, page-locked where there is a GPU; a map of the file would count as this process's memory."""
+        """A copy in memory, page-locked where there is a GPU; a map of the file would count as this process's memory.
+
+        Raises CheckpointError where the file ends early: it was changed since its header was read.
+        """
         file, start, count = self._places[name]
         info = self._tensors[name]
         if count == 0:

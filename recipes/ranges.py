@@ -11,9 +11,18 @@ class RecipeError(ValueError):
         self.key = key
 
 
-def check_range(key: str, value: float, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
-    """Raise RecipeError unless low <= value <= high (low < value where `open_low`)."""
-    if not (low < value if open_low else low <= value) or not value <= high or math.isnan(value):
-        lower = f"greater than {low:g}" if open_low else f"at least {low:g}"
-        upper = "" if high == math.inf else f" and at most {high:g}"
-        raise RecipeError(f"{key} must be {lower}{upper}, not {value:g}", key)
+def check_range(
+    key: str, value: float, low: float, high: float = math.inf, *, open_low: bool = False, open_high: bool = False
+) -> None:
+    """Raise RecipeError unless low <= value <= high (low < value where `open_low`, value < high where `open_high`)."""
+    above = low < value if open_low else low <= value
+    below = value < high if open_high else value <= high
+    if not (above and below):  # NaN is neither
+        lower = f"{'greater than' if open_low else 'at least'} {_digits(low)}"
+        upper = "" if high == math.inf else f" and {'below' if open_high else 'at most'} {_digits(high)}"
+        raise RecipeError(f"{key} must be {lower}{upper}, not {_digits(value)}", key)
+
+
+def _digits(value: float) -> str:
+    """All digits of it, which tell 1,000,001 from a bound of 1,000,000."""
+    return f"{value:,}" if isinstance(value, int) else f"{value!r}"

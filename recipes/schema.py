@@ -4,7 +4,6 @@ The text under each field says what it means, its unit and its range. Every clas
 built, so a `Recipe` that exists is valid. Reading YAML is `load.py`'s work; nothing here touches a file.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -196,7 +195,7 @@ class OptimConfig:
     def __post_init__(self) -> None:
         _check_range("optim.learning_rate", self.learning_rate, 0, 1, open_low=True)
         for beta in self.betas:
-            _check_range("optim.betas", beta, 0, math.nextafter(1, 0))
+            _check_range("optim.betas", beta, 0, 1, open_high=True)
         _check_range("optim.eps", self.eps, 0, open_low=True)
         _check_range("optim.weight_decay", self.weight_decay, 0, 1)
         _check_range("optim.warmup_steps", self.warmup_steps, 0)

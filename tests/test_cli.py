@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from loragraft import cli
+from loragraft.train.lora import _parse as train_options
 from loragraft.verbs import VERBS, build_parser
 from loragraft.zoo.zoo_command import build_parser as zoo_parser
 
@@ -81,6 +82,9 @@ def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
         (["generate", "--prompt", "x", "--resolution", "100"], "multiples of 16, such as 96"),
         (["generate", "--prompt", "x", "--out", "file"], "--out file is a file: name a folder"),
         (["prompts", "mjhq"], "say where it lies with --from"),
+        (["prompts", "mjhq", "data.seed=1", "--from", "."], "data.seed=1: overrides change a recipe"),
+        (["prompts", "marketing", "--count", "1", "data.sed=1"], "data.sed"),
+        (["prompts", "marketing", "--count", "1", "word"], "'word' is not of the form key=value"),
         (["quantize", "pocet", "--out", "int4"], "There is no file or folder pocet either"),
         (["quantize", "./FLUX/transformer", "--out", "int4"], "there is no file or folder ./FLUX/transformer"),
         (
@@ -109,6 +113,24 @@ def test_mistakes_are_one_sentence(
     assert message in error
     assert error.startswith("error: ")
     assert "\n" not in error
+
+
+@pytest.mark.parametrize("words", [["data.seed=3", "--count", "1"], ["--count", "1", "data.seed=3"]])
+def test_overrides_stand_on_either_side_of_options(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["prompts", "marketing", *words]) == 0
+    assert "5e7052875800" in capsys.readouterr().err, "the prompt of seed 3"
+
+
+@pytest.mark.parametrize("arguments", [["prompts", "marketing", "--count", "1", "--cuont"], ["demo", "word"]])
+def test_what_no_verb_knows_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(arguments)
+    assert f"unrecognized arguments: {arguments[-1]}" in capsys.readouterr().err
+
+
+def test_training_takes_overrides_on_either_side_of_options() -> None:
+    args = train_options(["train.steps=1", "--recipe", "marketing", "train.seed=2", "--out", "x", "adapter.rank=4"])
+    assert args.overrides == ["train.steps=1", "train.seed=2", "adapter.rank=4"]
 
 
 def test_score_draws_or_measures_but_not_neither(capsys: pytest.CaptureFixture[str]) -> None:

@@ -198,6 +198,7 @@ def test_generate_draws_before_and_after(run: Path, at_place: Place) -> None:
 
 
 def test_score_measures_both_sides(run: Path, at_place: Place) -> None:
+    assert cli.main(["score", str(run), "--images", "0"]) == 2, "0 is no way to say the default"
     assert cli.main(["score", str(run), "--images", "4"]) == 0
     score = json.loads((run / "score.json").read_text())
     assert score["images"] == 4

@@ -174,7 +174,7 @@ class _Reader:
         if parts.keys() <= {"alpha"}:
             return
         try:
-            scale = self._scale(module, target, parts)
+            scale = self._scale(target, parts)
             found = expand(parts, scale, self.max_rank)
             cut = self._cut(target, found)
         except ValueError as error:
@@ -195,7 +195,7 @@ class _Reader:
             if found.error > 0:
                 self.errors[path] = found.error
 
-    def _scale(self, module: str, target: Target, parts: Mapping[str, Tensor]) -> float | None:
+    def _scale(self, target: Target, parts: Mapping[str, Tensor]) -> float | None:
         if not self.scale.given or "down" not in parts:
             return None
         check_plain(parts)

@@ -37,6 +37,11 @@ def detect_dialect(path: Path) -> str:
         return "native"
     if method == LITE_METHOD:
         return "nunchaku-lite"
+    if method is None:
+        raise CheckpointError(
+            f"{path / CONFIG_NAME} names no quantization: these are 16-bit weights, which `loragraft quantize` quantizes. "
+            f"Read are: {READ}"
+        )
     raise CheckpointError(f"{path / CONFIG_NAME}: quant_method {method!r}. Read are: {READ}")
 
 

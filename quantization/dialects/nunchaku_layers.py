@@ -83,7 +83,10 @@ def read_part(files: TensorFiles, prefix: str, K: int, N: int) -> Part:
 
 
 def w4a4_layer(part: Part, linear: nn.Linear, where: str, *, unsigned_from: int | None = None) -> SVDQuantLinear:
-    """The layer that takes the place of `linear`; unsigned_from None: signed activations throughout."""
+    """The layer that takes the place of `linear`; unsigned_from None: signed activations throughout.
+
+    Raises CheckpointError naming `where` for a bias that is missing or no bias.
+    """
     K, N, Kp = linear.in_features, linear.out_features, padded(linear.in_features)
     tensors = {
         "qweight": packing.pad_to(part.codes, (N, Kp // 2)),
@@ -125,7 +128,8 @@ def beside(first: Part, second: Part) -> Part:
 def read_awq(files: TensorFiles, prefix: str, linear: nn.Linear, *, splits: int = 1) -> SVDQuantLinear:
     """The W4A16 linear at `prefix`. With `splits` > 1 it is an adaLN of Nunchaku's: rows interleaved, 1 in two biases.
 
-    The 1 is taken out of the bias again, in float32, where the difference is exact.
+    The 1 is taken out of the bias again, in float32, where the difference is exact. Raises CheckpointError naming a tensor that
+    is missing or does not fit `linear`.
     """
     K, N, Kp = linear.in_features, linear.out_features, padded(linear.in_features)
     if K % packing.GROUP or N % 4 or N % splits:

@@ -118,13 +118,8 @@ def unpack_awq(packed: Tensor) -> Tensor:
     return pairs[..., 0] | (pairs[..., 1] << 4)
 
 
-def interleave_splits(rows: Tensor, splits: int) -> Tensor:
-    """Rows (dimension 0) in the model's order, split after split -> the file's order, channel after channel."""
-    return rows.unflatten(0, (splits, -1)).transpose(0, 1).flatten(0, 1).contiguous()
-
-
 def separate_splits(rows: Tensor, splits: int) -> Tensor:
-    """The inverse of `interleave_splits`."""
+    """Rows (dimension 0) in the file's order, channel after channel -> the model's order, split after split."""
     return rows.unflatten(0, (-1, splits)).transpose(0, 1).flatten(0, 1).contiguous()
 
 

@@ -30,8 +30,19 @@ def main(argv: list[str] | None = None) -> int:
         return guarded(lambda: OWN_PARSER[first](arguments[1:]))
     if first not in VERBS and not first.startswith("-"):
         return guarded(lambda: _refuse_unknown(first))
-    args = build_parser().parse_args(arguments)
+    args = _parsed(arguments)
     return guarded(lambda: RUN[args.verb](args))
+
+
+def _parsed(arguments: list[str]) -> argparse.Namespace:
+    """Recipe overrides may stand before and behind options; argparse gives a verb's positional words to the first group alone."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(arguments)
+    if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
+    return args
 
 
 def _train(arguments: list[str]) -> int:
@@ -67,6 +78,8 @@ def _prompts(args: argparse.Namespace) -> int:
     if args.source:
         from loragraft.data.prompt_sets import show
 
+        if args.overrides:
+            raise ValueError(f"{' '.join(args.overrides)}: overrides change a recipe, and --from reads a published set")
         return show(args.name, Path(args.source), args.count, args.training_folder)
     if args.name in PUBLISHED_SETS:
         raise ValueError(f"{args.name} is a published set: say where it lies with --from DIR")
@@ -104,7 +117,8 @@ def _score(args: argparse.Namespace) -> int:
     standard = open_metrics(args, _device(), root / "features")  # what is missing is said before anything is drawn
     adapter, recipe = open_run(run)
     controls = [open_control(Path(entry)) for entry in args.control]
-    images = args.images or (max(FULL_IMAGES, recipe.eval.images) if args.full else recipe.eval.images)
+    images = max(FULL_IMAGES, recipe.eval.images) if args.full else recipe.eval.images
+    images = images if args.images is None else args.images
     backbone = load_backbone(recipe.base, recipe.numerics, _device(), default_cache_root(), recipe.weights, True)
     resolution = backbone.resolution = max(recipe.data.edges(backbone.spec.resolution))
     samples = open_source(recipe.data, resolution, default_cache_root())

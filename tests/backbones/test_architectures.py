@@ -1,6 +1,7 @@
 """FLUX from its files: recognised, planned, quantized by the command, refused where it is something else."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -110,7 +111,10 @@ def test_refusals(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["--smoothing", "weight"], "weights on disk are quantized with auto"),
         (["--smoothing", "calibrated"], "needs the folder of the whole pipeline"),
         (["--gptq"], "--gptq needs activations: --smoothing calibrated on the pipeline"),
-        (["--profile", "interchange", "--group-size", "128"], "group_size 128 with w4a4"),
+        (["--profile", "interchange", "--group-size", "128"], "group_size 128 with w4a4, which has groups of 64"),
+        (["--profile", "mxfp4", "--group-size", "128"], "group_size 128 with mxfp4, which has a block size of its own"),
+        (["--prompts", "p.txt"], "--prompts p.txt is for a pipeline's folder"),
+        (["--resolution", "64"], "--resolution 64 is for a pipeline's folder"),
         (["--profile", "nf4", "--smoothing", "calibrated"], "nf4 stores no smoothing vector"),
         (["--profile", "nf4", "--gptq"], "nf4 has neither smoothing nor GPTQ"),
     ):
@@ -118,6 +122,8 @@ def test_refusals(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert message in capsys.readouterr().err
     assert cli.main(["quantize", "pocket", "--out", str(tmp_path / "out"), "--stats", "x"]) == 2
     assert "the base 'pocket' calibrates itself" in capsys.readouterr().err
+    assert cli.main(["quantize", "pocket", "--out", str(tmp_path / "out"), "--resolution", "64"]) == 2
+    assert "nothing reads it here" in capsys.readouterr().err
     assert not list(tmp_path.glob("*out*"))
 
 
@@ -127,6 +133,39 @@ def test_an_unplanned_layer_is_named(folder: Path, tmp_path: Path) -> None:
     source, architecture, _ = open_model(tmp_path / "more.safetensors")
     with pytest.raises(ValueError, match=r"neither planned nor kept: extra"):
         plan_model(source, architecture, folder_settings("native", calibrated=False))
+
+
+WEIGHT, BIAS = "transformer_blocks.0.attn.to_q.weight", "transformer_blocks.0.attn.to_q.bias"
+
+
+@pytest.mark.parametrize(
+    ("changes", "blocks", "message"),
+    [
+        ({WEIGHT: None}, 1, rf"1 tensor\(s\) .* missing, the first is '{WEIGHT}'"),
+        ({BIAS: None}, 1, rf"1 tensor\(s\) .* missing, the first is '{BIAS}'"),
+        ({}, 2, r"tensor\(s\) .* missing, the first is 'transformer_blocks\.1"),
+        (
+            {"proj_outt.bias": torch.ones(2)},
+            1,
+            r"belong to no layer .*, the first is 'proj_outt\.bias'; nearest: proj_out",
+        ),
+        ({WEIGHT: torch.ones(128, 100)}, 1, r"shape \(128, 100\), its configuration means \(128, 128\)"),
+        ({WEIGHT: torch.ones(128 * 128)}, 1, r"shape \(16384,\), its configuration means \(128, 128\)"),
+        ({WEIGHT: torch.ones(128, 128, dtype=torch.int8)}, 1, "is torch.int8: these are codes, not 16-bit weights"),
+    ],
+)
+def test_files_that_do_not_make_the_model_are_refused_before_any_work(
+    changes: dict[str, torch.Tensor | None], blocks: int, message: str, folder: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    tensors = load_file(_weights(folder)) | changes
+    (tmp_path / "model").mkdir()
+    save_file({n: t for n, t in tensors.items() if t is not None}, tmp_path / "model" / _weights(folder).name)
+    config = json.loads((folder / "config.json").read_text()) | {"num_layers": blocks}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    assert cli.main(["quantize", str(tmp_path / "model"), "--out", str(tmp_path / "out")]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_weight_only_rounds_no_activations_and_needs_none(folder: Path) -> None:

@@ -124,7 +124,8 @@ def test_labels_one_caption_and_strange_formats(tmp_path: Path) -> None:
         ({"image_column": "number"}, "the column 'number' holds no images"),
         ({"caption_column": "txt"}, r"data.caption_column: .* did you mean text\?"),
         ({"caption_column": "number"}, "row 0 of .* 'number' must be text, not int"),
-        ({"dataset_split": "trian"}, r"has no split 'trian'; did you mean train\?"),
+        ({"dataset_split": "trian"}, r"has no split 'trian'; did you mean train\? it has train"),
+        ({"dataset_split": "qq"}, r"has no split 'qq'; it has train"),
     ],
 )
 def test_faults_of_columns_and_splits(tmp_path: Path, options: dict[str, object], message: str) -> None:

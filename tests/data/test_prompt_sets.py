@@ -174,6 +174,18 @@ def spoil_keys(folder: Path) -> None:
     (folder / "meta_data.json").write_text('{"a": {"prompt": "x"}}')
 
 
+def spoil_type(folder: Path) -> None:
+    (folder / "meta_data.json").write_text('{"a": {"prompt": null, "category": "logo"}}')
+
+
+def spoil_table(folder: Path) -> None:
+    (folder / "meta_data.json").write_text("[1, 2]")
+
+
+def spoil_encoding(folder: Path) -> None:
+    (folder / "meta_data.json").write_bytes('{"a": {"prompt": "café", "category": "logo"}}'.encode("latin-1"))
+
+
 def spoil_prompt(folder: Path) -> None:
     (folder / "meta_data.json").write_text('{"a": {"prompt": " ", "category": "logo"}}')
 
@@ -183,6 +195,9 @@ def spoil_prompt(folder: Path) -> None:
     [
         (spoil_json, "is not JSON"),
         (spoil_keys, "'a' has no category and prompt"),
+        (spoil_type, "'a' has no category and prompt"),
+        (spoil_table, "is no table of names"),
+        (spoil_encoding, r"meta_data\.json is not UTF-8"),
         (spoil_prompt, "1 empty prompts of 1: a"),
     ],
 )
@@ -190,6 +205,26 @@ def test_spoilt_files_are_named(mjhq: Path, spoil: Callable[[Path], Any], messag
     spoil(mjhq)
     with pytest.raises(DataError, match=message):
         read_prompt_set("mjhq", mjhq)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("coco_30k.csv", "coco_id,prompt\n5,a cat\n", r"has no column image_id; found coco_id, prompt"),
+        ("coco_30k.csv", "image_id,prompt\n5,a cat\n6\n", r"coco_30k\.csv:3 has no image_id and prompt"),
+        ("coco_30k.csv", "", "has no column image_id and prompt"),
+        (
+            "captions_val2014.json",
+            '{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"id": 1, "image_id": 1, "caption": null}]}',
+            "is not a COCO caption file",
+        ),
+        ("dataset_coco.json", '{"images": [{"filename": "a.jpg", "sentences": [{"raw": 5}]}]}', "not Karpathy's split"),
+    ],
+)
+def test_spoilt_coco_files_are_named(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=message):
+        read_prompt_set("coco", tmp_path)
 
 
 def test_wrong_names_and_empty_folders(tmp_path: Path) -> None:

@@ -95,6 +95,19 @@ def test_fid_and_kid_with_their_names_n_and_notes(weights: WeightFolder, tmp_pat
     assert fid.low is not None and fid.high is not None and fid.low < fid.value < fid.high
 
 
+def test_sets_of_two_have_a_distance_and_no_interval(weights: WeightFolder, tmp_path: Path) -> None:
+    made, real = pictures(tmp_path / "made", 2, 0), pictures(tmp_path / "real", 9, 1)
+    for found in open_metrics("fid,kid", weights, tmp_path).against_references(made, real, Image.open, "plain"):
+        assert (found.n, found.low, found.high) == (2, None, None)
+
+
+def test_a_set_is_no_less_than_nothing_away_from_itself(weights: WeightFolder, tmp_path: Path) -> None:
+    made = pictures(tmp_path / "made", 4, 0)
+    (same,) = open_metrics("fid", weights, tmp_path).against_references(made, made, Image.open, "plain")
+    assert same.value == pytest.approx(0, abs=1e-6)
+    assert same.cell.startswith("0.00 [")
+
+
 def test_the_rank_note_ends_with_enough_images() -> None:
     assert standard._rank_note(2048, 5000) != () and standard._rank_note(2049, 5000) == ()
 
@@ -122,6 +135,8 @@ def test_pairs_need_no_weights_for_formulas(tmp_path: Path) -> None:
     assert (psnr.n, ssim.n) == (2, 3)
     assert psnr.notes == ("1 of 3 pairs are equal images and left out of the mean",)
     assert psnr.header == "PSNR in dB (mean of images, range 1; N = 2 pairs; higher is better)"
+    (single,) = open_metrics("psnr", None, tmp_path).paired(before[:1], after[:1])
+    assert (single.n, single.low, single.high) == (1, None, None), "one image has no interval"
     with pytest.raises(ValueError, match="all 3 pairs are equal images"):
         open_metrics("psnr", None, tmp_path).paired(before, before)
     with pytest.raises(ValueError, match="got 3 and 2 images"):

@@ -58,6 +58,13 @@ def test_a_row_is_measured_written_and_tabled(tmp_path: Path, capsys: pytest.Cap
         (["IMAGES", "--metrics", "fid"], "no weights for fid-clean"),
         (["IMAGES", "--metrics", "fid", "--weights", "nowhere"], r"inception-2015-12-05.pt is missing"),
         (["IMAGES", "--metrics", "psnr"], "psnr: give --against DIR"),
+        (
+            ["IMAGES", "--metrics", "psnr", "--against", "IMAGES", "--references", "r"],
+            "--references r: none of the chosen",
+        ),
+        (["IMAGES", "--metrics", "psnr", "--against", "IMAGES", "--prompts", "p"], "--prompts p: none of the chosen"),
+        (["IMAGES", "--metrics", "psnr", "--against", "IMAGES", "--csv", "t.csv"], "--csv goes with --table"),
+        (["--table", "a.json", "--metrics", "psnr"], "it takes --csv alone"),
         (["IMAGES", "--metrics", "ssimm"], "no metric 'ssimm'; did you mean ssim?"),
         (["IMAGES", "--metrics", "psnr", "--row", "vram=3"], "KEY one of model, precision"),
         (["IMAGES", "--metrics", "psnr", "--row", "peak_gib=much"], "peak_gib is a number"),

@@ -4,13 +4,16 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 from diffusers import FluxTransformer2DModel
 from torch import nn
 
+from loragraft.quantization.calibrate import ActivationStats
 from loragraft.quantization.ledger import build_ledger
 from loragraft.quantization.linear import SVDQuantLinear
 from loragraft.quantization.report import report_table, report_to_dict
-from loragraft.quantization.settings import QuantSettings
+from loragraft.quantization.settings import Numerics, QuantSettings, Smoothing
+from loragraft.quantization.svdquant import quantize_linear
 
 
 def test_nothing_is_left_out(quantized_flux: FluxTransformer2DModel) -> None:
@@ -55,7 +58,26 @@ def test_report_table() -> None:
     table = report_table([report])
     assert "a.b" in table
     assert f"{100 * report.output_error:.2f}" in table
+    assert table.endswith("on N(0, 1) inputs (nothing was measured)")
     described = report_to_dict([report, report])
     assert described["summary"]["w4a8"]["layers"] == 2
     assert described["layers"][0]["path"] == "a.b"
+    assert described["summary"]["w4a8"]["inputs"] == ["normal"]
     json.dumps(described)
+    mixed = report_table([report, replace(report, inputs="measured")])
+    assert "(nothing was measured)" in mixed
+    assert mixed.endswith("Errors on unlike inputs are not comparable.")
+
+
+@pytest.mark.parametrize("numerics", ["w4a8", "nf4"])
+def test_a_report_says_what_its_errors_were_measured_on(numerics: Numerics) -> None:
+    linear, x = nn.Linear(64, 32), torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
+    stats = ActivationStats(x.abs().amax(0), x)
+
+    def inputs(measured: ActivationStats | None, smoothing: Smoothing | None) -> str:
+        return quantize_linear(linear.weight, None, measured, QuantSettings(numerics, smoothing=smoothing))[1].inputs
+
+    assert inputs(stats, None) == "measured"
+    assert inputs(None, "none") == "normal"
+    if numerics == "w4a8":
+        assert inputs(None, "auto") == "mixed"

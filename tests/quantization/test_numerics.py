@@ -91,6 +91,7 @@ def test_a_model_and_its_table(tiny_flux: FluxTransformer2DModel, quantized_flux
     assert len(table) == len(report) + 2
     assert table[1].startswith(report[0].path)
     assert table[-1].startswith(f"{len(report)} layers: mean added weight error ")
+    assert table[-1].endswith("against what the codes before stood for, not the 16-bit weights)")
 
 
 def test_layers_that_go_together_get_one_smoothing_factor(quantized_flux: FluxTransformer2DModel) -> None:

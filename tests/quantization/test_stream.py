@@ -1,6 +1,7 @@
 """A model quantized from its files: what quantizing the model in memory gives, one layer in memory at a time, resumable."""
 
 import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -192,4 +193,14 @@ def test_damaged_weights_name_the_layer(
     tiny_flux.transformer_blocks[0].attn.to_k.weight[1, 1] = torch.nan
     tiny_flux.save_pretrained(tmp_path / "broken")
     with pytest.raises(ValueError, match=r"transformer_blocks\.0\.attn\.to_k.*NaN"):
+        quantize(tmp_path / "broken", tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["transformer_blocks.0.attn.to_k.bias", "x_embedder.weight"])
+def test_what_is_not_quantized_is_finite_too(
+    quantize: Callable[..., list[LayerReport]], tiny_flux: FluxTransformer2DModel, tmp_path: Path, name: str
+) -> None:
+    tiny_flux.get_parameter(name).view(-1)[1] = torch.nan
+    tiny_flux.save_pretrained(tmp_path / "broken")
+    with pytest.raises(ValueError, match=re.escape(name) + ".*NaN"):
         quantize(tmp_path / "broken", tmp_path / "out")

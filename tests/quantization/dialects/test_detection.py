@@ -58,12 +58,15 @@ def test_foreign_paths_are_refused(tmp_path: Path) -> None:
     plain = tmp_path / "plain.safetensors"
     write_tensors(plain, {"x": torch.zeros(1)}, {})
     (tmp_path / "pipeline" / "transformer").mkdir(parents=True)
+    (tmp_path / "sixteen").mkdir()
+    (tmp_path / "sixteen" / "config.json").write_text(json.dumps({"_class_name": "FluxTransformer2DModel"}))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "sdnq"}}))
     for path, message in (
         (plain, "no SVDQuant checkpoint. Read are"),
         (tmp_path / "nowhere", "no file or folder"),
         (tmp_path / "pipeline", r"its transformer/ may be what is meant"),
+        (tmp_path / "sixteen", "16-bit weights, which `loragraft quantize` quantizes"),
         (tmp_path / "other", "quant_method 'sdnq'. Read are"),
     ):
         with pytest.raises(CheckpointError, match=message):

@@ -60,7 +60,6 @@ def test_vectors_scales_and_factors(formulas: ModuleType, C: int, R: int) -> Non
 @pytest.mark.parametrize("splits", [1, 3, 6])
 def test_split_rows(formulas: ModuleType, splits: int) -> None:
     for rows in (torch.arange(24), torch.arange(48).view(24, 2)):
-        _same(packing.interleave_splits(rows, splits), formulas.interleaved(rows, splits))
         _same(packing.separate_splits(formulas.interleaved(rows, splits), splits), rows)
 
 
@@ -134,12 +133,12 @@ def test_golden_w4a4(golden: dict[str, Tensor], case: str) -> None:
 
 
 @pytest.mark.parametrize("splits", [1, 3, 6])
-def test_golden_awq(golden: dict[str, Tensor], splits: int) -> None:
+def test_golden_awq(golden: dict[str, Tensor], formulas: ModuleType, splits: int) -> None:
     case = f"awq_192x128_split{splits}"
     weight, scale, bias = (golden[f"{case}.in.{name}"] for name in ("weight", "scale", "bias"))
     scale_NG = scale.view(192, 2)
     codes = (weight.float().view(192, 2, 64) / scale_NG.float()[..., None] + 7).round().clamp(0, 15)
-    rows = packing.interleave_splits(pack_int4(codes.view(192, 128).to(torch.uint8)), splits)
+    rows = formulas.interleaved(pack_int4(codes.view(192, 128).to(torch.uint8)), splits)
     _same(packing.pack_awq(rows), golden[f"{case}.out.qweight"])
     wscales, wzeros = golden[f"{case}.out.wscales"], golden[f"{case}.out.wzeros"]
     assert (wscales[2:] == 0).all()
