@@ -98,6 +98,38 @@ def test_mistakes_in_overrides(override: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("overrides", "blamed"),
+    [
+        (["base=flux1-dev", "data.resolution=512", "data.domain=null"], "override 'data.domain=null'"),
+        (["data.count=8", "data.folder=photos"], "override 'data.folder=photos'"),
+        (
+            ["data.folder=photos", "data.domain=null", "data.dataset=rows.parquet"],
+            "overrides 'data.folder=photos' and 'data.dataset=rows.parquet'",
+        ),
+        (["train.steps=3", "train.checkpointing=selective"], "override 'train.checkpointing=selective'"),
+        (["train.patience=2", "train.validate_every=0"], "overrides 'train.patience=2' and 'train.validate_every=0'"),
+        (["adapter.init=loftq", "numerics=16bit"], "overrides 'adapter.init=loftq' and 'numerics=16bit'"),
+        (["sample.prompts=['{trigger}, blue']", "train.steps=3"], "override \"sample.prompts=['{trigger}, blue']\""),
+        (
+            ["data.resolutions=[128, 256]", "data.resolution=128"],
+            "'data.resolutions=[128, 256]' and 'data.resolution=128'",
+        ),
+    ],
+)
+def test_what_contradicts_blames_the_overrides_that_said_it(overrides: list[str], blamed: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("marketing", overrides)
+    assert f"{blamed}: " in str(caught.value)
+
+
+def test_what_contradicts_in_files_blames_the_last_file(tmp_path: Path) -> None:
+    _write(tmp_path, "parent.yaml", "extends: marketing\ntrain: {validate_every: 0}\n")
+    child = _write(tmp_path, "child.yaml", "extends: ./parent.yaml\ntrain: {patience: 3}\n")
+    with pytest.raises(RecipeError, match=r"child.yaml: train.patience counts validations"):
+        load_recipe(child, ["train.steps=3"])
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("trian: {steps: 3}", r"mine.yaml: unknown key 'trian'; did you mean train\?"),
@@ -120,7 +152,9 @@ def test_trigger_is_filled_in(tmp_path: Path) -> None:
     text = "data: {folder: '', trigger: sks mug, caption: 'a {trigger}'}\nsample: {prompts: ['{trigger}, blue', x]}"
     recipe = load_recipe(_write(tmp_path, "mine.yaml", text))
     assert (recipe.data.caption, recipe.sample.prompts) == ("a sks mug", ("sks mug, blue", "x"))
-    with pytest.raises(RecipeError, match=r"mine.yaml: a text says \{trigger\}, but data.trigger is empty"):
+    with pytest.raises(
+        RecipeError, match=r"mine.yaml: data.caption and sample.prompts say \{trigger\}, but data.trigger is"
+    ):
         load_recipe(_write(tmp_path, "mine.yaml", text.replace("sks mug", "''")))
 
 
