@@ -1,8 +1,8 @@
 """`loragraft preflight RECIPE [key=value ...]`: what a run will take, before it starts.
 
     loragraft preflight marketing
-    loragraft preflight marketing base=flux1-dev weights.random=true train.batch_size=1
-    loragraft preflight marketing base=flux1-dev weights.random=true --fit 12GiB         the cheapest setting for that card
+    loragraft preflight marketing base=flux1-dev --random-weights train.batch_size=1
+    loragraft preflight marketing base=flux1-dev --random-weights --fit 12GiB         the cheapest setting for that card
     loragraft preflight --calibrate                              on the machine that will train, once
 
 The real step runs on fake tensors on one CPU core: nothing is loaded that a FLUX.1 would need, and no GPU. The data set is looked
@@ -54,7 +54,8 @@ def run(arguments: list[str]) -> int:
             return 0
     if args.recipe is None:
         raise ValueError("name a recipe (`loragraft recipe` lists them), or give --calibrate alone")
-    recipe = as_stored(load_recipe(args.recipe, args.overrides))
+    overrides = [*args.overrides, *(["weights.random=true"] if args.random_weights else [])]
+    recipe = as_stored(load_recipe(args.recipe, overrides))
     if reason := find_spec(recipe.base).refuses_training:
         raise ValueError(reason)
     started = time.perf_counter()
@@ -326,6 +327,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--calibrate", action="store_true", help="measure this machine's GPU first, and keep the figures"
+    )
+    parser.add_argument(
+        "--random-weights", action="store_true", help="weights.random=true: a base's true shapes without its files"
     )
     parser.add_argument("--no-data", action="store_true", help="leave the data set alone")
     parser.add_argument("--processes", type=_processes, default=1, help="GPUs that will train together (default 1)")
