@@ -18,7 +18,7 @@ from PIL import Image
 from loragraft.data.captions import as_shown, caption_lines
 from loragraft.data.domains import build_domain
 from loragraft.data.errors import DataError
-from loragraft.data.images import SUFFIXES
+from loragraft.data.images import SUFFIXES, check_white
 from loragraft.data.sample import Sample
 from loragraft.data.splits import SPLITS, Split, split_concepts
 from loragraft.recipes.schema import DataConfig
@@ -168,8 +168,8 @@ def _unreadable(images: Iterable[Path]) -> Iterator[tuple[Path, str]]:
     read."""
     for path in images:
         try:
-            with Image.open(path):
-                pass
+            with Image.open(path) as image:
+                check_white(image)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             yield path, str(error)
 

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -191,6 +192,18 @@ def test_pixels_orientation_transparency_and_crop(tmp_path: Path) -> None:
     wide.paste("white", (16, 0, 32, 16))  # only the middle third is kept
     wide.save(tmp_path / "wide.png")
     assert load_pixels(tmp_path / "wide.png", 16)[:, :, 2:14].min() > 0.9
+
+
+def test_sixteen_bit_grey_keeps_its_tones_and_values_without_a_white_are_refused(tmp_path: Path) -> None:
+    ramp = np.tile(np.linspace(0, 65535, 64).astype(np.uint16), (64, 1))
+    for name in ("ramp.png", "ramp.tif"):
+        Image.fromarray(ramp).save(tmp_path / name)
+        row = load_pixels(tmp_path / name, 64)[0, 0]
+        assert row[0] == -1 and row[-1] == 1 and abs(row[32]) < 0.05
+        (tmp_path / name).unlink()
+    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(tmp_path / "linear.tif")
+    with pytest.raises(DataError, match=r"linear.tif is not a readable image \(32 bits a value"):
+        _open(tmp_path)
 
 
 def test_splits_follow_the_concept(tmp_path: Path) -> None:
