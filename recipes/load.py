@@ -158,7 +158,8 @@ def _parse_override(override: str) -> dict[str, Any]:
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
-        raise RecipeError(f"override {override!r} is not of the form key=value, such as train.steps=500")
+        spaces = "" if equals else "; a value with spaces in it stands in quotes"
+        raise RecipeError(f"override {override!r} is not of the form key=value, such as train.steps=500{spaces}")
     try:
         value = yaml.load(text, Loader=_Loader) if text.strip() else ""
     except yaml.YAMLError as error:

@@ -149,3 +149,15 @@ def test_the_options_of_all_verbs_need_no_package_of_the_zoo() -> None:
     """Where jsonschema is missing, preflight beside a run is not what fails."""
     code = "import sys; sys.modules['jsonschema'] = None; from loragraft import cli; cli.build_parser()"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_options_and_overrides_of_training_come_in_any_order(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--recipe", "marketing", "train.steps=3", "--cpu", "train.stpes=4"]) == 2
+    assert "did you mean train.steps?" in capsys.readouterr().err
+
+
+def test_a_value_that_the_shell_cut_at_a_space_is_known(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["recipe", "marketing", "data.caption=a", "photo"]) == 2
+    assert (
+        "'photo' is not of the form key=value, such as train.steps=500; a value with spaces" in capsys.readouterr().err
+    )

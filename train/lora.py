@@ -229,7 +229,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "on (default 0: never)",
     )  # fmt: skip
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe overrides, such as train.steps=500")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)  # options and overrides in any order
 
 
 if __name__ == "__main__":
