@@ -12,7 +12,11 @@ from torch import Tensor
 TRANSFORM_VERSION = 2
 """Part of every cache key: raise it whenever `load_pixels` gives other pixels for the same file."""
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
+NOT_READ = frozenset(
+    {".heic", ".heif", ".avif", ".jxl", ".jp2", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".psd", ".svg"}
+)
+"""Suffixes of pictures that have to be converted first."""
 
 
 def load_pixels(path: Path, size: int | tuple[int, int]) -> Tensor:

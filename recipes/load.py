@@ -297,7 +297,7 @@ def _with_trigger(recipe: Recipe) -> Recipe:
     )
 
 
-def _blamed(keys: Sequence[str], origins: Mapping[str, str], overrides: Sequence[str]) -> str:
+def _blamed(keys: Sequence[str], origins: dict[str, str], overrides: Sequence[str]) -> str:
     """Who set what is at fault: of `keys` that contradict each other every override, without one the last file; "" if nobody."""
     setters = list(dict.fromkeys(origins[key] for key in reversed(origins) if key in keys))
     typed = [override for override in dict.fromkeys(overrides) if _of_override(override) in setters]

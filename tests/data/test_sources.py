@@ -66,6 +66,32 @@ def test_caption_column(tmp_path: Path) -> None:
         _open(tmp_path, caption_column="promt")
 
 
+@pytest.mark.parametrize(
+    "name", ["red disc.png.txt", "red disc.TXT", "red disc.caption", "captions.csv", "sub/metadata.jsonl"]
+)
+def test_captions_under_a_name_that_is_not_read_are_an_error(tmp_path: Path, name: str) -> None:
+    _image(tmp_path / "red disc.png"), _image(tmp_path / "sub/blue disc.png")
+    (tmp_path / "notes.txt").write_text("of no image")
+    assert [s.caption for s in _open(tmp_path, validation_fraction=0, test_fraction=0)] == ["red disc", "blue disc"]
+    (tmp_path / name).write_text("a caption")
+    with pytest.raises(DataError, match=rf"{name}: by the name captions, and not read. Captions stand in red disc.txt"):
+        _open(tmp_path)
+
+
+def test_hidden_folders_are_left_alone(tmp_path: Path) -> None:
+    _image(tmp_path / "red disc.png"), _image(tmp_path / ".thumbs/red disc.png")
+    assert len(_open(tmp_path, validation_fraction=0, test_fraction=0)) == 1
+
+
+def test_pictures_of_a_kind_that_is_not_read_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "IMG_1.HEIC").write_bytes(b"a phone's")
+    with pytest.raises(DataError, match=r"holds no image; known suffixes are .*; convert IMG_1.HEIC"):
+        _open(tmp_path)
+    _image(tmp_path / "red disc.png")
+    _open(tmp_path, validation_fraction=0, test_fraction=0)
+    assert "1 pictures are left out until they are converted: IMG_1.HEIC" in caplog.text
+
+
 def test_one_caption_for_photos_without_any(tmp_path: Path) -> None:
     for i in range(10):
         _image(tmp_path / f"IMG_{i:04d}.png")
@@ -162,6 +188,16 @@ def test_broken_json_names_the_line(tmp_path: Path) -> None:
     _image(tmp_path / "a.png")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n{oops\n')
     with pytest.raises(DataError, match=r"metadata.jsonl:2 is not JSON"):
+        _open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("metadata.jsonl", '{"file_name": "a.png", "text": "ö"}'), ("metadata.csv", "ö,text")]
+)
+def test_metadata_in_another_encoding_is_named(tmp_path: Path, name: str, text: str) -> None:
+    _image(tmp_path / "a.png")
+    (tmp_path / name).write_bytes(text.encode("latin-1"))
+    with pytest.raises(DataError, match=rf"{name} is not UTF-8 text"):
         _open(tmp_path)
 
 
