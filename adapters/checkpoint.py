@@ -29,7 +29,7 @@ from loragraft.adapters.formats.families import UNKNOWN_FAMILY, Family
 from loragraft.adapters.formats.guard import checked_block
 from loragraft.adapters.formats.reading import read_file
 from loragraft.adapters.inject import DEFAULT_NAME, adapter_factors
-from loragraft.quantization.names import nearest
+from loragraft.quantization.names import nearest, nearest_path
 from loragraft.quantization.tensor_file import CheckpointError, write_tensors
 
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
@@ -231,7 +231,9 @@ def adapter_file(path: Path) -> Path:
     Raises CheckpointError where there is none.
     """
     if not path.exists():
-        raise CheckpointError(f"there is no {path}: give a run folder, an adapter folder or a .safetensors file")
+        raise CheckpointError(
+            f"there is no {path}: give a run folder, an adapter folder or a .safetensors file{nearest_path(path)}"
+        )
     if not path.is_dir():
         return path
     run, path = path, path / "adapter" if (path / "adapter").is_dir() else path
@@ -241,6 +243,9 @@ def adapter_file(path: Path) -> Path:
     only = sorted(file for file in path.glob("*.safetensors") if file.name != START_NAME)
     if not only and (run / RUN_RECIPE).is_file():
         raise CheckpointError(f"{run} is a run that is not finished: give its training command again, it goes on")
+    runs = sorted(child.name for child in path.iterdir() if (child / RUN_RECIPE).is_file())
+    if not only and runs:
+        raise CheckpointError(f"{path} holds runs: give one of them, such as {path / runs[0]}")
     if len(only) != 1:
         raise CheckpointError(
             f"{path} holds {len(only)} .safetensors files and none named {LORA_WEIGHT_NAME_SAFE} or {PEFT_WEIGHTS}; give the file"

@@ -1,10 +1,12 @@
 """What a user types to name adapters and runs -> the adapters themselves."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from loragraft.adapters.checkpoint import RUN_RECIPE, Adapter, load_adapter
 from loragraft.adapters.formats.contract import START_NAME
+from loragraft.quantization.names import nearest_path
 from loragraft.recipes.load import load_recipe
 from loragraft.recipes.schema import Recipe
 
@@ -21,7 +23,9 @@ def open_adapters(given: Sequence[str], *, denoiser_only: bool = False) -> list[
         try:
             value = float(weight)
         except ValueError:
-            raise ValueError(f"{entry!r}: what follows @ is the adapter's weight, a number such as 0.8") from None
+            value = math.nan
+        if not math.isfinite(value):
+            raise ValueError(f"{entry!r}: what follows @ is the adapter's weight, a number such as 0.8")
         adapter = load_adapter(path)
         adapter = adapter.denoiser_only() if denoiser_only else adapter
         adapter.check_whole()
@@ -38,6 +42,8 @@ def recipe_of_run(given: str) -> Recipe | None:
 
 def open_run(run: Path) -> tuple[Adapter, Recipe]:
     """The adapter and the recipe of a finished run folder. Raises ValueError saying what it lacks."""
+    if not run.exists():
+        raise ValueError(f"there is no run {run}: give the folder that training wrote{nearest_path(run)}")
     if not (run / RUN_RECIPE).exists():
         raise ValueError(f"{run} is no run folder (it has no recipe.yaml): give the folder that training wrote")
     if not any(file.name != START_NAME for file in (run / "adapter").glob("*.safetensors")):
@@ -49,6 +55,6 @@ def open_control(path: Path) -> Adapter:
     """The adapter of another run, an adapter folder or file."""
     if not path.exists():
         raise ValueError(
-            f"--control {path} does not exist: give another run folder, an adapter folder or a .safetensors file"
+            f"--control {path} does not exist: give another run folder, an adapter folder or a .safetensors file{nearest_path(path)}"
         )
     return load_adapter(path)

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -144,6 +145,8 @@ def _check_numbers(args: argparse.Namespace, spec: "BaseSpec") -> None:
     for option, value in (("--steps", args.steps), ("--per-prompt", args.per_prompt)):
         if value is not None and value < 1:
             raise ValueError(f"{option} {value}: it is at least 1")
+    if args.seed is not None and args.seed < 0:
+        raise ValueError(f"--seed {args.seed}: it is at least 0")
     edge, grain = args.resolution, spec.grain
     if edge is not None and (edge < grain or edge % grain):
         near = max(grain, round(edge / grain) * grain)
@@ -187,8 +190,9 @@ def parse_profile(name: str) -> "Profile | None":
     raise ValueError(f"profile {name!r}: expected one of {', '.join(NUMERICS)}")
 
 
-def _weights(args: argparse.Namespace, external: bool) -> "WeightsConfig | None":
-    """What the options say of a base's weights; else what the first adapter's run was trained on, where it says."""
+def _weights(args: argparse.Namespace, external: bool) -> "WeightsConfig":
+    """What the options say of a base's weights, over what the first adapter's run was trained on, where it says. Raises
+    RecipeError for options that contradict each other."""
     from loragraft.adapters.opening import recipe_of_run
     from loragraft.recipes.schema import WeightsConfig
 
@@ -200,4 +204,9 @@ def _weights(args: argparse.Namespace, external: bool) -> "WeightsConfig | None"
             random=args.random_weights,
         )
     recipe = recipe_of_run(args.adapter[0]) if args.adapter and external else None
-    return recipe.weights if recipe is not None and recipe.base == (args.base or recipe.base) else None
+    own = recipe.weights if recipe is not None and recipe.base == (args.base or recipe.base) else WeightsConfig()
+    if args.encoders or args.allow_download:
+        return replace(
+            own, encoders=args.encoders or own.encoders, allow_download=args.allow_download or own.allow_download
+        )
+    return own
