@@ -122,8 +122,9 @@ class Adapter:
                 f"is one for this base, graft it with --any-base (any_base=True); this base is {base_id}"
             )
         if self.base_id != base_id:
+            named = " ".join(str(self.metadata[key]) for key in ("base", "profile") if self.metadata.get(key))
             raise ValueError(
-                f"adapter {self.name!r} was trained on base {self.base_id} ({self.metadata.get('base', 'no name')}), "
+                f"adapter {self.name!r} was trained on base {self.base_id} ({named or 'no name'}), "
                 f"this base is {base_id}; load that base, or graft it all the same with --any-base (any_base=True) and expect another result"
             )
 

@@ -1,6 +1,7 @@
 """The verb `loragraft generate`: its options, and what they mean. Heavy imports wait until it runs."""
 
 import argparse
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -127,9 +128,9 @@ def run(args: argparse.Namespace, device: str) -> int:
         cost = draw_lines(backbone, adapters, listed, settings[0], Path(args.out), any_base=args.any_base)
         print(f"{cost.drawn} images drawn, {len(listed)} in {args.out}" + (f"; {cost.as_row}" if cost.as_row else ""))
         return 0
-    images = render(backbone, adapters, settings, any_base=args.any_base)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
+    images = render(backbone, adapters, settings, any_base=args.any_base)
     for i, (image, setting) in enumerate(zip(images, settings, strict=True)):
         save_image(image, out / f"{i:04d}.png", setting, backbone, adapters)
     print(f"{len(images)} image{'s' * (len(images) != 1)} in {out}")
@@ -153,6 +154,11 @@ def _check_numbers(args: argparse.Namespace, spec: "BaseSpec") -> None:
         raise ValueError(f"--resolution {edge}: {spec.name} draws edges that are multiples of {grain}, such as {near}")
     if Path(args.out).is_file():
         raise ValueError(f"--out {args.out} is a file: name a folder for the images")
+    place = next(
+        folder for folder in (Path(args.out).absolute(), *Path(args.out).absolute().parents) if folder.exists()
+    )
+    if not os.access(place, os.W_OK):
+        raise ValueError(f"--out {args.out}: nothing may be written into {place}")
 
 
 def _compile(args: argparse.Namespace, backbone: "Backbone", settings: "Settings", images: int) -> None:

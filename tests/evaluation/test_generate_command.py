@@ -79,6 +79,15 @@ def test_options_of_weights_are_added_to_those_of_the_run(tmp_path: Path) -> Non
     assert (found.path, found.encoders, found.allow_download) == ("a/b", "c/d", True)
 
 
+def test_a_folder_that_nothing_may_be_written_into_is_refused_before_anything_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("loragraft.backbones.load.load_backbone", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("os.access", lambda place, _: Path(place) != tmp_path)  # root may write everywhere
+    assert main(["generate", "--prompt", "a", "--out", str(tmp_path / "a" / "b")]) == 2
+    assert f"nothing may be written into {tmp_path}" in capsys.readouterr().err
+
+
 def test_a_seed_below_zero_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "--prompt", "a", "--seed", "-1"]) == 2
     assert "--seed -1: it is at least 0" in capsys.readouterr().err
