@@ -156,6 +156,17 @@ def test_options_and_overrides_of_training_come_in_any_order(capsys: pytest.Capt
     assert "did you mean train.steps?" in capsys.readouterr().err
 
 
+def test_a_run_among_the_images_that_it_trains_on_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = ["train", "--recipe", "marketing", "data.domain=null", "data.folder=."]
+    for out in ([], ["--out", "."], ["--out", "images/run"]):
+        assert cli.main([*given, *out]) == 2
+        assert "lies in data.folder" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_value_that_the_shell_cut_at_a_space_is_known(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["recipe", "marketing", "data.caption=a", "photo"]) == 2
     assert (
