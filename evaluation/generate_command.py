@@ -128,9 +128,9 @@ def run(args: argparse.Namespace, device: str) -> int:
         cost = draw_lines(backbone, adapters, listed, settings[0], Path(args.out), any_base=args.any_base)
         print(f"{cost.drawn} images drawn, {len(listed)} in {args.out}" + (f"; {cost.as_row}" if cost.as_row else ""))
         return 0
+    images = render(backbone, adapters, settings, any_base=args.any_base)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    images = render(backbone, adapters, settings, any_base=args.any_base)
     for i, (image, setting) in enumerate(zip(images, settings, strict=True)):
         save_image(image, out / f"{i:04d}.png", setting, backbone, adapters)
     print(f"{len(images)} image{'s' * (len(images) != 1)} in {out}")
