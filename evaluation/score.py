@@ -61,7 +61,7 @@ class ScorePlan:
             )
         if self.config.images < 4:
             raise ValueError(f"a score needs at least 4 images per set, not {self.config.images}; see --images")
-        if 0 < self.references < 4:
+        if self.references < 4 and self.references != 0:
             raise ValueError(f"a score needs at least 4 held-out images to compare with, not {self.references}")
         mine = adapter_hash(self.adapter)
         for control in self.controls:

@@ -5,10 +5,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from loragraft import cli
+from loragraft.data.sample import Sample
+from loragraft.recipes.load import load_recipe
 from loragraft.verbs import VERBS, build_parser
 from loragraft.zoo.zoo_command import build_parser as zoo_parser
 
@@ -172,3 +175,17 @@ def test_a_value_that_the_shell_cut_at_a_space_is_known(capsys: pytest.CaptureFi
     assert (
         "'photo' is not of the form key=value, such as train.steps=500; a value with spaces" in capsys.readouterr().err
     )
+
+
+def test_no_images_are_not_the_default_number_of_a_score(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = load_recipe("marketing", ["data.count=300"])
+    samples = [Sample(tmp_path / f"{i}.png", f"thing {i}", "test", f"thing {i}", "CC0-1.0") for i in range(8)]
+    monkeypatch.setattr("loragraft.adapters.opening.open_run", lambda run: (None, recipe))
+    monkeypatch.setattr(
+        "loragraft.backbones.load.load_backbone", lambda *_: SimpleNamespace(spec=SimpleNamespace(resolution=128))
+    )
+    monkeypatch.setattr("loragraft.data.sources.open_source", lambda *_: samples)
+    assert cli.main(["score", str(tmp_path), "--images", "0"]) == 2
+    assert "a score needs at least 4 images per set, not 0; see --images" in capsys.readouterr().err

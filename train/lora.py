@@ -86,6 +86,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{folder.path} is finished: {folder.adapter_file}. Train again with --fresh, or elsewhere with --out.")
         return 0
     cache, prior = _encode(samples, recipe, backbone, accelerator, sizes)
+    folder.check_data(cache.fingerprint)
     previews = Previews.prepare(recipe.sample, backbone, cache)
     backbone.encoders.release_text()  # memory back before the first step
     backbone.onto_device()

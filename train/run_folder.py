@@ -49,6 +49,8 @@ class RunFolder:
     summary: dict[str, Any] = field(default_factory=dict)
     step_seconds: float | None = None
     """Of this process's steps, once they are done; no file has it."""
+    data: str | None = None
+    """Fingerprint of the data set that is trained on, as `check_data` has it."""
     lock: "FolderLock | None" = None
     """Open while no other process may train here."""
 
@@ -129,6 +131,15 @@ class RunFolder:
         self.checkpoint, self.step = checkpoint, int(checkpoint["step"])
         self._truncate_metrics()
 
+    def check_data(self, fingerprint: str) -> None:
+        """Raises RunError where the checkpoint was trained on another data set than the one of `fingerprint`."""
+        self.data = fingerprint
+        if self.checkpoint is not None and self.checkpoint.get("data") not in (None, fingerprint):
+            raise RunError(
+                f"{self.path} was trained to step {self.step} on other data: images, captions or their splits have changed since. "
+                f"Put back what was there, and the run goes on. {REMEDY}"
+            )
+
     def _truncate_metrics(self) -> None:
         """Drops the lines after the checkpoint, which the resumed run writes again, and a half-written last line."""
         file = self.path / "metrics.jsonl"
@@ -158,7 +169,8 @@ class RunFolder:
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Writes `state` (tensors and plain values) as the state after `self.step` steps; old or new, never half."""
-        state = {**state, "step": self.step, "recipe_hash": self.recipe_hash, "base_id": self.base_id}
+        about = {"step": self.step, "recipe_hash": self.recipe_hash, "base_id": self.base_id, "data": self.data}
+        state = {**state, **about}
         content = io.BytesIO()
         torch.save(state, content)
         write_atomic(self.path / "checkpoint.pt", content.getbuffer())

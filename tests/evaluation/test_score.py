@@ -101,6 +101,7 @@ def test_two_controls_of_one_name_and_a_name_that_is_no_file_name(plan: ScorePla
         ({"held_out": ()}, "the test split has 0; raise data.test_fraction"),
         ({"config": replace(CONFIG, images=3)}, "at least 4 images per set"),
         ({"references": 2}, "not 2"),
+        ({"references": -1}, "not -1"),
         ({"controls": (make_adapter("mine again"),)}, "is the scored adapter itself"),
     ],
 )

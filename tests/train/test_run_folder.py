@@ -113,6 +113,14 @@ def test_refuses_a_checkpoint_of_another_base(run: RunFolder) -> None:
         RunFolder.open(run.path, load_recipe("marketing"), "c" * 64)
 
 
+def test_refuses_to_go_on_with_other_data(run: RunFolder) -> None:
+    run.check_data("one")
+    checkpoint_at(run, 2)
+    RunFolder.open(run.path, load_recipe("marketing"), BASE).check_data("one")
+    with pytest.raises(RunError, match=r"was trained to step 2 on other data: .*Put back what was there"):
+        RunFolder.open(run.path, load_recipe("marketing"), BASE).check_data("other")
+
+
 def test_refuses_a_truncated_checkpoint(run: RunFolder) -> None:
     checkpoint_at(run, 2)
     file = run.path / "checkpoint.pt"
