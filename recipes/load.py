@@ -24,6 +24,8 @@ from loragraft.recipes.schema import Recipe, RecipeError
 __all__ = ["RecipeError", "list_recipes", "load_recipe", "recipe_hash", "recipe_to_dict"]
 
 _SHIPPED = Path(__file__).parent
+_PARENT = "_base"
+"""What a recipe of one's own extends; not a recipe by itself."""
 _PATHS = {"data": ("folder", "dataset"), "weights": ("path", "encoders")}
 """Keys that hold a path, or may, by block."""
 
@@ -100,11 +102,17 @@ def _locate(name: str, relative_to: Path) -> Path:
             return shipped
         known = list_recipes()
         raise RecipeError(
-            f"unknown recipe {name!r}{_nearest(name, known) or '.'} Shipped: {', '.join(known)}. "
+            f"unknown recipe {name!r}{_nearest(name, [*known, _PARENT]) or '.'} Shipped: {', '.join(known)}. "
             f"A file of your own is given by path: ./{name}.yaml"
         )
     path = Path(relative_to, Path(name).expanduser()).resolve()
     if not path.is_file():
+        if path.is_dir():
+            raise RecipeError(f"{path} is a folder: give the recipe's file in it")
+        if "/" not in name and (_SHIPPED / path.name).is_file():
+            raise RecipeError(
+                f"no recipe file {path}; did you mean {path.stem}? What is shipped has a name, not a path"
+            )
         siblings = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         raise RecipeError(f"no recipe file {path}{_nearest(path.name, siblings)}")
     return path
@@ -115,7 +123,7 @@ def _load_layer(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], di
     if path in chain:
         cycle = " -> ".join(p.name for p in (*chain[chain.index(path) :], path))
         raise RecipeError(f"{path}: `extends` runs in a circle: {cycle}")
-    layer = _parse(path.read_text(encoding="utf-8"), str(path))
+    layer = _parse(_read(path), str(path))
     parent = layer.pop("extends", None)
     if parent is not None and not isinstance(parent, str):
         raise RecipeError(f"{path}: extends must be one recipe's name or path, not {parent!r}")
@@ -139,6 +147,15 @@ def _merge_base_defaults(target: dict[str, Any], layer: Mapping[str, Any], origi
     file = _SHIPPED / f"_on-{str(layer.get('base')).replace('_', '-')}.yaml"
     if file.is_file():
         _merge(target, _parse(file.read_text(encoding="utf-8"), str(file)), origins, str(file))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RecipeError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from error
 
 
 def _parse(text: str, origin: str) -> dict[str, Any]:

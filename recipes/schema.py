@@ -310,6 +310,10 @@ class Recipe:
         for key, value in (("name", self.name), ("base", self.base)):
             if not value.strip():
                 raise RecipeError(f"{key} must not be empty", key)
+        if "/" in self.name:
+            raise RecipeError(
+                f"name {self.name!r} is a path, and runs are kept under it; the place of one run is --out", "name"
+            )
         if self.adapter.init == "loftq" and self.numerics == "16bit":
             raise RecipeError(
                 "adapter.init=loftq makes up for an error of quantization, and numerics=16bit has none: choose another of the two",

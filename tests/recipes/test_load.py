@@ -137,6 +137,10 @@ def test_what_contradicts_in_files_blames_the_last_file(tmp_path: Path) -> None:
         ("data: {domain: marketing}\ntrain: {steps: 0}", "mine.yaml: train.steps must be at least 1"),
         ("extends: _base", "mine.yaml: data needs exactly one of"),
         ("extends: marketng", r"mine.yaml: extends: unknown recipe 'marketng'; did you mean marketing\?"),
+        ("extends: base", r"mine.yaml: extends: unknown recipe 'base'; did you mean _base\?"),
+        ("extends: _base.yaml", r"extends: no recipe file .*; did you mean _base\?"),
+        ("extends: ./", "is a folder: give the recipe's file"),
+        ("extends: marketing\nname: ../elsewhere", "mine.yaml: name '../elsewhere' is a path"),
         ("extends: [a, b]", "extends must be one recipe"),
         ("- a\n- b", "a recipe is a mapping"),
         ("train: {steps: 1}\ntrain: {steps: 2}", "'train' is given twice"),
@@ -146,6 +150,14 @@ def test_what_contradicts_in_files_blames_the_last_file(tmp_path: Path) -> None:
 def test_mistakes_in_a_file_name_the_file(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         load_recipe(_write(tmp_path, "mine.yaml", text))
+
+
+def test_a_file_in_another_encoding_is_named_and_a_byte_order_mark_is_none_of_the_first_key(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_bytes("extends: marketing\ndata: {trigger: größe}".encode("latin-1"))
+    with pytest.raises(RecipeError, match=r"mine.yaml is not UTF-8 text"):
+        load_recipe(tmp_path / "mine.yaml")
+    (tmp_path / "mine.yaml").write_bytes("\ufeffextends: marketing".encode())
+    assert load_recipe(tmp_path / "mine.yaml").data.domain == "marketing"
 
 
 def test_trigger_is_filled_in(tmp_path: Path) -> None:

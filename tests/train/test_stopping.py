@@ -31,7 +31,9 @@ def test_a_stop_while_images_are_drawn_leaves_a_checkpoint_of_its_step(
         Image.new("RGB", (24, 24), (40 * i, 200, 90)).save(tmp_path / "photos" / f"thing {'abcd'[i]}.png")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LORAGRAFT_CACHE", str(tmp_path / "cache"))
-    Path("mine.yaml").write_text("extends: _base\ndata: {folder: ./photos}\nsample: {prompts: [x], steps: 1, guidance: 1}")
+    Path("mine.yaml").write_text(
+        "extends: _base\ndata: {folder: ./photos}\nsample: {prompts: [x], steps: 1, guidance: 1}"
+    )
     render = Previews.render
 
     def interrupted(*given: Any, **named: Any) -> Any:
