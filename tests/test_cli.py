@@ -170,6 +170,17 @@ def test_a_run_among_the_images_that_it_trains_on_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_tracking_online_without_a_login_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setattr("loragraft.train.lora.load_backbone", lambda *_: pytest.fail("loaded"))
+    assert cli.main(["train", "--recipe", "marketing", "--cpu", "tracking.mode=online"]) == 2
+    assert "no login is stored here; `wandb login` stores one" in capsys.readouterr().err
+
+
 def test_a_value_that_the_shell_cut_at_a_space_is_known(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["recipe", "marketing", "data.caption=a", "photo"]) == 2
     assert (

@@ -55,7 +55,7 @@ from loragraft.train.prior import prior_samples
 from loragraft.train.run_folder import RunFolder
 from loragraft.train.sharding import check_sharding, shards_base
 from loragraft.train.stall import show_on_signal, watched
-from loragraft.train.tracking import Tracking
+from loragraft.train.tracking import Tracking, check_login
 from loragraft.train.warm import start_workers
 
 __all__ = ["main"]
@@ -73,6 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     if reason := find_spec(recipe.base).refuses_training:
         raise ValueError(reason)
     check_source(recipe.data)
+    check_login(recipe.tracking.mode)
     path = _run_path(args, recipe)
     accelerator = Accelerator(cpu=args.cpu, log_with=None, kwargs_handlers=distributed())
     check_sharding(accelerator, recipe.train)

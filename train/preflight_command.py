@@ -26,7 +26,7 @@ from loragraft.data.cache import default_cache_root
 from loragraft.data.held_out import few_held_out
 from loragraft.data.sample import Sample
 from loragraft.data.scan import Scan, scan_samples
-from loragraft.data.sources import LeftOut, open_source
+from loragraft.data.sources import LeftOut, check_source, open_source
 from loragraft.disk import write_atomic
 from loragraft.recipes.load import load_recipe
 from loragraft.recipes.schema import Recipe
@@ -58,6 +58,8 @@ def run(arguments: list[str]) -> int:
     recipe = as_stored(load_recipe(args.recipe, overrides))
     if reason := find_spec(recipe.base).refuses_training:
         raise ValueError(reason)
+    if not args.no_data:
+        check_source(recipe.data)
     started = time.perf_counter()
     machines = known_machines(cache_root, args.card)
     if args.card is not None and not machines:
@@ -66,10 +68,10 @@ def run(arguments: list[str]) -> int:
     print("\n".join(report_lines(recipe, found, machines, time.perf_counter() - started)))
     if lacking := lacking_weights(recipe):
         print(f"\n{lacking}")
-    lines, refused = ([], False) if args.no_data else look_at_data(recipe, found.resolution, cache_root, args.processes)
-    print("\n".join(lines), end="\n" if lines else "")
     if args.json:
         _write(args.json, to_dict(found, machines))
+    lines, refused = ([], False) if args.no_data else look_at_data(recipe, found.resolution, cache_root, args.processes)
+    print("\n".join(lines), end="\n" if lines else "")
     card = args.fit if args.fit is not None else _too_small(found)
     refused |= lacking is not None
     if card is None:
