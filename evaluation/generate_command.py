@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from loragraft.recipes.schema import WeightsConfig
 
 PROFILES = get_args(Numerics)
+SHEET = "before_after.png"
+"""What `--compare` writes beside the images: no image of its own."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -136,8 +138,8 @@ def run(args: argparse.Namespace, device: str) -> int:
     print(f"{len(images)} image{'s' * (len(images) != 1)} in {out}")
     if args.compare:
         before = render(backbone, [], settings)
-        before_after_grid([s.prompt for s in settings], before, images).save(out / "before_after.png")
-        print(f"before and after: {out / 'before_after.png'}")
+        before_after_grid([s.prompt for s in settings], before, images).save(out / SHEET)
+        print(f"before and after: {out / SHEET}")
     return 0
 
 
