@@ -48,7 +48,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--denoiser-only", action="store_true", help="of adapters that change text encoders or norms too, use the rest"
     )
-    parser.add_argument("--out", default="images", help="folder for the images (default: images)")
+    parser.add_argument(
+        "--out", default="images", help="folder for the images (default: images); 0000.png and so on are replaced"
+    )
     parser.add_argument("--seed", type=int, help="of the first image (default: the recipe's, else 0)")
     parser.add_argument("--per-prompt", type=int, default=1, help="images per prompt, at consecutive seeds")
     parser.add_argument("--steps", type=int, help="sampling steps (default: the recipe's, else the base's own)")
