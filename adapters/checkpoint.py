@@ -29,7 +29,7 @@ from loragraft.adapters.formats.families import UNKNOWN_FAMILY, Family
 from loragraft.adapters.formats.guard import checked_block
 from loragraft.adapters.formats.reading import read_file
 from loragraft.adapters.inject import DEFAULT_NAME, adapter_factors
-from loragraft.quantization.names import nearest
+from loragraft.quantization.names import nearest, nearest_path
 from loragraft.quantization.tensor_file import CheckpointError, write_tensors
 
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
@@ -250,7 +250,9 @@ def adapter_file(path: Path) -> Path:
     Raises CheckpointError where there is none.
     """
     if not path.exists():
-        raise CheckpointError(f"there is no {path}: give a run folder, an adapter folder or a .safetensors file")
+        raise CheckpointError(
+            f"there is no {path}: give a run folder, an adapter folder or a .safetensors file{nearest_path(path)}"
+        )
     if not path.is_dir():
         return path
     run, path = path, path / "adapter" if (path / "adapter").is_dir() else path

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from loragraft.adapters.checkpoint import RUN_RECIPE, Adapter, load_adapter
 from loragraft.adapters.formats.contract import START_NAME
+from loragraft.quantization.names import nearest_path
 from loragraft.recipes.load import load_recipe
 from loragraft.recipes.schema import Recipe
 
@@ -55,6 +56,8 @@ def recipe_of_run(given: str) -> Recipe | None:
 
 def open_run(run: Path) -> tuple[Adapter, Recipe]:
     """The adapter and the recipe of a finished run folder. Raises ValueError saying what it lacks."""
+    if not run.exists():
+        raise ValueError(f"there is no run {run}: give the folder that training wrote{nearest_path(run)}")
     if not (run / RUN_RECIPE).exists():
         raise ValueError(f"{run} is no run folder (it has no recipe.yaml): give the folder that training wrote")
     if not any(file.name != START_NAME for file in (run / "adapter").glob("*.safetensors")):
@@ -66,6 +69,6 @@ def open_control(path: Path) -> Adapter:
     """The adapter of another run, an adapter folder or file. Raises ValueError where there is none, and as `load_adapter`."""
     if not path.exists():
         raise ValueError(
-            f"--control {path} does not exist: give another run folder, an adapter folder or a .safetensors file"
+            f"--control {path} does not exist: give another run folder, an adapter folder or a .safetensors file{nearest_path(path)}"
         )
     return load_adapter(path)

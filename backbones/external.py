@@ -9,7 +9,6 @@
 times; a killed quantization goes on where it was. SVDQuant weights run in the numerics that they state.
 """
 
-import difflib
 import re
 import sys
 from collections.abc import Sequence
@@ -40,6 +39,7 @@ from loragraft.quantization.dialects.comfyui import is_comfyui
 from loragraft.quantization.dialects.detection import load_any
 from loragraft.quantization.dialects.files import TensorFiles
 from loragraft.quantization.dialects.nunchaku_flux import BLOCKS, is_nunchaku
+from loragraft.quantization.names import nearest_path
 from loragraft.quantization.partial_file import JOURNAL
 from loragraft.quantization.tensor_file import CheckpointError
 
@@ -108,7 +108,7 @@ def find(name: str, allow_download: bool, patterns: Sequence[str]) -> Path:
         return path
     file = HUB_FILE.fullmatch(name)
     if file is None and HUB_REPOSITORY.fullmatch(name) is None:
-        raise ValueError(f"weights {name}: no such file or folder{_nearest_path(path)}")
+        raise ValueError(f"weights {name}: no such file or folder{nearest_path(path)}")
     try:
         if file is not None:
             return Path(hf_hub_download(file[1], file[2], local_files_only=not allow_download))
@@ -119,7 +119,7 @@ def find(name: str, allow_download: bool, patterns: Sequence[str]) -> Path:
         ) from error
     except RepositoryNotFoundError as error:
         raise ValueError(
-            f"weights {name}: no such file or folder here{_nearest_path(path)}, and no such repository on the Hub"
+            f"weights {name}: no such file or folder here{nearest_path(path)}, and no such repository on the Hub"
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         remedy = (
@@ -127,16 +127,7 @@ def find(name: str, allow_download: bool, patterns: Sequence[str]) -> Path:
             if allow_download
             else "if it is a name on the Hub, nothing is fetched unless you say weights.allow_download=true"
         )
-        raise ValueError(f"weights {name}: no such file or folder here{_nearest_path(path)}; {remedy}") from error
-
-
-def _nearest_path(path: Path) -> str:
-    """`; did you mean X?` of the first part that does not exist, or nothing."""
-    path = path.absolute()
-    parent = next(p for p in path.parents if p.is_dir())
-    names = [p.name for p in parent.iterdir()]
-    near = difflib.get_close_matches(path.relative_to(parent).parts[0], names, n=1, cutoff=0.5)
-    return f"; did you mean {parent / near[0]}?" if near else ""
+        raise ValueError(f"weights {name}: no such file or folder here{nearest_path(path)}; {remedy}") from error
 
 
 def _check_pipeline(spec: BaseSpec, external: External, folder: Path) -> None:

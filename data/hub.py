@@ -18,16 +18,16 @@ from typing import Any
 import datasets
 import huggingface_hub.constants
 from datasets.utils.file_utils import xopen
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 from loragraft.data.captions import caption_lines
 from loragraft.data.errors import DataError
 from loragraft.data.folders import build_once
-from loragraft.data.images import SUFFIXES, png_bytes
+from loragraft.data.images import SUFFIXES, eight_bits, png_bytes
 from loragraft.recipes.schema import DataConfig
 
-BUILD_VERSION = 1
+BUILD_VERSION = 2
 """Part of the folder's key: raise it whenever the same data set would be written differently."""
 _KEPT = ("short", "split", "concept", "licence", "license")
 """Text columns that a folder's metadata understands."""
@@ -242,6 +242,6 @@ def _image_bytes(value: dict[str, Any] | None, place: str) -> tuple[bytes, str]:
             suffix = f".{(opened.format or '').lower()}"
             if suffix in SUFFIXES:
                 return content, suffix
-            return png_bytes(opened.convert("RGBA")), ".png"
+            return png_bytes(eight_bits(ImageOps.exif_transpose(opened)).convert("RGBA")), ".png"
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{place} is not a readable image ({error})") from error

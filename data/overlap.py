@@ -21,7 +21,7 @@ from loragraft.data.sources import Sample
 from loragraft.disk import write_atomic
 from loragraft.recipes.schema import DataConfig
 
-VERSION = 1
+VERSION = 2
 """Part of the stored result's key: raise it whenever other pairs would be found."""
 EDGE = 32
 MOST_BITS = 8

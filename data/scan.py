@@ -75,6 +75,11 @@ def scan_samples(
     noted += _found(_pairs(repeats), "are there twice in training, or almost")
     (noted if config is not None and config.long_captions == "cut" else refused).extend(too_long)
     (noted if config is not None and config.allow_overlap else refused).extend(both)
+    noted += _found(
+        [path.name for path in left_out.not_read], "are of a kind that is not read, and left out until converted"
+    )
+    if config is not None and not config.caption and len(samples) > 1 and len({s.caption for s in samples}) == 1:
+        noted.append(f"all {len(samples)} images have the same caption, {samples[0].caption!r}")
     if splits["train"] < per_step:
         noted.append(
             f"a step takes {per_step} samples (batch x accumulation x processes) and the training split has {splits['train']}: "

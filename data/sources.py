@@ -4,9 +4,11 @@ Nothing is decoded here; mistakes in a data set (no caption, no such file, two c
 any model is loaded, and each error names the files at fault.
 """
 
+import contextlib
 import csv
 import difflib
 import json
+import logging
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -18,7 +20,7 @@ from PIL import Image
 from loragraft.data.captions import as_shown, caption_lines
 from loragraft.data.domains import build_domain
 from loragraft.data.errors import DataError
-from loragraft.data.images import SUFFIXES
+from loragraft.data.images import NOT_READ, SUFFIXES, check_white
 from loragraft.data.sample import Sample
 from loragraft.data.splits import SPLITS, Split, split_concepts
 from loragraft.recipes.schema import DataConfig
@@ -32,6 +34,9 @@ _SPLIT_NAMES: dict[str, Split] = {
     "valid": "validation",
     "dev": "validation",
 }
+_CAPTION_SUFFIXES = frozenset({".txt", ".caption", ".captions", ".tags"})
+_TABLE_SUFFIXES = frozenset({".txt", ".json", ".jsonl", ".csv", ".tsv"})
+_log = logging.getLogger(__name__)
 _CAMERA_NAME = re.compile(r"(img|dsc|dscn|dscf|pxl|image|photo|picture|screenshot|p)?[\W\d_]*", re.IGNORECASE)
 
 
@@ -42,6 +47,8 @@ class LeftOut:
     unreadable: list[tuple[Path, str]] = field(default_factory=list)
     """With the reason; what has no image's header."""
     without_caption: list[Path] = field(default_factory=list)
+    not_read: list[Path] = field(default_factory=list)
+    """Pictures of a kind that has to be converted first, which training warns of and leaves out."""
 
 
 def open_source(config: DataConfig, resolution: int, cache_root: Path, left_out: LeftOut | None = None) -> list[Sample]:
@@ -108,9 +115,17 @@ def _check_short(samples: list[Sample], config: DataConfig, folder: Path) -> Non
 
 
 def _read_folder(folder: Path, config: DataConfig, left_out: LeftOut | None) -> list[Sample]:
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    found, strange = _of_suffix(folder, SUFFIXES), _of_suffix(folder, NOT_READ)
+    kinds = f"known suffixes are {', '.join(sorted(SUFFIXES))}"
     if not found:
-        raise DataError(f"{folder} holds no image; known suffixes are {', '.join(sorted(SUFFIXES))}")
+        convert = f"; convert {_listed(strange, folder)}" if strange else ""
+        raise DataError(f"{folder} holds no image; {kinds}{convert}")
+    if left_out is not None:
+        left_out.not_read += strange
+    elif strange:
+        _log.warning(
+            "%d pictures are left out until they are converted: %s; %s", len(strange), _listed(strange, folder), kinds
+        )
     unreadable = dict(_unreadable(found)) if config.domain is None else {}
     if left_out is not None:
         left_out.unreadable += unreadable.items()
@@ -135,6 +150,15 @@ def _read_folder(folder: Path, config: DataConfig, left_out: LeftOut | None) -> 
     return _with_splits(rows, folder, config) if rows or left_out is None else []
 
 
+def _of_suffix(folder: Path, suffixes: frozenset[str]) -> list[Path]:
+    """Files at any depth, without hidden ones and those in hidden folders."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in suffixes and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+
+
 def _rows(folder: Path, images: list[Path], config: DataConfig, left_out: LeftOut | None) -> list[dict[str, Any]]:
     """One row an image, its caption perhaps empty: from metadata, else from `.txt` files, else from the images' names."""
     jsonl, table = folder / "metadata.jsonl", folder / "metadata.csv"
@@ -150,15 +174,40 @@ def _rows(folder: Path, images: list[Path], config: DataConfig, left_out: LeftOu
                 "data.caption for those without"
             )
         return [{"image": i, "caption": _text_beside(i) if i in with_text else ""} for i in images]
+    if misnamed := _misnamed_captions(folder, images):
+        raise DataError(
+            f"{_listed(misnamed, folder)}: by the name captions, and not read. Captions stand in {images[0].with_suffix('.txt').name} "
+            f"beside {images[0].name}, or in metadata.jsonl or metadata.csv in {folder} itself; rename what is there, or take "
+            "it out of the folder"
+        )
     if config.caption:
         return [{"image": image, "caption": ""} for image in images]
     return [{"image": image, "caption": _caption_of_name(image.stem)} for image in images]
 
 
+def _misnamed_captions(folder: Path, images: Iterable[Path]) -> list[Path]:
+    """Files that were meant as captions: `a.jpg.txt`, `a.TXT` or `a.caption` beside `a.jpg`, `captions.csv`, a table further down."""
+    names = {image.with_name(name) for image in images for name in (image.name, image.stem)}
+    texts = _of_suffix(folder, _CAPTION_SUFFIXES | _TABLE_SUFFIXES)
+    return [
+        path
+        for path in texts
+        if (path.suffix.lower() in _CAPTION_SUFFIXES and path.with_name(path.stem) in names)
+        or (path.suffix.lower() in _TABLE_SUFFIXES and path.stem.lower() in ("metadata", "captions"))
+    ]
+
+
 def _text_beside(image: Path) -> str:
     path = image.with_suffix(".txt")
-    try:
+    with _in_utf8(path):
         return path.read_text(encoding="utf-8-sig").strip()
+
+
+@contextlib.contextmanager
+def _in_utf8(path: Path) -> Iterator[None]:
+    """Raises DataError where what is read of `path` is in another encoding."""
+    try:
+        yield
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
 
@@ -168,8 +217,8 @@ def _unreadable(images: Iterable[Path]) -> Iterator[tuple[Path, str]]:
     read."""
     for path in images:
         try:
-            with Image.open(path):
-                pass
+            with Image.open(path) as image:
+                check_white(image)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             yield path, str(error)
 
@@ -188,8 +237,9 @@ def _rows_of_metadata(path: Path, images: list[Path], config: DataConfig) -> lis
         column = config.caption_column or ("text" if "text" in row else "caption")
         if column not in row:
             near = difflib.get_close_matches(column, row, n=1)
-            remedy = f"did you mean {near[0]}?" if near else f"it has {', '.join(row)}"
-            raise DataError(f"{place} has no column {column!r}; {remedy} Choose with data.caption_column")
+            remedy = f"did you mean {near[0]}?" if near else f"it has {', '.join(row)}."
+            lacking = f"column {column!r}" if config.caption_column else "column 'text' or 'caption'"
+            raise DataError(f"{place} has no {lacking}; {remedy} Choose with data.caption_column")
         text = row[column] if isinstance(row[column], list) else str(row[column] or "")
         captions = caption_lines(text)
         if captions is None:
@@ -205,7 +255,7 @@ def _rows_of_metadata(path: Path, images: list[Path], config: DataConfig) -> lis
 
 def _parse_metadata(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
     """(place for error messages, row)."""
-    with path.open(encoding="utf-8-sig", newline="") as lines:
+    with _in_utf8(path), path.open(encoding="utf-8-sig", newline="") as lines:
         if path.suffix == ".csv":
             for number, fields in enumerate(csv.DictReader(lines), start=2):
                 yield f"{path}:{number}", {str(key): value for key, value in fields.items()}

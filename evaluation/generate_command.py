@@ -1,7 +1,9 @@
 """The verb `loragraft generate`: its options, and what they mean. Heavy imports wait until it runs."""
 
 import argparse
+import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from loragraft.recipes.schema import WeightsConfig
 
 PROFILES = get_args(Numerics)
+SHEET = "before_after.png"
+"""What `--compare` writes beside the images: no image of its own."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +49,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--denoiser-only", action="store_true", help="of adapters that change text encoders or norms too, use the rest"
     )
-    parser.add_argument("--out", default="images", help="folder for the images (default: images)")
+    parser.add_argument(
+        "--out", default="images", help="folder for the images (default: images); 0000.png and so on are replaced"
+    )
     parser.add_argument("--seed", type=int, help="of the first image (default: the recipe's, else 0)")
     parser.add_argument("--per-prompt", type=int, default=1, help="images per prompt, at consecutive seeds")
     parser.add_argument("--steps", type=int, help="sampling steps (default: the recipe's, else the base's own)")
@@ -137,8 +143,8 @@ def run(args: argparse.Namespace, device: str) -> int:
     if args.compare:
         before = render(backbone, [], settings)
         grid = before_after_grid([s.prompt for s in settings], before, images)
-        write_atomic(out / "before_after.png", png_bytes(grid))
-        print(f"before and after: {out / 'before_after.png'}")
+        write_atomic(out / SHEET, png_bytes(grid))
+        print(f"before and after: {out / SHEET}")
     return 0
 
 
@@ -147,12 +153,19 @@ def _check_numbers(args: argparse.Namespace, spec: "BaseSpec") -> None:
     for option, value in (("--steps", args.steps), ("--per-prompt", args.per_prompt)):
         if value is not None and value < 1:
             raise ValueError(f"{option} {value}: it is at least 1")
+    if args.seed is not None and args.seed < 0:
+        raise ValueError(f"--seed {args.seed}: it is at least 0")
     edge, grain = args.resolution, spec.grain
     if edge is not None and (edge < grain or edge % grain):
         near = max(grain, round(edge / grain) * grain)
         raise ValueError(f"--resolution {edge}: {spec.name} draws edges that are multiples of {grain}, such as {near}")
     if Path(args.out).is_file():
         raise ValueError(f"--out {args.out} is a file: name a folder for the images")
+    place = next(
+        folder for folder in (Path(args.out).absolute(), *Path(args.out).absolute().parents) if folder.exists()
+    )
+    if not os.access(place, os.W_OK):
+        raise ValueError(f"--out {args.out}: nothing may be written into {place}")
 
 
 def _compile(args: argparse.Namespace, backbone: "Backbone", settings: "Settings", images: int) -> None:
@@ -190,8 +203,9 @@ def parse_profile(name: str) -> "Profile | None":
     raise ValueError(f"profile {name!r}: expected one of {', '.join(NUMERICS)}")
 
 
-def _weights(args: argparse.Namespace, external: bool) -> "WeightsConfig | None":
-    """What the options say of a base's weights; else what the first adapter's run was trained on, where it says."""
+def _weights(args: argparse.Namespace, external: bool) -> "WeightsConfig":
+    """What the options say of a base's weights, over what the first adapter's run was trained on, where it says. Raises
+    RecipeError for options that contradict each other."""
     from loragraft.adapters.opening import recipe_of_run
     from loragraft.recipes.schema import WeightsConfig
 
@@ -203,4 +217,9 @@ def _weights(args: argparse.Namespace, external: bool) -> "WeightsConfig | None"
             random=args.random_weights,
         )
     recipe = recipe_of_run(args.adapter[0]) if args.adapter and external else None
-    return recipe.weights if recipe is not None and recipe.base == (args.base or recipe.base) else None
+    own = recipe.weights if recipe is not None and recipe.base == (args.base or recipe.base) else WeightsConfig()
+    if args.encoders or args.allow_download:
+        return replace(
+            own, encoders=args.encoders or own.encoders, allow_download=args.allow_download or own.allow_download
+        )
+    return own

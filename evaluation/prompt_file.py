@@ -25,6 +25,8 @@ from loragraft.disk import write_atomic
 from loragraft.evaluation.generate import Settings, encode_png, render
 
 GIB = 2**30
+EXAMPLE = '{"name": "a", "prompt": "a red bicycle", "seed": 0}'
+"""One line of a prompt file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,10 @@ def read_lines(path: Path) -> list[Line]:
             entry = json.loads(text)
             line = Line(str(entry["name"]), str(entry["prompt"]), int(entry["seed"]))
         except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}:{number} must be an object with name, prompt and seed ({error!r})") from error
+            why = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+            raise ValueError(
+                f"{path}:{number} must be an object with name, prompt and seed, such as {EXAMPLE} ({why})"
+            ) from error
         if not re.fullmatch(r"\w[\w.-]*", line.name):
             raise ValueError(f"{path}:{number}: the name {line.name!r} cannot name a file; use letters, digits, _ . -")
         if line.name in found:

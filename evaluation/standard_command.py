@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loragraft.evaluation.generate_command import SHEET
+
 if TYPE_CHECKING:
     from loragraft.evaluation.comparison import Row
     from loragraft.evaluation.standard import StandardMetrics
@@ -145,10 +147,10 @@ def row_fields(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def images_of(folder: Path) -> list[Path]:
-    """The folder's images by name. Raises ValueError where there is none."""
+    """The folder's images by name, without the sheet that `generate --compare` writes. Raises ValueError where there is none."""
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}: give one that holds images ({', '.join(SUFFIXES)})")
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.name != SHEET)
     if not found:
         raise ValueError(f"{folder} holds no image ({', '.join(SUFFIXES)})")
     return found

@@ -1,8 +1,9 @@
-"""Module paths: look one up, expand full-path regular expressions, and say what is nearest when nothing matches."""
+"""Module paths: look one up, expand full-path regular expressions, and say what is nearest when nothing matches; files too."""
 
 import difflib
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from torch import nn
 
@@ -11,6 +12,20 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """The most similar known names, for an error message."""
     found = difflib.get_close_matches(name.replace("\\", ""), list(known), n=count, cutoff=0.3)
     return "nearest: " + ", ".join(found) if found else "nothing similar exists"
+
+
+def nearest_path(path: Path) -> str:
+    """`; did you mean X?` of the first part of `path` that does not exist, or nothing."""
+    path = path.absolute()
+    parent = next(p for p in path.parents if p.is_dir())
+    names = [p.name for p in parent.iterdir()]
+    near = difflib.get_close_matches(path.relative_to(parent).parts[0], names, n=1, cutoff=0.5)
+    return f"; did you mean {_as_typed(parent / near[0])}?" if near else ""
+
+
+def _as_typed(path: Path) -> Path:
+    """Below the working directory without the way to it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def named_module(model: nn.Module, path: str) -> nn.Module:

@@ -112,13 +112,14 @@ class DataConfig:
     """Images of the class beside those of the one thing."""
 
     def __post_init__(self) -> None:
-        given = {key: value for key in ("domain", "folder", "dataset") if (value := getattr(self, key)) is not None}
+        places = ("domain", "folder", "dataset")
+        given = {key: value for key in places if (value := getattr(self, key)) is not None}
         if len(given) != 1:
             found = " and ".join(f"{key}={value!r}" for key, value in given.items()) or "none"
             raise RecipeError(
                 f"data needs exactly one of data.domain, data.folder and data.dataset, and got {found}; "
                 "set one, and clear an inherited one with `null`",
-                "data",
+                *(f"data.{key}" for key in given or places),
             )
         check_range("data.count", self.count, 1, 1_000_000)
         check_range("data.seed", self.seed, 0)
@@ -139,11 +140,13 @@ class DataConfig:
                 "data.caption_template",
             )
         if self.streaming and self.dataset is None:
-            raise RecipeError("data.streaming reads data.dataset, and none is given", "data.streaming")
+            raise RecipeError("data.streaming reads data.dataset, and none is given", "data.streaming", "data.dataset")
         if self.streaming and not self.limit:
-            raise RecipeError("data.streaming needs data.limit: how many rows of the stream are used", "data.streaming")
+            raise RecipeError(
+                "data.streaming needs data.limit: how many rows of the stream are used", "data.streaming", "data.limit"
+            )
         if self.shuffle_buffer and not self.streaming:
-            raise RecipeError("data.shuffle_buffer is for data.streaming=true", "data.shuffle_buffer")
+            raise RecipeError("data.shuffle_buffer is for data.streaming=true", "data.shuffle_buffer", "data.streaming")
 
     def edges(self, native: int) -> tuple[int, ...]:
         """The resolutions to train at, for a base whose own is `native`."""
@@ -163,10 +166,12 @@ class DataConfig:
             raise RecipeError(
                 f"data.resolution is {self.resolution} and data.resolutions {list(self.resolutions)}: give one of them",
                 "data.resolutions",
+                "data.resolution",
             )
         if (self.buckets or self.resolutions) and self.prior.images:
             raise RecipeError(
                 "class images are squares of the base's own size and share batches with yours: data.prior.images goes "
                 "neither with data.buckets nor with data.resolutions",
                 "data.buckets" if self.buckets else "data.resolutions",
+                "data.prior.images",
             )

@@ -24,6 +24,8 @@ from loragraft.recipes.schema import Recipe, RecipeError
 __all__ = ["RecipeError", "list_recipes", "load_recipe", "recipe_hash", "recipe_to_dict"]
 
 _SHIPPED = Path(__file__).parent
+_PARENT = "_base"
+"""What a recipe of one's own extends; not a recipe by itself."""
 _PATHS = {"data": ("folder", "dataset"), "weights": ("path", "encoders")}
 """Keys that hold a path, or may, by block."""
 
@@ -64,13 +66,12 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     for layer in layers.values():
         _merge_base_defaults(merged, layer, origins)
     for override, layer in layers.items():
-        _merge(merged, layer, origins, f"override {override!r}")
+        _merge(merged, layer, origins, _of_override(override))
     merged.setdefault("name", path.stem)
     try:
         return _build(merged)
     except RecipeError as error:
-        origin = next((origins[key] for key in (error.key, *_below(error.key, origins)) if key in origins), str(path))
-        raise RecipeError(f"{origin}: {error}", error.key) from None
+        raise RecipeError(f"{_blamed(error.keys, origins, overrides) or path}: {error}", *error.keys) from None
 
 
 def recipe_to_dict(recipe: Recipe, *, public: bool = False) -> dict[str, Any]:
@@ -101,22 +102,28 @@ def _locate(name: str, relative_to: Path) -> Path:
             return shipped
         known = list_recipes()
         raise RecipeError(
-            f"unknown recipe {name!r}{_nearest(name, known) or '.'} Shipped: {', '.join(known)}. "
+            f"unknown recipe {name!r}{_nearest(name, [*known, _PARENT]) or '.'} Shipped: {', '.join(known)}. "
             f"A file of your own is given by path: ./{name}.yaml"
         )
     path = Path(relative_to, Path(name).expanduser()).resolve()
     if not path.is_file():
+        if path.is_dir():
+            raise RecipeError(f"{path} is a folder: give the recipe's file in it")
+        if "/" not in name and (_SHIPPED / path.name).is_file():
+            raise RecipeError(
+                f"no recipe file {path}; did you mean {path.stem}? What is shipped has a name, not a path"
+            )
         siblings = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         raise RecipeError(f"no recipe file {path}{_nearest(path.name, siblings)}")
     return path
 
 
 def _load_layer(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The file merged over its parents, and for every dotted leaf key the file that set it."""
+    """The file merged over its parents, and for every dotted leaf key the file that set it, the last set last."""
     if path in chain:
         cycle = " -> ".join(p.name for p in (*chain[chain.index(path) :], path))
         raise RecipeError(f"{path}: `extends` runs in a circle: {cycle}")
-    layer = _parse(path.read_text(encoding="utf-8"), str(path))
+    layer = _parse(_read(path), str(path))
     parent = layer.pop("extends", None)
     if parent is not None and not isinstance(parent, str):
         raise RecipeError(f"{path}: extends must be one recipe's name or path, not {parent!r}")
@@ -142,6 +149,15 @@ def _merge_base_defaults(target: dict[str, Any], layer: Mapping[str, Any], origi
         _merge(target, _parse(file.read_text(encoding="utf-8"), str(file)), origins, str(file))
 
 
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RecipeError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from error
+
+
 def _parse(text: str, origin: str) -> dict[str, Any]:
     try:
         parsed = yaml.load(text, Loader=_Loader)
@@ -159,7 +175,8 @@ def _parse_override(override: str) -> dict[str, Any]:
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
-        raise RecipeError(f"override {override!r} is not of the form key=value, such as train.steps=500")
+        spaces = "" if equals else "; a value with spaces in it stands in quotes"
+        raise RecipeError(f"override {override!r} is not of the form key=value, such as train.steps=500{spaces}")
     try:
         value = yaml.load(text, Loader=_Loader) if text.strip() else ""
     except yaml.YAMLError as error:
@@ -192,6 +209,7 @@ def _merge(target: dict[str, Any], layer: Mapping[str, Any], origins: dict[str, 
         for block in blocks:
             inner = inner.setdefault(block, {})
         inner[leaf] = value
+        origins.pop(dotted, None)  # the last set stands last
         origins[dotted] = origin
 
 
@@ -275,12 +293,20 @@ def _block(cls: type, values: Mapping[str, Any]) -> Any:
 
 def _with_trigger(recipe: Recipe) -> Recipe:
     """`{trigger}` replaced in constant caption, template and sample prompts. Raises RecipeError without a trigger."""
-    texts = (recipe.data.caption, recipe.data.caption_template, *recipe.sample.prompts)
-    if not any("{trigger}" in text for text in texts):
+    texts = {
+        "data.caption": (recipe.data.caption,),
+        "data.caption_template": (recipe.data.caption_template,),
+        "sample.prompts": recipe.sample.prompts,
+    }
+    saying = [key for key, said in texts.items() if any("{trigger}" in text for text in said)]
+    if not saying:
         return recipe
     if not recipe.data.trigger:
-        raise RecipeError("a text says {trigger}, but data.trigger is empty: give the words", "data.trigger")
-    caption, template, *prompts = (text.replace("{trigger}", recipe.data.trigger) for text in texts)
+        says = f"{' and '.join(saying)} {'say' if len(saying) > 1 else 'says'}"
+        raise RecipeError(f"{says} {{trigger}}, but data.trigger is empty: give the words", "data.trigger", *saying)
+    caption, template, *prompts = (
+        text.replace("{trigger}", recipe.data.trigger) for said in texts.values() for text in said
+    )
     return dataclasses.replace(
         recipe,
         data=dataclasses.replace(recipe.data, caption=caption, caption_template=template),
@@ -288,9 +314,18 @@ def _with_trigger(recipe: Recipe) -> Recipe:
     )
 
 
-def _below(key: str, origins: dict[str, str]) -> list[str]:
-    """Keys of the block `key`, last set first: where a block as a whole is at fault."""
-    return [dotted for dotted in reversed(origins) if dotted.startswith(f"{key}.")] if key else []
+def _blamed(keys: Sequence[str], origins: dict[str, str], overrides: Sequence[str]) -> str:
+    """Who set what is at fault: of `keys` that contradict each other every override, without one the last file; "" if nobody."""
+    setters = list(dict.fromkeys(origins[key] for key in reversed(origins) if key in keys))
+    typed = [override for override in dict.fromkeys(overrides) if _of_override(override) in setters]
+    if len(typed) > 1:
+        return f"overrides {' and '.join(map(repr, typed))}"
+    return _of_override(typed[0]) if typed else next(iter(setters), "")
+
+
+def _of_override(override: str) -> str:
+    """The origin of what `override` sets."""
+    return f"override {override!r}"
 
 
 def _nearest(given: str, known: Sequence[str]) -> str:

@@ -4,11 +4,12 @@ import math
 
 
 class RecipeError(ValueError):
-    """A recipe that cannot be used; `key` is the dotted key at fault, or "" where no single key is."""
+    """A recipe that cannot be used; `keys` are the dotted keys at fault: several where they contradict each other, none where
+    it is no key's fault."""
 
-    def __init__(self, message: str, key: str = "") -> None:
+    def __init__(self, message: str, *keys: str) -> None:
         super().__init__(message)
-        self.key = key
+        self.keys = keys
 
 
 def check_range(

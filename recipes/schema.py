@@ -54,11 +54,13 @@ class WeightsConfig:
             raise RecipeError(
                 f"weights.random=true and weights.path={self.path or self.encoders!r} exclude each other: leave one out",
                 "weights.random",
+                "weights.path" if self.path else "weights.encoders",
             )
         if self.encoders and not self.path:
             raise RecipeError(
                 "weights.encoders goes with the transformer that weights.path names, and weights.path is empty",
                 "weights.encoders",
+                "weights.path",
             )
 
 
@@ -153,12 +155,14 @@ class TrainConfig:
                 f"train.checkpoint_blocks is {self.checkpoint_blocks} with train.checkpointing={self.checkpointing}: it says "
                 "how many blocks `selective` applies to, and nothing else reads it",
                 "train.checkpoint_blocks",
+                "train.checkpointing",
             )
         if self.offload_activations and self.checkpointing not in ("block", "selective"):
             raise RecipeError(
                 "train.offload_activations moves the inputs of checkpointed blocks, and train.checkpointing is "
                 f"{self.checkpointing}: set it to block or selective",
                 "train.offload_activations",
+                "train.checkpointing",
             )
         _check_range("train.checkpoint_every", self.checkpoint_every, 0)
         _check_range("train.validate_every", self.validate_every, 0)
@@ -167,6 +171,7 @@ class TrainConfig:
             raise RecipeError(
                 "train.patience counts validations, and train.validate_every is 0: set how many steps lie between them",
                 "train.patience",
+                "train.validate_every",
             )
         _check_range("train.sample_every", self.sample_every, 0)
         _check_range("train.log_every", self.log_every, 1)
@@ -304,13 +309,19 @@ class Recipe:
         for key, value in (("name", self.name), ("base", self.base)):
             if not value.strip():
                 raise RecipeError(f"{key} must not be empty", key)
+        if "/" in self.name:
+            raise RecipeError(
+                f"name {self.name!r} is a path, and runs are kept under it; the place of one run is --out", "name"
+            )
         if self.adapter.init == "loftq" and self.numerics == "16bit":
             raise RecipeError(
                 "adapter.init=loftq makes up for an error of quantization, and numerics=16bit has none: choose another of the two",
                 "adapter.init",
+                "numerics",
             )
         if self.data.prior.images and self.train.batch_size < 2:
             raise RecipeError(
                 "train.batch_size must be at least 2 with data.prior.images: half of a batch shows the class",
                 "train.batch_size",
+                "data.prior.images",
             )

@@ -5,10 +5,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from loragraft import cli
+from loragraft.data.sample import Sample
+from loragraft.recipes.load import load_recipe
 from loragraft.train.lora import _parse as train_options
 from loragraft.verbs import VERBS, build_parser
 from loragraft.zoo.zoo_command import build_parser as zoo_parser
@@ -171,3 +174,51 @@ def test_the_options_of_all_verbs_need_no_package_of_the_zoo() -> None:
     """Where jsonschema is missing, preflight beside a run is not what fails."""
     code = "import sys; sys.modules['jsonschema'] = None; from loragraft import cli; cli.build_parser()"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_options_and_overrides_of_training_come_in_any_order(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--recipe", "marketing", "train.steps=3", "--cpu", "train.stpes=4"]) == 2
+    assert "did you mean train.steps?" in capsys.readouterr().err
+
+
+def test_a_run_among_the_images_that_it_trains_on_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = ["train", "--recipe", "marketing", "data.domain=null", "data.folder=."]
+    for out in ([], ["--out", "."], ["--out", "images/run"]):
+        assert cli.main([*given, *out]) == 2
+        assert "lies in data.folder" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tracking_online_without_a_login_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setattr("loragraft.train.lora.load_backbone", lambda *_: pytest.fail("loaded"))
+    assert cli.main(["train", "--recipe", "marketing", "--cpu", "tracking.mode=online"]) == 2
+    assert "no login is stored here; `wandb login` stores one" in capsys.readouterr().err
+
+
+def test_a_value_that_the_shell_cut_at_a_space_is_known(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["recipe", "marketing", "data.caption=a", "photo"]) == 2
+    assert (
+        "'photo' is not of the form key=value, such as train.steps=500; a value with spaces" in capsys.readouterr().err
+    )
+
+
+def test_no_images_are_not_the_default_number_of_a_score(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = load_recipe("marketing", ["data.count=300"])
+    samples = [Sample(tmp_path / f"{i}.png", f"thing {i}", "test", f"thing {i}", "CC0-1.0") for i in range(8)]
+    monkeypatch.setattr("loragraft.adapters.opening.open_run", lambda run: (None, recipe))
+    monkeypatch.setattr(
+        "loragraft.backbones.load.load_backbone", lambda *_: SimpleNamespace(spec=SimpleNamespace(resolution=128))
+    )
+    monkeypatch.setattr("loragraft.data.sources.open_source", lambda *_: samples)
+    assert cli.main(["score", str(tmp_path), "--images", "0"]) == 2
+    assert "a score needs at least 4 images per set, not 0; see --images" in capsys.readouterr().err

@@ -55,7 +55,7 @@ from loragraft.train.prior import prior_samples
 from loragraft.train.run_folder import RunFolder
 from loragraft.train.sharding import check_sharding, shards_base
 from loragraft.train.stall import show_on_signal, watched
-from loragraft.train.tracking import Tracking
+from loragraft.train.tracking import Tracking, check_login
 from loragraft.train.warm import start_workers
 
 __all__ = ["main"]
@@ -73,6 +73,8 @@ def main(argv: list[str] | None = None) -> int:
     if reason := find_spec(recipe.base).refuses_training:
         raise ValueError(reason)
     check_source(recipe.data)
+    check_login(recipe.tracking.mode)
+    path = _run_path(args, recipe)
     accelerator = Accelerator(cpu=args.cpu, log_with=None, kwargs_handlers=distributed())
     check_sharding(accelerator, recipe.train)
     begun = _set_up_device(recipe, accelerator)
@@ -80,11 +82,12 @@ def main(argv: list[str] | None = None) -> int:
     forecast = Forecast.start(args.recipe, overrides, accelerator)
     backbone, original = _load_base(recipe, accelerator)
     sizes = Sizes.asked(recipe.data, backbone.spec.resolution, backbone.spec.grain)
-    samples, folder = _open(args, recipe, backbone, accelerator)
+    samples, folder = _open(path, args.fresh, recipe, backbone, accelerator)
     if folder.finished:
         print(f"{folder.path} is finished: {folder.adapter_file}. Train again with --fresh, or elsewhere with --out.")
         return 0
     cache, prior = _encode(samples, recipe, backbone, accelerator, sizes)
+    folder.check_data(cache.fingerprint)
     previews = Previews.prepare(recipe.sample, backbone, cache)
     backbone.encoders.release_text()  # memory back before the first step
     backbone.onto_device()
@@ -134,8 +137,20 @@ def _load_base(recipe: Recipe, accelerator: Accelerator) -> tuple[Backbone, Orig
     return backbone, original
 
 
+def _run_path(args: argparse.Namespace, recipe: Recipe) -> Path:
+    """Where the run goes. Raises ValueError where its sample images would be found as images to train on."""
+    path = Path(args.out or f"runs/{recipe.name}")
+    data = recipe.data.folder
+    if data is not None and path.resolve().is_relative_to(Path(data).resolve()):
+        raise ValueError(
+            f"the run folder {path} lies in data.folder {data}, and its sample images would be trained on next: give another "
+            "with --out, or put the images into a folder of their own"
+        )
+    return path
+
+
 def _open(
-    args: argparse.Namespace, recipe: Recipe, backbone: Backbone, accelerator: Accelerator
+    path: Path, fresh: bool, recipe: Recipe, backbone: Backbone, accelerator: Accelerator
 ) -> tuple[list[Sample], RunFolder]:
     """The samples (none yet of a stream) and the run's folder."""
     with accelerator.main_process_first():
@@ -144,8 +159,7 @@ def _open(
         first = accelerator.is_main_process
         if first and samples:
             warn_few_held_out(samples, recipe.data, recipe.eval)
-        path = Path(args.out or f"runs/{recipe.name}")
-        return samples, RunFolder.open(path, recipe, backbone.base_id, fresh=args.fresh and first, exclusive=first)
+        return samples, RunFolder.open(path, recipe, backbone.base_id, fresh=fresh and first, exclusive=first)
 
 
 def _encode(
@@ -229,7 +243,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "on (default 0: never)",
     )  # fmt: skip
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe overrides, such as train.steps=500")
-    return parser.parse_intermixed_args(argv)
+    return parser.parse_intermixed_args(argv)  # options and overrides in any order
 
 
 if __name__ == "__main__":

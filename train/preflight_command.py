@@ -1,8 +1,8 @@
 """`loragraft preflight RECIPE [key=value ...]`: what a run will take, before it starts.
 
     loragraft preflight marketing
-    loragraft preflight marketing base=flux1-dev weights.random=true train.batch_size=1
-    loragraft preflight marketing base=flux1-dev weights.random=true --fit 12GiB         the cheapest setting for that card
+    loragraft preflight marketing base=flux1-dev --random-weights train.batch_size=1
+    loragraft preflight marketing base=flux1-dev --random-weights --fit 12GiB         the cheapest setting for that card
     loragraft preflight --calibrate                              on the machine that will train, once
 
 The real step runs on fake tensors on one CPU core: nothing is loaded that a FLUX.1 would need, and no GPU. The data set is looked
@@ -26,7 +26,7 @@ from loragraft.data.cache import default_cache_root
 from loragraft.data.held_out import few_held_out
 from loragraft.data.sample import Sample
 from loragraft.data.scan import Scan, scan_samples
-from loragraft.data.sources import LeftOut, open_source
+from loragraft.data.sources import LeftOut, check_source, open_source
 from loragraft.disk import write_atomic
 from loragraft.recipes.load import load_recipe
 from loragraft.recipes.schema import Recipe
@@ -54,9 +54,12 @@ def run(arguments: list[str]) -> int:
             return 0
     if args.recipe is None:
         raise ValueError("name a recipe (`loragraft recipe` lists them), or give --calibrate alone")
-    recipe = as_stored(load_recipe(args.recipe, args.overrides))
+    overrides = [*args.overrides, *(["weights.random=true"] if args.random_weights else [])]
+    recipe = as_stored(load_recipe(args.recipe, overrides))
     if reason := find_spec(recipe.base).refuses_training:
         raise ValueError(reason)
+    if not args.no_data:
+        check_source(recipe.data)
     started = time.perf_counter()
     machines = known_machines(cache_root, args.card)
     if args.card is not None and not machines:
@@ -65,10 +68,10 @@ def run(arguments: list[str]) -> int:
     print("\n".join(report_lines(recipe, found, machines, time.perf_counter() - started)))
     if lacking := lacking_weights(recipe):
         print(f"\n{lacking}")
-    lines, refused = ([], False) if args.no_data else look_at_data(recipe, found.resolution, cache_root, args.processes)
-    print("\n".join(lines), end="\n" if lines else "")
     if args.json:
         _write(args.json, to_dict(found, machines))
+    lines, refused = ([], False) if args.no_data else look_at_data(recipe, found.resolution, cache_root, args.processes)
+    print("\n".join(lines), end="\n" if lines else "")
     card = args.fit if args.fit is not None else _too_small(found)
     refused |= lacking is not None
     if card is None:
@@ -326,6 +329,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--calibrate", action="store_true", help="measure this machine's GPU first, and keep the figures"
+    )
+    parser.add_argument(
+        "--random-weights", action="store_true", help="weights.random=true: a base's true shapes without its files"
     )
     parser.add_argument("--no-data", action="store_true", help="leave the data set alone")
     parser.add_argument("--processes", type=_processes, default=1, help="GPUs that will train together (default 1)")

@@ -29,6 +29,7 @@ from loragraft.recipes.schema import Recipe
 
 STARTED = ("metrics.jsonl", "checkpoint.pt", "summary.json")
 """A folder with any of these holds work of its recipe."""
+REMEDY = "Give another folder with --out, or start over with --fresh (the old run is moved aside)."
 
 
 class RunError(ValueError):
@@ -48,6 +49,8 @@ class RunFolder:
     summary: dict[str, Any] = field(default_factory=dict)
     step_seconds: float | None = None
     """Of this process's steps, once they are done; no file has it."""
+    data: str | None = None
+    """Fingerprint of the data set that is trained on, as `check_data` has it."""
     lock: "FolderLock | None" = None
     """Open while no other process may train here."""
 
@@ -58,8 +61,11 @@ class RunFolder:
         """Opens, creates or resumes `path`; `exclusive` keeps other processes out for as long as the result lives.
 
         Raises RunError when another process trains in the folder, when it holds a run of another recipe or another base,
-        or a checkpoint that cannot be read; `fresh` moves such a folder aside instead (nothing is deleted).
+        a recipe or an adapter that no run put there, or a checkpoint that cannot be read; `fresh` moves such a folder aside
+        instead (nothing is deleted).
         """
+        if path.is_file():
+            raise RunError(f"{path} is a file: give a folder for the run with --out")
         if fresh and path.exists():
             lock = FolderLock(path)
             path.rename(path.with_name(f"{path.name}.{time.strftime('%Y%m%d-%H%M%S')}"))
@@ -72,22 +78,38 @@ class RunFolder:
         if any((path / name).exists() for name in STARTED):
             run._resume(recipe)
         else:  # new, or given up before the first step: another recipe may have it
+            run._check_free(recipe)
             if exclusive:
                 run.start_file.unlink(missing_ok=True)
             write_atomic(path / "recipe.yaml", yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False).encode())
         return run
 
+    def _check_free(self, recipe: Recipe) -> None:
+        """Raises RunError where writing here would replace what no run of ours left."""
+        file = self.path / "recipe.yaml"
+        if file.exists() and not recipe_to_dict(recipe).keys() <= self._stored_recipe().keys():
+            raise RunError(f"{file} is not the resolved recipe of a run and would be overwritten. {REMEDY}")
+        if self.adapter_file.exists():
+            raise RunError(f"{self.adapter_file} is of a run that is not here, and would be overwritten. {REMEDY}")
+
+    def _stored_recipe(self) -> dict[str, Any]:
+        """recipe.yaml; empty where it is none."""
+        try:
+            stored = yaml.safe_load((self.path / "recipe.yaml").read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError):
+            return {}
+        return stored if isinstance(stored, dict) else {}
+
     def _resume(self, recipe: Recipe) -> None:
-        remedy = "Give another folder with --out, or start over with --fresh (the old run is moved aside)."
         if not (self.path / "recipe.yaml").exists():
-            raise RunError(f"{self.path} holds a run but no recipe.yaml, so nobody can tell whose. {remedy}")
-        stored = yaml.safe_load((self.path / "recipe.yaml").read_text(encoding="utf-8"))
+            raise RunError(f"{self.path} holds a run but no recipe.yaml, so nobody can tell whose. {REMEDY}")
+        stored = self._stored_recipe()
         if _flat(stored) != _flat(json.loads(json.dumps(recipe_to_dict(recipe)))):
             mine = _flat(json.loads(json.dumps(recipe_to_dict(recipe))))
             theirs = _flat(stored)
             keys = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
             shown = ", ".join(f"{key} ({theirs.get(key)!r} there, {mine.get(key)!r} here)" for key in keys[:4])
-            raise RunError(f"{self.path} holds a run of another recipe: {shown}. {remedy}")
+            raise RunError(f"{self.path} holds a run of another recipe: {shown}. {REMEDY}")
         if (self.path / "summary.json").exists():
             self.summary = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
             self.finished, self.step = True, int(self.summary["steps"])
@@ -100,14 +122,23 @@ class RunFolder:
         try:
             checkpoint: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:
-            raise RunError(f"{file} cannot be read ({error}). {remedy}") from error
+            raise RunError(f"{file} cannot be read ({error}). {REMEDY}") from error
         if checkpoint["base_id"] != self.base_id:
             raise RunError(
                 f"{file} was trained on base {checkpoint['base_id'][:16]}, but the base here is "
-                f"{self.base_id[:16]}. {remedy}"
+                f"{self.base_id[:16]}. {REMEDY}"
             )
         self.checkpoint, self.step = checkpoint, int(checkpoint["step"])
         self._truncate_metrics()
+
+    def check_data(self, fingerprint: str) -> None:
+        """Raises RunError where the checkpoint was trained on another data set than the one of `fingerprint`."""
+        self.data = fingerprint
+        if self.checkpoint is not None and self.checkpoint.get("data") not in (None, fingerprint):
+            raise RunError(
+                f"{self.path} was trained to step {self.step} on other data: images, captions or their splits have changed since. "
+                f"Put back what was there, and the run goes on. {REMEDY}"
+            )
 
     def _truncate_metrics(self) -> None:
         """Drops the lines after the checkpoint, which the resumed run writes again, and a half-written last line."""
@@ -138,7 +169,8 @@ class RunFolder:
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Writes `state` (tensors and plain values) as the state after `self.step` steps; old or new, never half."""
-        state = {**state, "step": self.step, "recipe_hash": self.recipe_hash, "base_id": self.base_id}
+        about = {"step": self.step, "recipe_hash": self.recipe_hash, "base_id": self.base_id, "data": self.data}
+        state = {**state, **about}
         content = io.BytesIO()
         torch.save(state, content)
         write_atomic(self.path / "checkpoint.pt", content.getbuffer())

@@ -28,7 +28,8 @@ class Tracking:
 
     @classmethod
     def start(cls, recipe: Recipe, backbone: Backbone, folder: RunFolder, accelerator: Accelerator) -> "Tracking":
-        """Opens the run with the resolved recipe, its hash, the base's id and the ledger as its config."""
+        """Opens the run with the resolved recipe, its hash, the base's id and the ledger as its config. Raises ValueError where
+        W&B opens none."""
         if recipe.tracking.mode == "disabled" or not accelerator.is_main_process:
             return cls(None, recipe.name)
         import wandb  # here and below: a second to import, and `disabled` needs none
@@ -47,7 +48,10 @@ class Tracking:
             dir=str(folder.path),
             settings=wandb.Settings(silent=True, disable_git=True, disable_code=True, x_disable_stats=True),
         )
-        tracker.start()
+        try:
+            tracker.start()
+        except wandb.Error as error:
+            raise ValueError(f"tracking.mode={recipe.tracking.mode}: {_no_run(error)}") from error
         tracker.store_init_configuration(
             {
                 "recipe": recipe_to_dict(recipe),
@@ -88,6 +92,19 @@ class Tracking:
     ) -> None:
         if self._tracker is not None:
             self._tracker.run.finish(exit_code=0 if error is None else 1)
+
+
+def check_login(mode: str) -> None:
+    """Raises ValueError where W&B would be online and no login is stored: known before anything is loaded."""
+    if mode == "online":
+        import wandb
+
+        if not wandb.api.api_key:
+            raise ValueError(f"tracking.mode=online: {_no_run('no login is stored here; `wandb login` stores one')}")
+
+
+def _no_run(why: object) -> str:
+    return f"Weights & Biases opens no run ({why}); tracking.mode=offline needs neither login nor network, disabled keeps nothing"
 
 
 def wandb_mode(mode: Literal["offline", "auto", "online", "disabled"]) -> Any:

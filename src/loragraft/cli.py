@@ -117,8 +117,8 @@ def _score(args: argparse.Namespace) -> int:
     standard = open_metrics(args, _device(), root / "features")  # what is missing is said before anything is drawn
     adapter, recipe = open_run(run)
     controls = [open_control(Path(entry)) for entry in args.control]
-    images = max(FULL_IMAGES, recipe.eval.images) if args.full else recipe.eval.images
-    images = images if args.images is None else args.images
+    own = max(FULL_IMAGES, recipe.eval.images) if args.full else recipe.eval.images
+    images = own if args.images is None else args.images
     backbone = load_backbone(recipe.base, recipe.numerics, _device(), default_cache_root(), recipe.weights, True)
     resolution = backbone.resolution = max(recipe.data.edges(backbone.spec.resolution))
     samples = open_source(recipe.data, resolution, default_cache_root())

@@ -67,3 +67,18 @@ def test_a_run_says_what_it_lacks(tmp_path: Path) -> None:
     (tmp_path / "adapter" / "start.safetensors").write_bytes(b"x")  # adapter.init=loftq writes it before the first step
     with pytest.raises(ValueError, match="a run that is not finished: give its training command again"):
         open_adapters([str(tmp_path)])
+
+
+def test_a_weight_that_no_picture_survives_is_refused() -> None:
+    for weight in ("nan", "inf"):
+        with pytest.raises(ValueError, match="what follows @ is the adapter's weight"):
+            open_adapters([f"runs/mine@{weight}"])
+
+
+def test_what_is_not_there_names_the_nearest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs" / "tiles").mkdir(parents=True)
+    (tmp_path / "runs" / "tiles" / "recipe.yaml").write_text("extends: _base\n")
+    monkeypatch.chdir(tmp_path)
+    for opened in (open_run, open_control, lambda run: open_adapters([str(run)])):
+        with pytest.raises(ValueError, match=r"did you mean runs/tiles\?"):
+            opened(Path("runs/tils"))

@@ -117,6 +117,17 @@ def test_labels_one_caption_and_strange_formats(tmp_path: Path) -> None:
     assert [s.caption for s in samples] == ["a pet"] * 2
 
 
+def test_a_phones_picture_of_two_frames_stays_upright(tmp_path: Path) -> None:
+    exif, buffer, picture = Image.Exif(), io.BytesIO(), Image.new("RGB", (12, 8), "red")
+    exif[0x0112] = 6
+    picture.save(buffer, "MPO", exif=exif, save_all=True, append_images=[picture])
+    rows = datasets.Dataset.from_dict({"image": [{"bytes": buffer.getvalue(), "path": None}], "text": ["a thing"]})
+    rows.cast_column("image", datasets.Image()).save_to_disk(tmp_path / "phone")
+    (sample,) = _open(tmp_path / "phone", tmp_path / "cache", validation_fraction=0, test_fraction=0)
+    with Image.open(sample.image) as image:
+        assert image.size == (8, 12)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from loragraft.data.scan import scan_samples
-from loragraft.data.sources import Sample
+from loragraft.data.sources import LeftOut, Sample
 from loragraft.recipes.schema import DataConfig
 
 
@@ -26,6 +26,17 @@ def test_a_good_set_has_no_findings(tmp_path: Path) -> None:
     assert scan.refused == scan.noted == ()
     assert scan.splits == {"train": 4}
     assert scan.sizes == {"96x64": 4}
+
+
+def test_one_caption_for_all_and_pictures_of_another_kind_are_noted(tmp_path: Path) -> None:
+    samples = [_sample(_noise(tmp_path / f"scene {i}.png", (96, 64), i), "scene") for i in range(3)]
+    unsaid = DataConfig(folder=str(tmp_path))
+    left_out = LeftOut(not_read=[tmp_path / "a.heic"])
+    noted = "\n".join(scan_samples(samples, 64, tmp_path / "cache", left_out=left_out, config=unsaid).noted)
+    assert "all 3 images have the same caption, 'scene'" in noted
+    assert "1 images are of a kind that is not read, and left out until converted: a.heic" in noted
+    wanted = DataConfig(folder=str(tmp_path), caption="scene")
+    assert scan_samples(samples, 64, tmp_path / "cache", config=wanted).noted == ()
 
 
 def test_every_mistake_is_found(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -63,6 +64,32 @@ def test_caption_column(tmp_path: Path) -> None:
     assert _open(tmp_path, caption_column="prompt")[0].caption == "long"
     with pytest.raises(DataError, match=r"metadata.jsonl:1 has no column 'promt'; did you mean prompt\?"):
         _open(tmp_path, caption_column="promt")
+
+
+@pytest.mark.parametrize(
+    "name", ["red disc.png.txt", "red disc.TXT", "red disc.caption", "captions.csv", "sub/metadata.jsonl"]
+)
+def test_captions_under_a_name_that_is_not_read_are_an_error(tmp_path: Path, name: str) -> None:
+    _image(tmp_path / "red disc.png"), _image(tmp_path / "sub/blue disc.png")
+    (tmp_path / "notes.txt").write_text("of no image")
+    assert [s.caption for s in _open(tmp_path, validation_fraction=0, test_fraction=0)] == ["red disc", "blue disc"]
+    (tmp_path / name).write_text("a caption")
+    with pytest.raises(DataError, match=rf"{name}: by the name captions, and not read. Captions stand in red disc.txt"):
+        _open(tmp_path)
+
+
+def test_hidden_folders_are_left_alone(tmp_path: Path) -> None:
+    _image(tmp_path / "red disc.png"), _image(tmp_path / ".thumbs/red disc.png")
+    assert len(_open(tmp_path, validation_fraction=0, test_fraction=0)) == 1
+
+
+def test_pictures_of_a_kind_that_is_not_read_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "IMG_1.HEIC").write_bytes(b"a phone's")
+    with pytest.raises(DataError, match=r"holds no image; known suffixes are .*; convert IMG_1.HEIC"):
+        _open(tmp_path)
+    _image(tmp_path / "red disc.png")
+    _open(tmp_path, validation_fraction=0, test_fraction=0)
+    assert "1 pictures are left out until they are converted: IMG_1.HEIC" in caplog.text
 
 
 def test_one_caption_for_photos_without_any(tmp_path: Path) -> None:
@@ -164,6 +191,16 @@ def test_broken_json_names_the_line(tmp_path: Path) -> None:
         _open(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "text"), [("metadata.jsonl", '{"file_name": "a.png", "text": "ö"}'), ("metadata.csv", "ö,text")]
+)
+def test_metadata_in_another_encoding_is_named(tmp_path: Path, name: str, text: str) -> None:
+    _image(tmp_path / "a.png")
+    (tmp_path / name).write_bytes(text.encode("latin-1"))
+    with pytest.raises(DataError, match=rf"{name} is not UTF-8 text"):
+        _open(tmp_path)
+
+
 def test_unreadable_and_truncated_images_are_named(tmp_path: Path) -> None:
     Image.effect_noise((64, 64), 90).save(tmp_path / "whole.jpg")
     content = (tmp_path / "whole.jpg").read_bytes()
@@ -191,6 +228,18 @@ def test_pixels_orientation_transparency_and_crop(tmp_path: Path) -> None:
     wide.paste("white", (16, 0, 32, 16))  # only the middle third is kept
     wide.save(tmp_path / "wide.png")
     assert load_pixels(tmp_path / "wide.png", 16)[:, :, 2:14].min() > 0.9
+
+
+def test_sixteen_bit_grey_keeps_its_tones_and_values_without_a_white_are_refused(tmp_path: Path) -> None:
+    ramp = np.tile(np.linspace(0, 65535, 64).astype(np.uint16), (64, 1))
+    for name in ("ramp.png", "ramp.tif"):
+        Image.fromarray(ramp).save(tmp_path / name)
+        row = load_pixels(tmp_path / name, 64)[0, 0]
+        assert row[0] == -1 and row[-1] == 1 and abs(row[32]) < 0.05
+        (tmp_path / name).unlink()
+    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(tmp_path / "linear.tif")
+    with pytest.raises(DataError, match=r"linear.tif is not a readable image \(32 bits a value"):
+        _open(tmp_path)
 
 
 def test_splits_follow_the_concept(tmp_path: Path) -> None:

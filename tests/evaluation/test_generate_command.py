@@ -1,5 +1,6 @@
 """`loragraft generate` on a CPU: adapters side by side, the base beside them, and what is refused at once."""
 
+import argparse
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from loragraft.adapters.checkpoint import write_adapter
 from loragraft.backbones.load import load_backbone
 from loragraft.cli import main
 from loragraft.evaluation.generate import Settings, save_image
+from loragraft.evaluation.generate_command import _weights, add_options
 from loragraft.quantization.checkpoint import quantized_layers
 
 
@@ -79,3 +81,34 @@ def test_compiling_is_refused_before_anything_is_loaded(
     monkeypatch.setattr("loragraft.backbones.load.load_backbone", lambda *_: pytest.fail("loaded"))
     assert main(["generate", "--compile", "--prompt", "a", "--steps", "1"]) == 2
     assert "--compile needs a CUDA GPU" in capsys.readouterr().err
+
+
+def test_encoders_without_weights_are_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("loragraft.backbones.load.load_backbone", lambda *_: pytest.fail("loaded"))
+    assert main(["generate", "--prompt", "a", "--encoders", str(tmp_path), "--out", str(tmp_path)]) == 2
+    assert "weights.path is empty" in capsys.readouterr().err
+
+
+def test_options_of_weights_are_added_to_those_of_the_run(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("extends: marketing\nbase: flux1-dev\nweights: {path: a/b}\n")
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    given = parser.parse_args(["--adapter", f"{tmp_path}@0.5", "--encoders", "c/d", "--allow-download"])
+    found = _weights(given, external=True)
+    assert (found.path, found.encoders, found.allow_download) == ("a/b", "c/d", True)
+
+
+def test_a_folder_that_nothing_may_be_written_into_is_refused_before_anything_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("loragraft.backbones.load.load_backbone", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("os.access", lambda place, _: Path(place) != tmp_path)  # root may write everywhere
+    assert main(["generate", "--prompt", "a", "--out", str(tmp_path / "a" / "b")]) == 2
+    assert f"nothing may be written into {tmp_path}" in capsys.readouterr().err
+
+
+def test_a_seed_below_zero_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--prompt", "a", "--seed", "-1"]) == 2
+    assert "--seed -1: it is at least 0" in capsys.readouterr().err

@@ -57,7 +57,10 @@ def test_two_settings_do_not_share_a_folder(backbone: Any, drawing: Studio, tmp_
     ("text", "message"),
     [
         ("", "holds no prompt"),
-        ('{"name": "a", "prompt": "x"}', r":1 must be an object with name, prompt and seed"),
+        (
+            '{"name": "a", "prompt": "x"}',
+            r":1 must be an object with name, prompt and seed, such as .* \(it has no 'seed'\)",
+        ),
         ('{"name": "../a", "prompt": "x", "seed": 1}', "cannot name a file"),
         ('{"name": "a", "prompt": "x", "seed": 1}\n{"name": "a", "prompt": "y", "seed": 1}', "comes twice"),
     ],

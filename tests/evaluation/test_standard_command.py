@@ -140,3 +140,9 @@ def test_a_published_set_is_listed_with_svdquants_seeds(tmp_path: Path, capsys: 
     assert "5000 prompts were asked for, and the set has 3" in said(capsys)
     assert main(["prompts", "marketing", "--training-folder", str(tmp_path / "x")]) == 2
     assert "--from" in said(capsys)
+
+
+def test_the_sheet_of_a_comparison_is_no_image_to_measure(tmp_path: Path) -> None:
+    drawn = pictures(tmp_path / "drawn", 0)
+    Image.new("RGB", (64, 64)).save(drawn / "before_after.png")
+    assert [path.name for path in images_of(drawn)] == ["0000.png", "0001.png", "0002.png"]

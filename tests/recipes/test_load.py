@@ -101,6 +101,38 @@ def test_mistakes_in_overrides(override: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("overrides", "blamed"),
+    [
+        (["base=flux1-dev", "data.resolution=512", "data.domain=null"], "override 'data.domain=null'"),
+        (["data.count=8", "data.folder=photos"], "override 'data.folder=photos'"),
+        (
+            ["data.folder=photos", "data.domain=null", "data.dataset=rows.parquet"],
+            "overrides 'data.folder=photos' and 'data.dataset=rows.parquet'",
+        ),
+        (["train.steps=3", "train.checkpointing=selective"], "override 'train.checkpointing=selective'"),
+        (["train.patience=2", "train.validate_every=0"], "overrides 'train.patience=2' and 'train.validate_every=0'"),
+        (["adapter.init=loftq", "numerics=16bit"], "overrides 'adapter.init=loftq' and 'numerics=16bit'"),
+        (["sample.prompts=['{trigger}, blue']", "train.steps=3"], "override \"sample.prompts=['{trigger}, blue']\""),
+        (
+            ["data.resolutions=[128, 256]", "data.resolution=128"],
+            "'data.resolutions=[128, 256]' and 'data.resolution=128'",
+        ),
+    ],
+)
+def test_what_contradicts_blames_the_overrides_that_said_it(overrides: list[str], blamed: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("marketing", overrides)
+    assert f"{blamed}: " in str(caught.value)
+
+
+def test_what_contradicts_in_files_blames_the_last_file(tmp_path: Path) -> None:
+    _write(tmp_path, "parent.yaml", "extends: marketing\ntrain: {validate_every: 0}\n")
+    child = _write(tmp_path, "child.yaml", "extends: ./parent.yaml\ntrain: {patience: 3}\n")
+    with pytest.raises(RecipeError, match=r"child.yaml: train.patience counts validations"):
+        load_recipe(child, ["train.steps=3"])
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("trian: {steps: 3}", r"mine.yaml: unknown key 'trian'; did you mean train\?"),
@@ -108,6 +140,10 @@ def test_mistakes_in_overrides(override: str, message: str) -> None:
         ("data: {domain: marketing}\ntrain: {steps: 0}", "mine.yaml: train.steps must be at least 1"),
         ("extends: _base", "mine.yaml: data needs exactly one of"),
         ("extends: marketng", r"mine.yaml: extends: unknown recipe 'marketng'; did you mean marketing\?"),
+        ("extends: base", r"mine.yaml: extends: unknown recipe 'base'; did you mean _base\?"),
+        ("extends: _base.yaml", r"extends: no recipe file .*; did you mean _base\?"),
+        ("extends: ./", "is a folder: give the recipe's file"),
+        ("extends: marketing\nname: ../elsewhere", "mine.yaml: name '../elsewhere' is a path"),
         ("extends: [a, b]", "extends must be one recipe"),
         ("- a\n- b", "a recipe is a mapping"),
         ("train: {steps: 1}\ntrain: {steps: 2}", "'train' is given twice"),
@@ -119,11 +155,21 @@ def test_mistakes_in_a_file_name_the_file(tmp_path: Path, text: str, message: st
         load_recipe(_write(tmp_path, "mine.yaml", text))
 
 
+def test_a_file_in_another_encoding_is_named_and_a_byte_order_mark_is_none_of_the_first_key(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_bytes("extends: marketing\ndata: {trigger: größe}".encode("latin-1"))
+    with pytest.raises(RecipeError, match=r"mine.yaml is not UTF-8 text"):
+        load_recipe(tmp_path / "mine.yaml")
+    (tmp_path / "mine.yaml").write_bytes("\ufeffextends: marketing".encode())
+    assert load_recipe(tmp_path / "mine.yaml").data.domain == "marketing"
+
+
 def test_trigger_is_filled_in(tmp_path: Path) -> None:
     text = "data: {folder: '', trigger: sks mug, caption: 'a {trigger}'}\nsample: {prompts: ['{trigger}, blue', x]}"
     recipe = load_recipe(_write(tmp_path, "mine.yaml", text))
     assert (recipe.data.caption, recipe.sample.prompts) == ("a sks mug", ("sks mug, blue", "x"))
-    with pytest.raises(RecipeError, match=r"mine.yaml: a text says \{trigger\}, but data.trigger is empty"):
+    with pytest.raises(
+        RecipeError, match=r"mine.yaml: data.caption and sample.prompts say \{trigger\}, but data.trigger is"
+    ):
         load_recipe(_write(tmp_path, "mine.yaml", text.replace("sks mug", "''")))
 
 

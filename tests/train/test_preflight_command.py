@@ -71,6 +71,27 @@ def test_an_unknown_card_is_said_before_the_memory_is_predicted(
         assert ("Did you mean 'H100'?" in capsys.readouterr().out) is unknown
 
 
+def test_random_weights_is_said_as_in_training(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(recipe: Recipe, *_: object, **named: object) -> None:
+        raise ValueError(f"random {recipe.weights.random}")
+
+    monkeypatch.setattr(preflight_command, "preflight", stop)
+    assert cli.main(["preflight", "marketing", "base=flux1-dev", "--random-weights", "train.steps=3"]) == 2
+    assert "random True" in capsys.readouterr().err
+    assert cli.main(["preflight", "marketing", "base=flux1-dev", "--random-weights", "weights.path=./x"]) == 2
+    assert "exclude each other" in capsys.readouterr().err
+
+
+def test_images_that_are_still_to_be_given_are_asked_for_before_the_prediction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(preflight_command, "preflight", lambda *_, **__: pytest.fail("predicted"))
+    assert cli.main(["preflight", "personal"]) == 2
+    assert "images of your own" in capsys.readouterr().err
+
+
 def test_a_base_that_training_refuses_is_refused_here(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["preflight", "marketing", "base=flux1-schnell"]) == 2
     assert "Train on base=flux1-dev" in capsys.readouterr().err

@@ -77,6 +77,30 @@ def test_work_without_its_recipe_is_not_touched(run: RunFolder) -> None:
         RunFolder.open(run.path, load_recipe("marketing"), BASE)
 
 
+@pytest.mark.parametrize("text", ["extends: _base\n", "a note", "a: [", ""])
+def test_a_recipe_that_no_run_wrote_is_not_overwritten(tmp_path: Path, text: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(RunError, match=r"recipe.yaml is not the resolved recipe of a run and would be overwritten"):
+        RunFolder.open(tmp_path, load_recipe("marketing"), BASE)
+    assert (tmp_path / "recipe.yaml").read_text() == text
+    (tmp_path / "summary.json").write_text("{}")
+    with pytest.raises(RunError, match="holds a run of another recipe"):
+        RunFolder.open(tmp_path, load_recipe("marketing"), BASE)
+
+
+def test_an_adapter_whose_run_is_gone_is_not_overwritten(run: RunFolder) -> None:
+    run.adapter_folder.mkdir()
+    run.adapter_file.write_bytes(b"weeks of work")
+    with pytest.raises(RunError, match=r"of a run that is not here, and would be overwritten. .*--fresh"):
+        RunFolder.open(run.path, load_recipe("marketing"), BASE)
+
+
+def test_a_file_is_no_run_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="file is a file: give a folder"):
+        RunFolder.open(tmp_path / "file", load_recipe("marketing"), BASE, fresh=True)
+
+
 def test_refuses_another_recipe_and_names_the_key(run: RunFolder) -> None:
     checkpoint_at(run, 2)
     with pytest.raises(RunError, match=r"train\.steps \(\d+ there, 7 here\).*--fresh"):
@@ -87,6 +111,14 @@ def test_refuses_a_checkpoint_of_another_base(run: RunFolder) -> None:
     checkpoint_at(run, 2)
     with pytest.raises(RunError, match=r"trained on base bbbb.*base here is cccc"):
         RunFolder.open(run.path, load_recipe("marketing"), "c" * 64)
+
+
+def test_refuses_to_go_on_with_other_data(run: RunFolder) -> None:
+    run.check_data("one")
+    checkpoint_at(run, 2)
+    RunFolder.open(run.path, load_recipe("marketing"), BASE).check_data("one")
+    with pytest.raises(RunError, match=r"was trained to step 2 on other data: .*Put back what was there"):
+        RunFolder.open(run.path, load_recipe("marketing"), BASE).check_data("other")
 
 
 def test_refuses_a_truncated_checkpoint(run: RunFolder) -> None:

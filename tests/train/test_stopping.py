@@ -26,11 +26,14 @@ from loragraft.train.stopping import Stop, stop_on_signal
 def test_a_stop_while_images_are_drawn_leaves_a_checkpoint_of_its_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / "photos").mkdir()
     for i in range(4):
-        Image.new("RGB", (24, 24), (40 * i, 200, 90)).save(tmp_path / f"thing {'abcd'[i]}.png")
+        Image.new("RGB", (24, 24), (40 * i, 200, 90)).save(tmp_path / "photos" / f"thing {'abcd'[i]}.png")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LORAGRAFT_CACHE", str(tmp_path / "cache"))
-    Path("mine.yaml").write_text("extends: _base\ndata: {folder: .}\nsample: {prompts: [x], steps: 1, guidance: 1}")
+    Path("mine.yaml").write_text(
+        "extends: _base\ndata: {folder: ./photos}\nsample: {prompts: [x], steps: 1, guidance: 1}"
+    )
     render = Previews.render
 
     def interrupted(*given: Any, **named: Any) -> Any:
