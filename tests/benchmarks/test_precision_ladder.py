@@ -77,7 +77,7 @@ def test_what_is_lacking_is_one_sentence(
     assert ladder.main([*words, "--stages", "measure", "--out", str(tmp_path / "x.json")]) == 2
     assert "summary.json is missing: run the stage `train` first" in capsys.readouterr().err
     assert ladder.main([*words, "--stages", "render", "--precisions", "nf4"]) == 2
-    assert "is no run folder" in capsys.readouterr().err
+    assert "there is no run" in capsys.readouterr().err
     assert ladder.main([*words, "--one", "nf4", "base=flux1-dev"]) == 2
     assert "measured on pocket" in capsys.readouterr().err
 
