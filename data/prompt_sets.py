@@ -27,7 +27,7 @@ from typing import Any
 
 import yaml
 
-from loragraft.data.errors import DataError
+from loragraft.data.errors import DataError, in_utf8
 from loragraft.data.splits import SPLITS, split_concepts
 from loragraft.disk import write_atomic
 
@@ -237,7 +237,7 @@ def _coco(folder: Path) -> PromptSet:
     elif official:
         entries = [entry for path in official for entry in _coco_captions(path, images)]
     elif table.is_file():
-        with table.open(encoding="utf-8", newline="") as lines:
+        with in_utf8(table), table.open(encoding="utf-8", newline="") as lines:
             entries = _coco_table(csv.DictReader(lines), table, images)
     else:
         raise DataError(f"{folder} has none of dataset_coco.json, captions_*.json and coco_30k.csv")
@@ -303,11 +303,10 @@ def _first(folder: Path, places: Sequence[str], file: Path) -> Path | None:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        with in_utf8(path):
+            return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist: it holds the set's prompts") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8: {error}") from error
 
 
 def _json(path: Path) -> Any:

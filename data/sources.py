@@ -4,7 +4,6 @@ Nothing is decoded here; mistakes in a data set (no caption, no such file, two c
 any model is loaded, and each error names the files at fault.
 """
 
-import contextlib
 import csv
 import difflib
 import json
@@ -19,7 +18,7 @@ from PIL import Image
 
 from loragraft.data.captions import as_shown, caption_lines
 from loragraft.data.domains import build_domain
-from loragraft.data.errors import DataError
+from loragraft.data.errors import DataError, in_utf8
 from loragraft.data.images import NOT_READ, SUFFIXES, check_white
 from loragraft.data.sample import Sample
 from loragraft.data.splits import SPLITS, Split, split_concepts
@@ -199,17 +198,8 @@ def _misnamed_captions(folder: Path, images: Iterable[Path]) -> list[Path]:
 
 def _text_beside(image: Path) -> str:
     path = image.with_suffix(".txt")
-    with _in_utf8(path):
+    with in_utf8(path):
         return path.read_text(encoding="utf-8-sig").strip()
-
-
-@contextlib.contextmanager
-def _in_utf8(path: Path) -> Iterator[None]:
-    """Raises DataError where what is read of `path` is in another encoding."""
-    try:
-        yield
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
 
 
 def _unreadable(images: Iterable[Path]) -> Iterator[tuple[Path, str]]:
@@ -255,7 +245,7 @@ def _rows_of_metadata(path: Path, images: list[Path], config: DataConfig) -> lis
 
 def _parse_metadata(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
     """(place for error messages, row)."""
-    with _in_utf8(path), path.open(encoding="utf-8-sig", newline="") as lines:
+    with in_utf8(path), path.open(encoding="utf-8-sig", newline="") as lines:
         if path.suffix == ".csv":
             for number, fields in enumerate(csv.DictReader(lines), start=2):
                 yield f"{path}:{number}", {str(key): value for key, value in fields.items()}

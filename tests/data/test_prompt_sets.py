@@ -213,6 +213,7 @@ def test_spoilt_files_are_named(mjhq: Path, spoil: Callable[[Path], Any], messag
         ("coco_30k.csv", "coco_id,prompt\n5,a cat\n", r"has no column image_id; found coco_id, prompt"),
         ("coco_30k.csv", "image_id,prompt\n5,a cat\n6\n", r"coco_30k\.csv:3 has no image_id and prompt"),
         ("coco_30k.csv", "", "has no column image_id and prompt"),
+        ("coco_30k.csv", "image_id,prompt\n5,a caf\xe9\n", r"coco_30k\.csv is not UTF-8"),
         (
             "captions_val2014.json",
             '{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"id": 1, "image_id": 1, "caption": null}]}',
@@ -222,7 +223,7 @@ def test_spoilt_files_are_named(mjhq: Path, spoil: Callable[[Path], Any], messag
     ],
 )
 def test_spoilt_coco_files_are_named(tmp_path: Path, name: str, content: str, message: str) -> None:
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_bytes(content.encode("latin-1"))
     with pytest.raises(DataError, match=message):
         read_prompt_set("coco", tmp_path)
 
