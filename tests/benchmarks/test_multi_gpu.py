@@ -132,14 +132,9 @@ def test_a_failed_part_says_so_and_is_counted(
 def test_a_part_that_hangs_is_ended_with_what_it_started(
     multi_gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A worker in a session of its own, as torchrun's are."""
-    worker = "import time; time.sleep(60)"
-    script = (
-        "import subprocess, sys; from pathlib import Path;"
-        f"child = subprocess.Popen([sys.executable, '-c', {worker!r}], start_new_session=True);"
-        f"Path({str(tmp_path / 'pid')!r}).write_text(str(child.pid)); {worker}"
-    )
-    monkeypatch.setattr(multi_gpu.Running, "_command", lambda *_: [sys.executable, "-c", script])
+    """It hears no signal but the last, and its worker has a session of its own, as torchrun's have."""
+    script = f"trap '' USR1; setsid sleep 600 & echo $! > {tmp_path / 'pid'}; sleep 600"
+    monkeypatch.setattr(multi_gpu.Running, "_command", lambda *_: ["sh", "-c", script])
     args = Namespace(work=tmp_path, cpu=True, patience=3 / multi_gpu.LIMITS["two"])
     running = multi_gpu.Running(args, "two", None)
     assert running.wait() == "not done after 3 s"

@@ -18,7 +18,7 @@ from loragraft.data.claims import Claim, exclusively
 with exclusively(Path(sys.argv[1])):
     claim = Claim(Path(sys.argv[1]), ["a", "b"])
 print("claimed", flush=True)
-time.sleep(60)
+time.sleep(600)
 """
 
 
@@ -47,7 +47,7 @@ def test_a_claim_is_seen_until_it_is_released(tmp_path: Path) -> None:
 def test_a_killed_process_holds_nothing(tmp_path: Path, holder: "subprocess.Popen[str]", number: int) -> None:
     assert list(claimed(tmp_path).values()) == [{"a", "b"}]
     holder.send_signal(number)
-    holder.wait(timeout=10)
+    holder.wait(timeout=60)
     assert claimed(tmp_path) == {}
     assert [path.name for path in tmp_path.iterdir()] == ["lock"], "the dead claim is taken away"
 
@@ -59,9 +59,9 @@ def test_who_waits_goes_on_when_the_holder_is_killed(tmp_path: Path, holder: "su
     time.sleep(0.2)
     assert waiter.is_alive()
     holder.kill()
-    waiter.join(timeout=10)
+    waiter.join(timeout=60)
     assert not waiter.is_alive()
-    holder.wait(timeout=10)
+    holder.wait(timeout=60)
 
 
 def test_only_one_looks_and_claims_at_a_time(tmp_path: Path) -> None:
@@ -76,5 +76,5 @@ def test_only_one_looks_and_claims_at_a_time(tmp_path: Path) -> None:
         thread.start()
         time.sleep(0.2)
         order.append("first")
-    thread.join(timeout=10)
+    thread.join(timeout=60)
     assert order == ["first", "second"]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
@@ -169,9 +170,9 @@ def test_whatever_happens_pixels_are_right_and_the_threads_end(seed: int, tmp_pa
             assert bad and number == 5
         leaving = threading.Thread(target=pictures.__exit__, daemon=True)
         leaving.start()
-        leaving.join(timeout=20)
+        leaving.join(timeout=120)
         assert not leaving.is_alive(), "leaving stands still"
-        deadline = time.monotonic() + 20  # nobody joins a thread twice whose join was interrupted, but it ends
+        deadline = time.monotonic() + 120  # nobody joins a thread twice whose join was interrupted, but it ends
         while any(thread.name == "pictures" for thread in threading.enumerate()):
             assert time.monotonic() < deadline
             time.sleep(0.001)
@@ -216,10 +217,10 @@ def start(folder: Path, count: int, name: str, processes: int, pause: float = 0.
     return subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE)
 
 
-def until(folder: Path, images: int) -> None:
-    """Waits until so many images are encoded."""
-    deadline = time.monotonic() + 60
-    while len(Encoder(folder / "log").noted("image")) < images:
+def until(happened: Callable[[], bool]) -> None:
+    """Waits for it."""
+    deadline = time.monotonic() + 120
+    while not happened():
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
@@ -239,12 +240,14 @@ def test_two_runs_with_overlapping_data_encode_every_sample_once(tmp_path: Path)
 
 def test_a_killed_run_gives_its_claims_back_to_the_one_that_waits(tmp_path: Path) -> None:
     make_samples(tmp_path, 16)
-    slow, other = start(tmp_path, 16, "slow", 2, pause=60), start(tmp_path, 16, "other", 2, pause=0.01)
-    until(tmp_path, 14)
+    slow = start(tmp_path, 16, "slow", 1, pause=600)
+    until(lambda: any((tmp_path / "cache").rglob("*.claim")))
+    other = start(tmp_path, 16, "other", 1, pause=0.01)
+    until(lambda: len(Encoder(tmp_path / "log").noted("image")) >= 14)
     assert other.poll() is None, "it waits for the claims of the slow one"
     slow.send_signal(signal.SIGKILL)
-    slow.wait(timeout=10)
-    assert other.wait(timeout=60) == 0, other.communicate()[1].decode()
+    slow.wait(timeout=60)
+    assert other.wait(timeout=120) == 0, other.communicate()[1].decode()
     encoder = Encoder(tmp_path / "log")
     fill(make_samples(tmp_path, 16), tmp_path / "cache", encoder)
     assert len(encoder.noted("image")) == 16, "the slow one had encoded none"

@@ -73,7 +73,7 @@ def test_the_search_for_what_fits_is_waited_for_and_ended() -> None:
     assert searching._process.poll() is not None, "it goes on beside the run"
     assert "measured 8.0 GiB (+12 %)" in searching.after(8 * GIB)
     hopeless = _reported(2 * GIB, "raise SystemExit(1)", fit={"card": 2 * GIB, "overrides": None, "needed": None})
-    assert "nothing that a recipe can change would make it fit" in hopeless.before(patience=30)
+    assert "nothing that a recipe can change would make it fit" in hopeless.before(patience=120)
     hopeless.close()
 
 
@@ -87,7 +87,7 @@ def test_a_slow_prediction_is_ended() -> None:
 
 def test_a_failed_prediction_says_why_once() -> None:
     failed = _process("raise ValueError('no such thing')")
-    assert failed.before(patience=30) == "preflight failed, training goes on: ValueError: no such thing\n"
+    assert failed.before(patience=120) == "preflight failed, training goes on: ValueError: no such thing\n"
     assert failed.after(GIB) == ""
 
 
@@ -99,13 +99,13 @@ def test_a_prediction_that_fails_late_says_why_at_the_end(tmp_path: Path) -> Non
     assert "not ready yet" in failed.before(patience=0.1)
     gate.touch()
     assert failed._process is not None
-    failed._process.wait(timeout=30)
+    failed._process.wait(timeout=120)
     assert failed.after(GIB) == "preflight failed, training goes on: exit code 3\n"
 
 
 def test_a_missing_package_is_named_with_the_command_that_brings_it() -> None:
     failed = _process("import not_a_package_of_anyone.part")
-    told = failed.before(patience=30)
+    told = failed.before(patience=120)
     failed.close()
     assert "No module named 'not_a_package_of_anyone'; pip install --upgrade loragraft" in told
     assert told.endswith("brings it\n")

@@ -99,7 +99,7 @@ def run_of(accelerator: Any, stop: Stop, asked_in: int, saved: list[int]) -> _Ru
 
 
 def test_processes_that_are_asked_in_different_steps_leave_after_the_same() -> None:
-    barrier = threading.Barrier(2, timeout=20)
+    barrier = threading.Barrier(2, timeout=120)
     given: list[torch.Tensor] = []
     saved: list[list[int]] = [[], []]
     bar = SimpleNamespace(update=lambda: None)
