@@ -99,10 +99,28 @@ def _weights(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     return apply
 
 
+def _index_names_more(missing: str) -> Callable[[Path], None]:
+    """Of several files, whose index names a tensor that is in none."""
+
+    def apply(folder: Path) -> None:
+        names = dict.fromkeys(read_tensors(folder / WEIGHTS)[0], "part.safetensors")
+        _weights(lambda tensors: tensors.pop(missing))(folder)
+        (folder / WEIGHTS).rename(folder / "part.safetensors")
+        (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+
+    return apply
+
+
 BROKEN = {
     "version": (_config(lambda c: c.update(version=9)), "format version 9"),
     "stranger": (_config(lambda c: c["layers"].update(x=c["layers"][LAYER])), "'x' is no linear layer"),
     "missing": (_weights(lambda t: t.pop(f"{LAYER}.row_scale")), rf"tensor '{LAYER}\.row_scale' is missing"),
+    "missing, 16 bit": (
+        _weights(lambda t: (t.pop("x_embedder.weight"), t.pop("proj_out.bias"))),
+        r"tensor 'proj_out\.bias' is missing, and 1 more",
+    ),
+    "missing, of several files": (_index_names_more(f"{LAYER}.row_scale"), rf"tensor '{LAYER}\.row_scale' is missing"),
+    "missing, 16 bit, of several files": (_index_names_more("proj_out.bias"), r"tensor 'proj_out\.bias' is missing"),
     "shape": (
         _weights(lambda t: t.update({f"{LAYER}.qweight": t[f"{LAYER}.qweight"][:9]})),
         rf"{LAYER}\.qweight' has shape",
