@@ -67,7 +67,7 @@ class Place:
 
     def train(self, out: str, *overrides: str) -> str:
         process = self.start(out, *overrides)
-        output, _ = process.communicate(timeout=300)
+        output, _ = process.communicate(timeout=1200)
         assert process.returncode == 0, output
         return output
 
@@ -137,7 +137,7 @@ def test_adapter_file_says_what_it_is_and_nothing_local(run: Path, place: Place)
 def test_killed_with_9_and_resumed_equals_uninterrupted(place: Place, run: Path) -> None:
     """Bit for bit: every loss, gradient norm and validation loss, and the adapter."""
     process = place.start("killed")
-    metrics, deadline = place.root / "runs" / "killed" / "metrics.jsonl", time.monotonic() + 240
+    metrics, deadline = place.root / "runs" / "killed" / "metrics.jsonl", time.monotonic() + 1200
     while process.poll() is None and time.monotonic() < deadline:
         if metrics.exists() and len(metrics.read_text().splitlines()) >= 3:
             break

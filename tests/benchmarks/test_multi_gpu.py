@@ -98,7 +98,7 @@ def test_different_adapters_are_no_result(multi_gpu: ModuleType, tmp_path: Path)
 def run(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "benchmarks" / "multi_gpu.py"), "all", *TINY, *options]
     command += ["--parts", str(folder / "parts"), "--work", str(folder / "work")]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=dict(os.environ))
+    return subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False, env=dict(os.environ))
 
 
 @pytest.mark.slow

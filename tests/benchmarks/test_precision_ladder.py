@@ -42,7 +42,7 @@ def test_all_but_measuring_runs_without_the_networks_that_judge(
     command = [sys.executable, str(ROOT / "benchmarks" / "precision_ladder.py"), *words, "--stages"]
     done = subprocess.run(
         [*command, "prepare", "train", "render", "time"],
-        env=environment, capture_output=True, text=True, timeout=300, check=False,
+        env=environment, capture_output=True, text=True, timeout=1200, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -12,7 +12,7 @@ import pytest
 @pytest.fixture(scope="module")
 def report() -> dict[str, Any]:
     command = [sys.executable, str(Path(__file__).with_name("kill9_base.py"))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])
     return found

@@ -60,7 +60,7 @@ def _killed(user: "User", *options: str) -> None:
         cwd=user.root,
         env=dict(os.environ),
         capture_output=True,
-        timeout=120,
+        timeout=1200,
         check=False,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()

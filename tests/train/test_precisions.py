@@ -123,7 +123,7 @@ def test_nf4_through_the_commands(tmp_path: Path) -> None:
     ]
     for command in (words, draw):
         done = subprocess.run(
-            [sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
+            [sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1200,
             check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr

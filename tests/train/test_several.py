@@ -41,7 +41,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     environment = {"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     script = Path(__file__).with_name("two_ranks.py")
     done = subprocess.run(
-        [*command, str(script), str(folder)], capture_output=True, text=True, timeout=300, check=False,
+        [*command, str(script), str(folder)], capture_output=True, text=True, timeout=1200, check=False,
         env={**os.environ, **environment},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

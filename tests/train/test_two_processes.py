@@ -31,7 +31,7 @@ def train(folder: Path, processes: int) -> str:
     environment = {**os.environ, "LORAGRAFT_CACHE": str(folder / f"cache{processes}"), "ACCELERATE_USE_CPU": "true"}
     command = [*LAUNCHERS[processes], *LINE, f"train.batch_size={2 // processes}", "--out", f"run{processes}"]
     done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1200, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stderr

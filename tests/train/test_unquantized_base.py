@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 def command(folder: Path, *words: str) -> str:
     environment = {**os.environ, "LORAGRAFT_CACHE": str(folder / "cache"), "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
-        [sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=1200, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
