@@ -2,8 +2,9 @@
 
 `side_by_side.py` starts variants as its children, each the leader of a process group. One that is about to time something takes the
 lock of the parts folder, stops the others and all that they started (SIGSTOP), waits until the GPU has done what they had queued, times,
-lets them go on and gives the lock back, in this order. Who waits for the lock may be stopped: the kernel asks for it again afterwards. A holder that is killed gives the lock back by that; the scheduler then lets the others go on. Nothing may be
-compiled in the region: a stopped process can hold the lock of a compiler's cache.
+lets them go on and gives the lock back, in this order. Who waits for the lock may be stopped: the kernel asks for it again afterwards.
+A holder that is killed gives the lock back by that; the scheduler then lets the others go on. Nothing may be compiled in the region: a
+stopped process can hold the lock of a compiler's cache.
 """
 
 import ctypes

@@ -80,12 +80,6 @@ class LoragraftQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffusers
 
     _stored_ids: tuple[str, ...] = ()
 
-    def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
-        """Raises CheckpointError for any, of any layer: diffusers would warn, and draw random weights."""
-        if missing_keys:
-            _refuse(sorted(missing_keys))
-        return missing_keys
-
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """The tensors of one file, before anything is cast: their id is taken, nothing is changed."""
         self._stored_ids += (base_id(state_dict),)
@@ -117,9 +111,10 @@ class LoragraftQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffusers
         setattr(layer, name, stored.to(target_device))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
-        absent = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
-        if absent:  # in no file, though the index of a folder with several names it
-            _refuse(absent)
+        absent = sorted(name for name, tensor in model.state_dict().items() if tensor.is_meta)
+        if absent:  # of any layer: diffusers would warn, and return a model that cannot run
+            more = f", and {len(absent) - 1} more" if len(absent) > 1 else ""
+            raise CheckpointError(f"checkpoint: tensor {absent[0]!r} is missing{more}; fetch it again")
         for path in self.quantization_config.layers:
             layer = named_module(model, path)
             assert isinstance(layer, StoredLayer)  # put there before
@@ -147,11 +142,6 @@ class LoragraftQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffusers
     def is_compileable(self) -> bool:
         """All ops are custom ops with fake implementations."""
         return True
-
-
-def _refuse(missing: list[str]) -> None:
-    more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
-    raise CheckpointError(f"checkpoint: tensor {missing[0]!r} is missing{more}; fetch it again")
 
 
 def register() -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -72,10 +72,13 @@ def test_settling_leaves_no_figures_and_no_gap(module: ModuleType) -> None:
 
 
 def test_settling_takes_its_time_from_the_call_on(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = iter([100.0, 102.0, 103.5, 104.0])
-    monkeypatch.setattr(module.time, "monotonic", lambda: next(now))
-    assert list(module.settling(4)) == [None, None]
-    monkeypatch.undo()
+    now = 100.0
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
+    repeats = module.settling(4)
+    now = 103.9
+    assert next(repeats) is None
+    now = 104.0
+    assert list(repeats) == []
     assert list(module.settling(0)) == []
 
 

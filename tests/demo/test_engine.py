@@ -60,9 +60,10 @@ def test_before_and_after_are_what_the_command_line_draws(engine: Engine) -> Non
         assert (picture.steps, picture.passes) == (2, 2)
         assert picture.seconds.start is None
         assert min(picture.seconds.text, picture.seconds.steps, picture.seconds.decoding) > 0
-    assert after.seconds.adapters > 0
+    assert after.seconds.adapters > before.seconds.adapters >= 0
     parts = before.seconds.total + after.seconds.own
     assert parts <= wall
+    assert before.seconds.steps > before.seconds.decoding
 
 
 def test_weights_and_several_adapters_count(engine: Engine) -> None:

@@ -44,7 +44,7 @@ def test_a_signal_shows_every_thread_and_the_run_goes_on() -> None:
 
 
 def test_a_watched_block_shows_itself_once_nothing_moves() -> None:
-    moving = "with watched(20):\n    for _ in range(10):\n        time.sleep(0.25); moved()\n"
+    moving = "with watched(5):\n    for _ in range(12):\n        time.sleep(0.5); moved()\n"
     said, shown = started(moving + "print('done')").communicate(timeout=60)
     assert (said, shown) == ("done\n", "")
     standing = "with watched(0.5):\n    time.sleep(1.3)\nprint('left', file=sys.stderr, flush=True)\ntime.sleep(0.7)"
