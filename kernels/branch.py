@@ -44,9 +44,10 @@ def shared_projection(x_MK: Tensor, joined: Joined) -> Tensor | None:
 
 
 def join(frozen: Tensor, adapter: Tensor | None, dim: int, dtype: torch.dtype) -> Tensor:
-    """[D; A] (dim 0) or [U, B] (dim 1), contiguous, in the compute dtype."""
-    parts = (frozen.to(dtype),) if adapter is None else (frozen.to(dtype), adapter.to(dtype))
-    return torch.cat(parts, dim=dim)
+    """[D; A] (dim 0) or [U, B] (dim 1), contiguous, in the compute dtype; without an adapter the frozen factor itself, not a copy."""
+    if adapter is None:
+        return frozen.to(dtype).contiguous()
+    return torch.cat((frozen.to(dtype), adapter.to(dtype)), dim=dim)
 
 
 def branch_reference(

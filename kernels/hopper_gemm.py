@@ -330,8 +330,8 @@ def hopper_gemm_kernel(
 
 def hopper_gemm_runs(x_MK: Tensor, y_dtype: torch.dtype, up_NR: Tensor) -> bool:
     """Whether this kernel takes the product: an sm_90 device, a 16-bit result, rows of y and of U that TMA can move."""
-    (N, R), by_rank = up_NR.shape, up_NR.stride(1) != 1
-    return on_hopper(x_MK, y_dtype) and N % 8 == 0 and (by_rank or R % 8 == 0)
+    (N, R), by_rank, fetched = up_NR.shape, up_NR.stride(1) != 1, up_NR.data_ptr() % 16 == 0
+    return on_hopper(x_MK, y_dtype) and N % 8 == 0 and (by_rank or R % 8 == 0) and fetched
 
 
 def hopper_gemm(

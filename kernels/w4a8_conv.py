@@ -113,7 +113,7 @@ def _w4a8_conv(
     """(y, h, codes, scale): the last three are what the backward pass keeps; codes per pixel, empty if nothing reads them."""
     blocks = blocks_of(Window(*window))
     kept = quantize_activation(x_MC if _keeps_codes(adapter_down, save_x) else x_MC[:0], smooth, hadamard, bits=8)
-    up_NR = lora_up.to(x_MC.dtype) if adapter_up is None else branch.join(lora_up, adapter_up, 1, x_MC.dtype)
+    up_NR = branch.join(lora_up, adapter_up, 1, x_MC.dtype)
     if not uses_triton(x_MC):
         codes = quantize_blocks(x_MC, smooth, hadamard, blocks)
         h_PR = _branch_on_cpu(x_MC, branch.join(lora_down, adapter_down, 0, x_MC.dtype), blocks.window)
