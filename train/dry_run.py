@@ -14,7 +14,7 @@ its place: one kernel for RMS norms (`gpu_paths`), one kernel for the whole opti
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 from loragraft.quantization.branched import BranchedLinear
 from loragraft.train.allocator import MIB, Block, CachingAllocator
 from loragraft.train.fusion import Fusion
+from loragraft.train.gathered import GatheredGradients
 from loragraft.train.op_cost import OpCost, cost_of, nbytes_of, workspace
 
 KINDS = ("INT4 weights", "16-bit weights", "adapter", "gradients", "optimizer", "activations", "workspace")
@@ -104,7 +105,8 @@ def dry_train(
             value = loss()
             tracker.note_saved()
             tracker.phase, tracker.kind = "backward", "workspace"
-            torch.autograd.backward(value)
+            with GatheredGradients(parameters) if captured else nullcontext():
+                torch.autograd.backward(value)
             del value
         tracker.phase = "optimizer"
         if max_grad_norm:
