@@ -1,7 +1,7 @@
 """Encoded samples in memory's reach: `LatentCache` -> `LatentDataset` of a split -> batches."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -96,9 +96,14 @@ class LatentCache:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 (hex) over keys and splits: the same data under the same encoder, whatever its order."""
-        lines = sorted(f"{'+'.join((entry.key, *entry.texts))} {entry.sample.split}" for entry in self.entries)
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        """See `fingerprint_of`."""
+        return fingerprint_of(self.entries)
+
+
+def fingerprint_of(entries: Iterable[Entry]) -> str:
+    """sha256 (hex) over keys and splits: the same data under the same encoder, whatever its order."""
+    lines = sorted(f"{'+'.join((entry.key, *entry.texts))} {entry.sample.split}" for entry in entries)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def text_of(batch: Batch) -> dict[str, Tensor]:

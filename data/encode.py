@@ -67,9 +67,21 @@ def encode_dataset(
     infinity.
     """
     job = _Job(encode_images, encode_text, encoder_id, cache_root, batch_size, progress, shard_samples, readers)
-    if sizes is None and not any(sample.captions for sample in samples):
-        return job.together(samples, resolution)
-    return job.apart(samples, sizes or Sizes((resolution,), buckets=False))
+    entries = planned(samples, encoder_id, resolution, sizes)
+    return job.together(entries, resolution) if _are_together(samples, sizes) else job.apart(entries)
+
+
+def planned(samples: Sequence[Sample], encoder_id: str, resolution: int, sizes: Sizes | None = None) -> list[Entry]:
+    """What `encode_dataset` makes entries of, and under which keys. Images are read, nothing is encoded."""
+    if not _are_together(samples, sizes):
+        sizes = sizes or Sizes((resolution,), buckets=False)
+        return [entry for sample in samples for entry in _entries(sample, sizes, encoder_id)]
+    keys = [sample_key(s.image.read_bytes(), s.caption, resolution, encoder_id) for s in samples]
+    return [Entry(sample, (resolution, resolution), key) for sample, key in zip(samples, keys, strict=True)]
+
+
+def _are_together(samples: Sequence[Sample], sizes: Sizes | None) -> bool:
+    return sizes is None and not any(sample.captions for sample in samples)
 
 
 def not_encoded(samples: Sequence[Sample], encoder_id: str, cache_root: Path, sizes: Sizes) -> list[Sample]:
@@ -95,17 +107,16 @@ class _Job:
     shard_samples: int
     readers: int
 
-    def together(self, samples: Sequence[Sample], resolution: int) -> LatentCache:
+    def together(self, entries: Sequence[Entry], resolution: int) -> LatentCache:
         """Image and caption as one entry."""
         store, shape = ShardStore(self.cache_root, self.encoder_id, resolution), (resolution, resolution)
-        keys = [sample_key(s.image.read_bytes(), s.caption, resolution, self.encoder_id) for s in samples]
         empty_key = sample_key(_NO_IMAGE, "", resolution, self.encoder_id)
 
         def encode(batch: Sequence[Sample]) -> dict[str, Tensor]:
             return pictures(batch) | _checked(self.encode_text([s.caption for s in batch]), batch)
 
         self._empty(store, empty_key)
-        todo = dict(zip(keys, samples, strict=True))
+        todo = {entry.key: entry.sample for entry in entries}
         with Pictures(self.encode_images, shape, self.readers) as pictures:
             _fill(
                 store,
@@ -117,15 +128,13 @@ class _Job:
                 self.progress,
                 ahead=pictures.ahead,
             )
-        entries = [Entry(sample, shape, key) for sample, key in zip(samples, keys, strict=True)]
         return LatentCache(store, None, entries, empty_key)
 
-    def apart(self, samples: Sequence[Sample], sizes: Sizes) -> LatentCache:
+    def apart(self, entries: Sequence[Entry]) -> LatentCache:
         """Latents at every size, then captions."""
         images = ShardStore(self.cache_root, self.encoder_id, "latents")
         texts = ShardStore(self.cache_root, self.encoder_id, "texts")
         empty_key, claim = text_key("", self.encoder_id), min(CLAIM, self.shard_samples)
-        entries = [entry for sample in samples for entry in _entries(sample, sizes, self.encoder_id)]
         buckets = [[entries[i] for i in chunk] for chunk in pure_chunks([e.shape for e in entries], len(entries))]
         for wait in (False, True):  # who finds a bucket taken goes on with the next, and waits at the end
             for bucket in buckets:

@@ -20,6 +20,7 @@ from loragraft.evaluation import standard_report
 from loragraft.evaluation.measure import read_image, reference_reader
 from loragraft.evaluation.score import WRONG, Measured, ScorePlan
 
+CHANGED_DATA = "Images, captions or splits have changed since training: held-out images may have been trained on."
 COLUMNS, PAIRS = 8, 8
 GAP, MARGIN, HEAD = 6, 96, 62
 R5 = "retrieval_minilm_lite0_r5"
@@ -35,9 +36,10 @@ LABELS = {
 def write_report(plan: ScorePlan, measured: Measured, folder: Path, resolution: int, context: Mapping[str, Any]) -> str:
     """Writes everything into `folder` and the JSON beside it as well; returns the Markdown.
 
-    `context`: base, base id, versions, device, command: what the measurement itself does not know.
+    `context`: base, base id, versions, device, whether the data is that of training: what the measurement itself does not know.
     """
-    result = {**measured.result, **context, "verdicts": verdicts(measured.result)}
+    result = {**measured.result, **context}
+    result["verdicts"] = verdicts(result)
     folder.mkdir(parents=True, exist_ok=True)
     text = markdown(result)
     content = (json.dumps(result, indent=1) + "\n").encode()
@@ -60,7 +62,8 @@ def verdicts(result: Mapping[str, Any]) -> dict[str, str]:
     fall = f"{'falls' if b['value'] < a['value'] else 'RISES'} by {abs(1 - b['value'] / a['value']):.0%}"
     said = fall if a["value"] > 0 else "changes (a share is meaningless: the base's own is not above 0)"
     real, got, chance = result["floors"][R5]["value"], moved[R5]["value"], result["retrieval"]["chance"]
-    lines = {
+    lines = {"data": CHANGED_DATA} if result.get("same_data") is False else {}
+    lines |= {
         "kid": f"KID {said}, from {a['value']:.4f} to {b['value']:.4f} (real images: {result['kid_lite0_floor']:.4f}); "
         f"95 % intervals overlap: {overlap}.",
         "retrieval": f"Recall at 5 is {base[R5]['value']:.2f} before, {got:.2f} after, {real:.2f} for the real images, "

@@ -12,7 +12,7 @@ there. *Measure* (`measure_score`) reads whatever is there; it needs no GPU.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,9 @@ from typing import Any
 from loragraft.adapters.checkpoint import Adapter
 from loragraft.backbones.minilm import MiniLMEncoder
 from loragraft.backbones.spec import Backbone
+from loragraft.data.buckets import Sizes
+from loragraft.data.dataset import fingerprint_of
+from loragraft.data.encode import planned
 from loragraft.data.held_out import SCORED
 from loragraft.data.sources import Sample
 from loragraft.evaluation import measure
@@ -29,7 +32,7 @@ from loragraft.evaluation.image_sets import ImageSet, adapter_hash, present, ren
 from loragraft.evaluation.retrieval import load_towers, text_features
 from loragraft.evaluation.standard import StandardMetrics
 from loragraft.evaluation.standard_report import measure_sets
-from loragraft.recipes.schema import EvalConfig
+from loragraft.recipes.schema import DataConfig, EvalConfig
 
 DRIFT_IMAGES = 2 * len(GENERAL_PROMPTS)
 FULL_IMAGES = 256
@@ -102,6 +105,18 @@ class ScorePlan:
         short = [replace(s, name=f"{s.name}-short", prompts=self.short_captions) for s in (moved, base)]
         drift = [replace(s, name=f"drift-{s.name}", prompts=GENERAL_PROMPTS, count=DRIFT_IMAGES) for s in (base, moved)]
         return [*wanted, *short[:1], *drift, *short[1:]] if self.short_captions else [*wanted, *drift]
+
+
+def is_trained_data(adapter: Adapter, samples: Sequence[Sample], data: DataConfig, backbone: Backbone) -> bool | None:
+    """Whether `samples` are what the adapter was trained on, split as they were then: else a held-out image may be a trained one.
+
+    None where that cannot be told: of a stream, whose training images are gone, and of an adapter that does not say.
+    """
+    trained = adapter.metadata.get("data_fingerprint")
+    if data.streaming or trained is None:
+        return None
+    sizes = Sizes.asked(data, backbone.spec.resolution, backbone.spec.grain)
+    return fingerprint_of(planned(samples, backbone.encoders.id, backbone.resolution, sizes)) == trained
 
 
 def render_score(backbone: Backbone, plan: ScorePlan, root: Path) -> dict[str, Path]:

@@ -203,6 +203,25 @@ def test_score_measures_both_sides(run: Path, at_place: Place) -> None:
     score = json.loads((run / "score.json").read_text())
     assert score["images"] == 4
     assert score["kid_lite0_base"]["value"] != score["kid_lite0_adapter"]["value"]
+    assert score["same_data"] is True
+
+
+def test_a_score_on_other_data_says_so_and_is_not_published(
+    run: Path, at_place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scored, caption = (run / "score.json").read_bytes(), next(Path("photos").glob("*.txt"))
+    trained = caption.read_text()
+    try:
+        caption.write_text(f"{trained}, seen from above")
+        assert cli.main(["score", str(run), "--images", "4"]) == 0
+        assert "have changed since training" in capsys.readouterr().out
+        assert json.loads((run / "score.json").read_text())["same_data"] is False
+        assert cli.main(["publish", str(run), "--to", "elsewhere"]) == 2
+        assert "data that has changed since training" in capsys.readouterr().err
+        assert not list(Path("elsewhere").glob("mine*"))
+    finally:
+        caption.write_text(trained)
+        (run / "score.json").write_bytes(scored)
 
 
 def test_publish_and_list(run: Path, at_place: Place, capsys: pytest.CaptureFixture[str]) -> None:

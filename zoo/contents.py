@@ -112,6 +112,11 @@ def _score(run: Path, adapter: Adapter) -> dict[str, Any] | None:
     score: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     if score.get("adapter_hash") != adapter_hash(adapter):
         raise ZooError(f"{file} was measured on another adapter than {run / 'adapter'}: loragraft score {run}")
+    if score.get("same_data") is False:
+        raise ZooError(
+            f"{file} was measured on data that has changed since training, so held-out images may have been trained on: put back "
+            f"what was there and loragraft score {run} again, or delete the score"
+        )
     return score
 
 

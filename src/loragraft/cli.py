@@ -107,8 +107,8 @@ def _score(args: argparse.Namespace) -> int:
     from loragraft.data.cache import default_cache_root
     from loragraft.data.sources import open_source
     from loragraft.evaluation.image_sets import device_name
-    from loragraft.evaluation.report import write_report
-    from loragraft.evaluation.score import FULL_IMAGES, ScorePlan, measure_score, render_score, score_folders
+    from loragraft.evaluation.report import CHANGED_DATA, write_report
+    from loragraft.evaluation.score import FULL_IMAGES, ScorePlan, is_trained_data, measure_score, render_score, score_folders
     from loragraft.evaluation.standard_command import open_metrics
     from loragraft.versions import installed_versions
 
@@ -122,6 +122,9 @@ def _score(args: argparse.Namespace) -> int:
     backbone = load_backbone(recipe.base, recipe.numerics, _device(), default_cache_root(), recipe.weights, True)
     resolution = backbone.resolution = max(recipe.data.edges(backbone.spec.resolution))
     samples = open_source(recipe.data, resolution, default_cache_root())
+    same_data = is_trained_data(adapter, samples, recipe.data, backbone)
+    if same_data is False:
+        print(f"{CHANGED_DATA} This score says so and will not be published.")
     plan = ScorePlan(
         adapter=adapter,
         config=dataclasses.replace(recipe.eval, images=images),
@@ -140,6 +143,7 @@ def _score(args: argparse.Namespace) -> int:
         "base": recipe.base,
         "profile": backbone.profile,
         "base_id": backbone.base_id,
+        "same_data": same_data,
         "device": device_name(backbone.device),
         "versions": installed_versions("loragraft", "torch", "diffusers"),
     }

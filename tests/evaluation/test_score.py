@@ -223,6 +223,8 @@ def test_verdicts_say_no_where_it_is_no(plan: ScorePlan, studio: Studio, backbon
         in verdicts(changed(good, controls__untrained__kid_lite0=worse))["controls"]
     )
     assert "not measured" in verdicts({**good, "controls": {}})["controls"]
+    assert "may have been trained on" in verdicts({**good, "same_data": False})["data"]
+    assert "data" not in verdicts({**good, "same_data": None})
 
 
 def test_standard_metrics_stand_beside_with_their_full_names(

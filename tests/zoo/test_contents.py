@@ -109,6 +109,13 @@ def test_a_stale_score_is_refused(make_run: Callable[..., Path], tmp_path: Path)
         collect(run, staged(tmp_path))
 
 
+def test_a_score_on_other_data_is_refused(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    file = make_run() / "score.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"same_data": False}))
+    with pytest.raises(ZooError, match="data that has changed since training"):
+        collect(file.parent, staged(tmp_path))
+
+
 def test_pictures_that_were_asked_for_must_be_of_this_adapter(make_run: Callable[..., Path], tmp_path: Path) -> None:
     other = make_run("design")
     with pytest.raises(ZooError, match="holds no picture"):
