@@ -3,6 +3,9 @@
 A program holds some columns of 64 rows, fetched by TMA in tiles of 64 columns as they are used: once by the tensor core
 (h^T = D x^T), once from registers for the rows' maxima, and after all programs of these rows have met, once more for the
 codes. The meeting is token_quant's: tickets in order of start, integer counters, partial h added in a fixed order.
+
+Partial h is written and read once. Left alone it goes on to memory, an eighth more than x and the codes are; so it is discarded
+in L2 by the program that has added it up (PTX `discard.global.L2`, whole lines of 128 bytes).
 """
 
 import torch
@@ -23,7 +26,11 @@ from loragraft.kernels.hopper import on_hopper, thread_barrier, tma_load
 from loragraft.kernels.layout import on_device, padded, rank_rows
 
 ROWS, TILE = 64, 64
+PART_RANKS = 16  # partial h has its ranks padded to this, so that 2 rows of it are whole lines
 RECIPROCAL = gl.constexpr("rcp.approx.ftz.f32 $0, $1;")  # to 1 ulp, in one instruction
+DISCARD = gl.constexpr(
+    "{ .reg .pred wanted; setp.ne.s32 wanted, $2, 0; @wanted discard.global.L2 [$1], 128; mov.b32 $0, 0; }"
+)
 NAN = gl.constexpr(tl.PropagateNan.ALL)
 
 
@@ -80,13 +87,13 @@ def _columns_max(b_x, HADAMARD: gl.constexpr):
 
 @gluon.jit
 def hopper_quant_kernel(
-    x_desc, d_desc, p_smooth, p_counters, p_rows, p_part, p_codes, p_scale, p_h, M, K, KP, R, s_hm,
+    x_desc, d_desc, p_smooth, p_counters, p_rows, p_part, p_codes, p_scale, p_h, M, K, KP, R, RP, s_hm,
     SPLITS: gl.constexpr, TILES: gl.constexpr, RING: gl.constexpr, D_RING: gl.constexpr,
     DOWN: gl.constexpr, DOWN_BY_RANK: gl.constexpr, HAS_SMOOTH: gl.constexpr, HADAMARD: gl.constexpr, BH: gl.constexpr,
 ):  # fmt: skip
     """TILES of 64 columns a program, RING of them in shared memory at a time (TILES a multiple of RING), D_RING of D.
 
-    DOWN: whether there is a branch, of at most 64 ranks. DOWN_BY_RANK: D is [R, K], else [K, R]. BH: rows of h that a program adds up.
+    DOWN: whether there is a branch, of at most 64 ranks; p_part is [blocks of rows, SPLITS, 64, RP]. DOWN_BY_RANK: D is [R, K], else [K, R]. BH: rows of h that a program adds up.
     """
     FLOAT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     BLOCKED: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
@@ -157,8 +164,10 @@ def hopper_quant_kernel(
         # The bits of floats >= 0, NaN included, are ordered as integers.
         b_bits = b_row.to(gl.int32, bitcast=True) & 0x7FFFFFFF
         gl.atomic_max(p_rows + o_m, b_bits, mask=o_m < M, sem="relaxed")
+        p_block = p_part + block.to(gl.int64) * (SPLITS * 64) * RP
         if DOWN:
-            gl.store(p_part + (split * M + o_token).to(gl.int64)[None, :] * R + o_rank[:, None], acc, mask=m_own)
+            o_local = split * 64 + gl.arange(0, 64, layout=gl.SliceLayout(0, FLOAT))
+            gl.store(p_block + o_local[None, :] * RP + o_rank[:, None], acc, mask=m_own)
         thread_barrier()
         gl.atomic_add(p_counters + 1 + block, 1, sem="release")
         while gl.atomic_add(p_counters + 1 + block, 0, sem="acquire") < SPLITS:
@@ -173,9 +182,12 @@ def hopper_quant_kernel(
             m_h = ((o_i < 64) & (o_h < M))[:, None] & (o_r < R)[None, :]
             b_h = gl.zeros([BH, 64], gl.float32, layout=SUM)
             for other in gl.static_range(SPLITS):  # unrolled: all loads in flight at once
-                p_other = p_part + (other * M + o_h).to(gl.int64)[:, None] * R + o_r[None, :]
+                p_other = p_block + (other * 64 + o_i)[:, None] * RP + o_r[None, :]
                 b_h += gl.load(p_other, mask=m_h, other=0.0, cache_modifier=".cg")
             gl.store(p_h + o_h.to(gl.int64)[:, None] * s_hm + o_r[None, :], b_h.to(p_h.dtype.element_ty), mask=m_h)
+            thread_barrier()
+            if split * BH < 64:
+                _discard_rows(p_block + split * BH * RP, RP, SPLITS, BH)
     elif DOWN:
         gl.store(p_h + o_token.to(gl.int64)[None, :] * s_hm + o_rank[:, None], acc.to(p_h.dtype.element_ty), mask=m_own)
     b_row = gl.where(b_row == 0, 127.0, b_row)
@@ -204,6 +216,17 @@ def hopper_quant_kernel(
         if i + RING < TILES:
             thread_barrier()
             _fetch_x(x_desc, x_full, xs, i % RING, block, first + i * 64)
+
+
+@gluon.jit
+def _discard_rows(p_rows, RP, SPLITS: gl.constexpr, BH: gl.constexpr):
+    """BH rows of the partial h of SPLITS programs, which nobody reads any more: their lines in L2 are not written to memory."""
+    LINES: gl.constexpr = 2 * BH  # at 64 ranks
+    o_i = gl.arange(0, triton.next_power_of_2(SPLITS) * LINES, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    o_split, o_line = o_i // LINES, o_i % LINES
+    p_line = (p_rows + o_split * 64 * RP + o_line * 32).to(gl.int64, bitcast=True)
+    m_line = ((o_split < SPLITS) & (o_line < BH * RP // 32)).to(gl.int32)
+    gl.inline_asm_elementwise(DISCARD, "=r,l,r", [p_line, m_line], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -254,7 +277,7 @@ def _config(M: int, KP: int) -> dict[str, int]:
     """
     if M <= 1024:
         return {"TILES": 3, "RING": 3, "D_RING": 3} if KP <= 4096 else {"TILES": 6, "RING": 6, "D_RING": 4}
-    return {"TILES": 8, "RING": 2, "D_RING": 2} if KP <= 4096 else {"TILES": 8, "RING": 4, "D_RING": 3}
+    return {"TILES": 8, "RING": 2, "D_RING": 2} if KP <= 4096 else {"TILES": 8, "RING": 4, "D_RING": 4}
 
 
 def hopper_quantize_down(
@@ -271,14 +294,16 @@ def hopper_quantize_down(
     # A ticket, an arrival counter per block of rows, the maximum of every row.
     counters = None if alone else torch.zeros(1 + blocks + M, dtype=torch.int32, device=x_MK.device)
     rows_M = None if counters is None else counters[1 + blocks :]
-    part_SMR = None if alone else x_MK.new_empty((splits, M, R), dtype=torch.float32)
+    ranks = triton.cdiv(R, PART_RANKS) * PART_RANKS
+    part = None if alone else x_MK.new_empty((blocks, splits, ROWS, ranks), dtype=torch.float32)
     box = gl.NVMMASharedLayout(128, 16)
     x_desc = TensorDescriptor.from_tensor(x_MK, [ROWS, TILE], box)
     by_rank = down_RK.stride(1) == 1
     d_desc = TensorDescriptor.from_tensor(down_RK if by_rank else down_RK.T, [64, 64], box) if R else x_desc
     with on_device(x_MK):
         hopper_quant_kernel[(blocks * splits,)](
-            x_desc, d_desc, smooth_K, counters, rows_M, part_SMR, codes_MK, scale_M1, h_MR, M, K, KP, R, h_MR.stride(0),
+            x_desc, d_desc, smooth_K, counters, rows_M, part, codes_MK, scale_M1, h_MR, M, K, KP, R, ranks,
+            h_MR.stride(0),
             SPLITS=splits, DOWN=R > 0, DOWN_BY_RANK=by_rank, HAS_SMOOTH=smooth_K is not None, HADAMARD=hadamard,
             BH=max(8, triton.next_power_of_2(triton.cdiv(ROWS, splits))), **config, num_warps=4,
         )  # fmt: skip
