@@ -211,8 +211,9 @@ def hopper_quant_kernel(
         b_codes = gl.convert_layout(b_codes, WRITE)
         o_k = k + gl.arange(0, 64, layout=gl.SliceLayout(0, WRITE))
         o_w = block * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, WRITE))
+        # Streamed, so that partial h and x, which come once more, stay in L2 as long as they may.
         p_tile = p_codes + o_w.to(gl.int64)[:, None] * KP + o_k[None, :]
-        gl.store(p_tile, b_codes, mask=(o_w < M)[:, None] & (o_k < KP)[None, :])
+        gl.store(p_tile, b_codes, mask=(o_w < M)[:, None] & (o_k < KP)[None, :], cache_modifier=".cs")
         if i + RING < TILES:
             thread_barrier()
             _fetch_x(x_desc, x_full, xs, i % RING, block, first + i * 64)

@@ -122,9 +122,6 @@ def _score(args: argparse.Namespace) -> int:
     backbone = load_backbone(recipe.base, recipe.numerics, _device(), default_cache_root(), recipe.weights, True)
     resolution = backbone.resolution = max(recipe.data.edges(backbone.spec.resolution))
     samples = open_source(recipe.data, resolution, default_cache_root())
-    same_data = is_trained_data(adapter, samples, recipe.data, backbone)
-    if same_data is False:
-        print(f"{CHANGED_DATA} This score says so and will not be published.")
     plan = ScorePlan(
         adapter=adapter,
         config=dataclasses.replace(recipe.eval, images=images),
@@ -134,6 +131,9 @@ def _score(args: argparse.Namespace) -> int:
         references=args.references,
         full=args.full,
     )
+    same_data = is_trained_data(adapter, samples, recipe.data, backbone)
+    if same_data is False:
+        print(f"{CHANGED_DATA} This score says so and will not be published.")
     folders = (score_folders if args.measure_only else render_score)(backbone, plan, root)
     if args.render_only:
         print("\n".join(f"{name:16s} {folder}" for name, folder in folders.items()))
