@@ -176,18 +176,7 @@ def hopper_quant_kernel(
         b_bits = gl.load(p_rows + o_m, mask=o_m < M, other=0, cache_modifier=".cg")
         b_row = b_bits.to(gl.float32, bitcast=True)
         if DOWN:
-            SUM: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
-            o_i = split * BH + gl.arange(0, BH, layout=gl.SliceLayout(1, SUM))
-            o_h, o_r = block * 64 + o_i, gl.arange(0, 64, layout=gl.SliceLayout(0, SUM))
-            m_h = ((o_i < 64) & (o_h < M))[:, None] & (o_r < R)[None, :]
-            b_h = gl.zeros([BH, 64], gl.float32, layout=SUM)
-            for other in gl.static_range(SPLITS):  # unrolled: all loads in flight at once
-                p_other = p_block + (other * 64 + o_i)[:, None] * RP + o_r[None, :]
-                b_h += gl.load(p_other, mask=m_h, other=0.0, cache_modifier=".cg")
-            gl.store(p_h + o_h.to(gl.int64)[:, None] * s_hm + o_r[None, :], b_h.to(p_h.dtype.element_ty), mask=m_h)
-            thread_barrier()
-            if split * BH < 64:
-                _discard_rows(p_block + split * BH * RP, RP, SPLITS, BH)
+            _add_up(p_block, p_h, block, split, M, R, RP, s_hm, SPLITS, BH)
     elif DOWN:
         gl.store(p_h + o_token.to(gl.int64)[None, :] * s_hm + o_rank[:, None], acc.to(p_h.dtype.element_ty), mask=m_own)
     b_row = gl.where(b_row == 0, 127.0, b_row)
@@ -217,6 +206,23 @@ def hopper_quant_kernel(
         if i + RING < TILES:
             thread_barrier()
             _fetch_x(x_desc, x_full, xs, i % RING, block, first + i * 64)
+
+
+@gluon.jit
+def _add_up(p_block, p_h, block, split, M, R, RP, s_hm, SPLITS: gl.constexpr, BH: gl.constexpr):
+    """BH rows of h: the partial ones of SPLITS programs, in their order. These are discarded, as nobody reads them any more."""
+    SUM: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
+    o_i = split * BH + gl.arange(0, BH, layout=gl.SliceLayout(1, SUM))
+    o_h, o_r = block * 64 + o_i, gl.arange(0, 64, layout=gl.SliceLayout(0, SUM))
+    m_h = ((o_i < 64) & (o_h < M))[:, None] & (o_r < R)[None, :]
+    b_h = gl.zeros([BH, 64], gl.float32, layout=SUM)
+    for other in gl.static_range(SPLITS):  # unrolled: all loads in flight at once
+        p_other = p_block + (other * 64 + o_i)[:, None] * RP + o_r[None, :]
+        b_h += gl.load(p_other, mask=m_h, other=0.0, cache_modifier=".cg")
+    gl.store(p_h + o_h.to(gl.int64)[:, None] * s_hm + o_r[None, :], b_h.to(p_h.dtype.element_ty), mask=m_h)
+    thread_barrier()
+    if split * BH < 64:
+        _discard_rows(p_block + split * BH * RP, RP, SPLITS, BH)
 
 
 @gluon.jit
