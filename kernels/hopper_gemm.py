@@ -210,6 +210,7 @@ def _consume(
     HALF: gl.constexpr = gl.NVMMASharedLayout(64, 16)
     FLAT: gl.constexpr = gl.BlockedLayout([BM // 128], [32], [4], [0])
     BOXES: gl.constexpr = 2 if PACKED else 4
+    PARTS: gl.constexpr = 2 if RANKS > 32 else 1
     o_word = gl.arange(0, WN, layout=gl.SliceLayout(1, A_INT))
     o_n = gl.arange(0, WN, layout=gl.SliceLayout(1, FLOAT))
     o_m = gl.arange(0, BM, layout=FLAT)
@@ -231,30 +232,31 @@ def _consume(
         if PACKED:
             p_word += gl.minimum(first + o_word, N - 1)  # rows beyond N repeat a valid one and are not stored
             word = gl.load(p_word)
-        for k in range(steps):
-            mbarrier.wait(full.index(stage), phase)
-            x_low = xs.index(2 * stage).permute((1, 0))
-            x_high = xs.index(2 * stage + 1).permute((1, 0))
-            if PACKED:
-                b_w = ws.index(2 * stage + GROUP).load(A_INT)
-                acc = warpgroup_mma(_widen(b_w, word, WIDEN_LOW), x_low, acc, is_async=True)
-                acc = warpgroup_mma(_widen(b_w, word, WIDEN_HIGH), x_high, acc, is_async=True)
-                p_word += N
-                word = gl.load(p_word, mask=o_word < (steps - 1 - k) * WN, other=0)  # nothing after the last step
-            else:
-                acc = warpgroup_mma(ws.index(4 * stage + 2 * GROUP), x_low, acc, is_async=True)
-                acc = warpgroup_mma(ws.index(4 * stage + 2 * GROUP + 1), x_high, acc, is_async=True)
-            acc = warpgroup_mma_wait(0, deps=(acc,))
-            mbarrier.arrive(empty.index(stage))
-            stage += 1
-            if stage == STAGES:
-                stage, phase = 0, phase ^ 1
-            if RANKS > 32:  # noqa: SIM102 - the one when this is compiled, the other when it runs
-                if k == 0:
-                    tma.store_wait(0)  # the tile before has left ys; what comes there now is wanted after the sums
-                    thread_barrier()
-                    mbarrier.expect(up_full, WN * 64)
-                    _load_up(up_desc, 32, first, up_full, second_up, UP_BY_RANK)
+        # What follows the first step makes it a part of its own: asked for in the loop, it costs every step some 20 cycles.
+        for part in gl.static_range(PARTS):
+            for k in range(part, 1 if part < PARTS - 1 else steps):
+                mbarrier.wait(full.index(stage), phase)
+                x_low = xs.index(2 * stage).permute((1, 0))
+                x_high = xs.index(2 * stage + 1).permute((1, 0))
+                if PACKED:
+                    b_w = ws.index(2 * stage + GROUP).load(A_INT)
+                    acc = warpgroup_mma(_widen(b_w, word, WIDEN_LOW), x_low, acc, is_async=True)
+                    acc = warpgroup_mma(_widen(b_w, word, WIDEN_HIGH), x_high, acc, is_async=True)
+                    p_word += N
+                    word = gl.load(p_word, mask=o_word < (steps - 1 - k) * WN, other=0)  # nothing after the last step
+                else:
+                    acc = warpgroup_mma(ws.index(4 * stage + 2 * GROUP), x_low, acc, is_async=True)
+                    acc = warpgroup_mma(ws.index(4 * stage + 2 * GROUP + 1), x_high, acc, is_async=True)
+                acc = warpgroup_mma_wait(0, deps=(acc,))
+                mbarrier.arrive(empty.index(stage))
+                stage += 1
+                if stage == STAGES:
+                    stage, phase = 0, phase ^ 1
+            if part < PARTS - 1:
+                tma.store_wait(0)  # the tile before has left ys; what comes there now is wanted after the sums
+                thread_barrier()
+                mbarrier.expect(up_full, WN * 64)
+                _load_up(up_desc, 32, first, up_full, second_up, UP_BY_RANK)
         scales.store(b_a)  # a value per column: through shared memory, as a thread needs many of them
         thread_barrier()
         b_y = gl.convert_layout(acc.to(gl.float32), FLOAT)
