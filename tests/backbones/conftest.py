@@ -1,9 +1,11 @@
 """A FLUX.1 pipeline small enough for a CPU: every part of a diffusers folder, with tokenizers that were never trained."""
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -239,3 +241,26 @@ def pixart_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             scheduler=DPMSolverMultistepScheduler(),
         )  # fmt: skip
     return _in_bfloat16(pipeline, folder)
+
+
+@pytest.fixture(scope="session")
+def encoded_on_a_gpu() -> Callable[[Callable[[], Any]], tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    """(makes encoders) -> (latents of two grey pictures, text of two captions), once each encoder has left the GPU again."""
+
+    def encoded(make: Callable[[], Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        for _ in range(2):  # the first time leaves what cuBLAS keeps, and is not compared
+            gc.collect()
+            before = torch.cuda.memory_allocated()
+            encoders = make()
+            assert torch.cuda.memory_allocated() == before
+            latents = encoders.encode_images(torch.zeros(2, 3, 64, 64)).cpu()
+            assert encoders.vae.device.type == "cuda"
+            text = encoders.encode_text(["a white heart", ""])
+            assert encoders.vae.device.type == "cpu"
+            assert not any(tensor.is_cuda for tensor in text.values())
+            encoders.release_text()
+            gc.collect()
+        assert torch.cuda.memory_allocated() == before
+        return latents, text
+
+    return encoded

@@ -1,7 +1,9 @@
 """FLUX.1's encoders on a tiny pipeline: diffusers' own embeddings, what is read of a caption, and what is freed."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -157,17 +159,8 @@ def test_the_true_autoencoder_has_its_published_size() -> None:
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_every_encoder_leaves_it(flux_folder: Path) -> None:
-    before = torch.cuda.memory_allocated()
-    encoders = Flux1Encoders(flux_folder, torch.device("cuda"), torch.bfloat16, 64)
-    assert torch.cuda.memory_allocated() == before
-    latents = encoders.encode_images(torch.zeros(2, 3, 64, 64)).cpu()
-    assert encoders.vae.device.type == "cuda"
-    on_gpu = encoders.encode_text(["a white heart", ""])
-    assert encoders.vae.device.type == "cpu"
-    assert not any(tensor.is_cuda for tensor in on_gpu.values())
-    encoders.release_text()
-    assert torch.cuda.memory_allocated() == before
+def test_on_a_gpu_every_encoder_leaves_it(flux_folder: Path, encoded_on_a_gpu: Callable[..., Any]) -> None:
+    latents, on_gpu = encoded_on_a_gpu(lambda: Flux1Encoders(flux_folder, torch.device("cuda"), torch.bfloat16, 64))
     on_cpu = Flux1Encoders(flux_folder, CPU, torch.float32, 64)
     for key, tensor in on_cpu.encode_text(["a white heart", ""]).items():
         assert relative_rms(on_gpu[key].float(), tensor) < 0.03

@@ -1,7 +1,9 @@
 """SANA's and PixArt-Sigma's encoders on tiny pipelines: diffusers' own embeddings and masks, what is read, what is freed."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -192,18 +194,11 @@ def test_a_streamed_gemma_gives_the_same_and_holds_nothing_in_between(sana_folde
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["sana", "pixart"])
-def test_on_a_gpu_every_encoder_leaves_it(kind: str, sana_folder: Path, pixart_folder: Path) -> None:
+def test_on_a_gpu_every_encoder_leaves_it(
+    kind: str, sana_folder: Path, pixart_folder: Path, encoded_on_a_gpu: Callable[..., Any]
+) -> None:
     folder, made = (sana_folder, SanaEncoders) if kind == "sana" else (pixart_folder, PixArtEncoders)
-    before = torch.cuda.memory_allocated()
-    encoders = made(folder, torch.device("cuda"), torch.bfloat16)
-    assert torch.cuda.memory_allocated() == before
-    latents = encoders.encode_images(torch.zeros(2, 3, 64, 64)).cpu()
-    assert encoders.vae.device.type == "cuda"
-    on_gpu = encoders.encode_text(["a white heart", ""])
-    assert encoders.vae.device.type == "cpu"
-    assert not any(tensor.is_cuda for tensor in on_gpu.values())
-    encoders.release_text()
-    assert torch.cuda.memory_allocated() == before
+    latents, on_gpu = encoded_on_a_gpu(lambda: made(folder, torch.device("cuda"), torch.bfloat16))
     on_cpu = made(folder, CPU, torch.float32)
     mask = on_cpu.encode_text(["a white heart", ""])["prompt_attention_mask"]
     assert torch.equal(on_gpu["prompt_attention_mask"].float(), mask)
