@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from loragraft.adapters.formats.contract import COMPENSATING, PORTABLE, START_HASH, START_NAME, contract_of, less_start
@@ -189,6 +190,15 @@ def write_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / file_name, tensors, header)
     return folder / file_name
+
+
+def rename_adapter(source: Path, target: Path, name: str) -> None:
+    """Writes an adapter file that `write_adapter` wrote once more, under another name: every factor and all else that it states as before."""
+    with safe_open(source, "pt") as file:
+        header = dict(file.metadata())
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+    block = json.loads(header[METADATA_KEY]) | {"name": name}
+    write_tensors(target, tensors, {**header, METADATA_KEY: json.dumps(block, sort_keys=True)})
 
 
 def peft_metadata(pairs: Mapping[str, tuple[Tensor, Tensor]], component: Component) -> dict[str, Any]:

@@ -1,6 +1,9 @@
 """What every block of a recipe checks its values with."""
 
 import math
+import re
+
+PLAIN_NAME = re.compile(r"\w[\w .+()@-]{0,99}")
 
 
 class RecipeError(ValueError):
@@ -10,6 +13,11 @@ class RecipeError(ValueError):
     def __init__(self, message: str, *keys: str) -> None:
         super().__init__(message)
         self.keys = keys
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a name is fit for a folder and a file everywhere: letters of any script, digits and ' .+()@-_', 100 at most, no '..'."""
+    return PLAIN_NAME.fullmatch(name) is not None and ".." not in name
 
 
 def check_range(

@@ -11,6 +11,7 @@ from loragraft.recipes.data_config import DataConfig as DataConfig
 from loragraft.recipes.data_config import PriorConfig as PriorConfig
 from loragraft.recipes.ranges import RecipeError as RecipeError
 from loragraft.recipes.ranges import check_range as _check_range
+from loragraft.recipes.ranges import is_plain_name
 
 Numerics = Literal[
     "native",
@@ -312,6 +313,12 @@ class Recipe:
         if "/" in self.name:
             raise RecipeError(
                 f"name {self.name!r} is a path, and runs are kept under it; the place of one run is --out", "name"
+            )
+        if not is_plain_name(self.name):
+            raise RecipeError(
+                f"name {self.name!r} is none for an adapter: it has letters, digits and ' .+()@-_', 100 at most, and begins with "
+                "one of the first two; without `name` a recipe is called as its file",
+                "name",
             )
         if self.adapter.init == "loftq" and self.numerics == "16bit":
             raise RecipeError(

@@ -5,6 +5,7 @@ want. A resumed run keeps its W&B id.
 """
 
 import hashlib
+import re
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -76,11 +77,12 @@ class Tracking:
             self._tracker.log({"samples": shown}, step=step)
 
     def log_adapter(self, file: Path) -> None:
-        """The adapter as an artifact of type `adapter`."""
+        """The adapter as an artifact of type `adapter`, whose name has ASCII letters, digits and `._-` only."""
         if self._tracker is not None:
             import wandb
 
-            artifact = wandb.Artifact(f"{self._name}-adapter", type="adapter")
+            plain = re.sub(r"[^A-Za-z0-9._-]+", "-", self._name).strip("-") or "lora"
+            artifact = wandb.Artifact(f"{plain}-adapter", type="adapter", description=self._name)
             artifact.add_file(str(file))
             self._tracker.run.log_artifact(artifact)
 

@@ -1,6 +1,6 @@
 """A finished run -> the folder that is published: weights, card, pictures, score, and the entry that names them all.
 
-    pytorch_lora_weights.safetensors   as training wrote it
+    pytorch_lora_weights.safetensors   as training wrote it, but for a name that was asked for
     start.safetensors                  what a compensating adapter was trained from
     README.md                          the card
     score.json                         if the run was scored
@@ -21,7 +21,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from loragraft.adapters.checkpoint import Adapter, load_adapter
+from loragraft.adapters.checkpoint import Adapter, load_adapter, rename_adapter
 from loragraft.adapters.formats.contract import COMPENSATING, START_NAME, check_start, contract_of
 from loragraft.evaluation.image_sets import adapter_hash
 from loragraft.zoo.card import Picture, adapter_card
@@ -48,11 +48,17 @@ FIRST_VERSION = "1.0.0"
 
 
 def collect(
-    run: Path, folder: Path, *, version: str = FIRST_VERSION, licence: str | None = None, pictures: Path | None = None
+    run: Path,
+    folder: Path,
+    *,
+    name: str | None = None,
+    version: str = FIRST_VERSION,
+    licence: str | None = None,
+    pictures: Path | None = None,
 ) -> Entry:
     """Writes what is published of `run` into the empty `folder`; returns its entry.
 
-    `pictures`: a folder that `loragraft generate` drew into; default `run`/images, where there is one. Raises ZooError for a run
+    `name`: what it is called there, if not as its recipe. `pictures`: a folder that `loragraft generate` drew into; default `run`/images, where there is one. Raises ZooError for a run
     that is not finished, a score of another adapter, a name or version that a zoo cannot have, and as `licence_for` does.
     """
     source = run / "adapter" / WEIGHTS
@@ -62,7 +68,10 @@ def collect(
     if VERSION.fullmatch(version) is None:
         raise ZooError(f"--version {version}: a version is MAJOR.MINOR.PATCH, such as {FIRST_VERSION}")
     adapter = load_adapter(source)
-    shutil.copyfile(source, folder / WEIGHTS)
+    if name is None:
+        shutil.copyfile(source, folder / WEIGHTS)
+    else:
+        rename_adapter(source, folder / WEIGHTS, name)
     if contract_of(adapter.metadata) == COMPENSATING:
         _copy_start(source.with_name(START_NAME), adapter, folder)
     score = _score(run, adapter)
@@ -73,7 +82,7 @@ def collect(
     if sheets:
         (folder / IMAGES).mkdir(exist_ok=True)
         shutil.copyfile(sheets[-1], folder / SAMPLES)
-    entry = _entry(adapter, version, licence_for(adapter.metadata["base"], licence), score)
+    entry = _entry(load_adapter(folder / WEIGHTS), version, licence_for(adapter.metadata["base"], licence), score)
     (folder / CARD).write_text(
         adapter_card(entry, adapter.metadata, gallery, SAMPLES if sheets else None), encoding="utf-8"
     )

@@ -181,7 +181,9 @@ class HubPlace:
     def _repository_for(self, entry: Entry) -> str:
         owner, _, name = self.account.partition("/")
         if name and name != entry.name:
-            raise ZooError(f"{self.url} is for an adapter {name!r}, and this one is {entry.name!r}: --to hf://{owner}")
+            raise ZooError(
+                f"{self.url} is for an adapter {name!r}, and this one is {entry.name!r}: --to hf://{owner}, or --name {name}"
+            )
         return f"{self.owner}/{entry.name}"
 
     def _require_same(self, repo: str, entry: Entry, info: Any, taken: list[str]) -> None:

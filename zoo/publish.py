@@ -23,6 +23,7 @@ def publish(
     run: Path,
     place: Place | None,
     *,
+    name: str | None = None,
     version: str = FIRST_VERSION,
     licence: str | None = None,
     pictures: Path | None = None,
@@ -34,7 +35,7 @@ def publish(
     """
     with tempfile.TemporaryDirectory(prefix="loragraft-publish-") as temporary:
         folder = Path(temporary)
-        entry = collect(run, folder, version=version, licence=licence, pictures=pictures)
+        entry = collect(run, folder, name=name, version=version, licence=licence, pictures=pictures)
         if key is not None:
             from loragraft.zoo.signing import sign
 

@@ -39,6 +39,7 @@ def publish_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--to", metavar="PLACE", help="a folder, a URL or hf://OWNER (default: the recipe's publish.to)"
     )
+    parser.add_argument("--name", help="what it is called there (default: the recipe's name)")
     parser.add_argument("--version", default="1.0.0", help="MAJOR.MINOR.PATCH; a published version never changes")
     parser.add_argument(
         "--images", type=Path, metavar="FOLDER", help="pictures by `loragraft generate` (default: RUN/images)"
@@ -61,7 +62,7 @@ def run_publish(args: argparse.Namespace) -> int:
     check_no_source(to, "--to ")
     place = None if args.dry_run else open_place(to, public=args.public)
     done = publish(
-        args.run, place, version=args.version, licence=args.licence, pictures=args.images, key=args.key
+        args.run, place, name=args.name, version=args.version, licence=args.licence, pictures=args.images, key=args.key
     )  # fmt: skip
     print(describe(done.entry))
     if args.dry_run:

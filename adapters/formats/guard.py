@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from loragraft.quantization.tensor_file import CheckpointError, read_tensors
+from loragraft.recipes.ranges import is_plain_name
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 MAGIC = {b"PK\x03\x04": "a zip archive, as torch.save writes it", b"\x80\x02": "a pickle", b"\x80\x04": "a pickle"}
@@ -22,7 +23,6 @@ HEADER_LIMIT = 16 * 2**20
 LONGEST_NAME = 300
 INTEGERS_ALLOWED = (".alpha", ".reshape_weight", ".scalar")
 PATHLIKE = re.compile(r"[/\\\x00-\x1f\x7f]|(^|\.)\.\.?(\.|$)")
-SAFE_NAME = re.compile(r"\w[\w .+()@-]{0,99}")
 
 
 def read_untrusted(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -65,7 +65,7 @@ def _checked(file: Path, name: str, tensor: Tensor) -> Tensor:
 
 def checked_name(file: Path, name: object) -> str:
     """A name from a file's metadata, fit to become a folder's. Raises CheckpointError for anything that could be a path."""
-    if not isinstance(name, str) or not SAFE_NAME.fullmatch(name) or ".." in name:
+    if not isinstance(name, str) or not is_plain_name(name):
         raise CheckpointError(
             f"{file}: its metadata names the adapter {str(name)[:80]!r}, which is no plain name (letters, digits, ' .+()@-_')"
         )

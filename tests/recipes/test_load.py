@@ -144,6 +144,8 @@ def test_what_contradicts_in_files_blames_the_last_file(tmp_path: Path) -> None:
         ("extends: _base.yaml", r"extends: no recipe file .*; did you mean _base\?"),
         ("extends: ./", "is a folder: give the recipe's file"),
         ("extends: marketing\nname: ../elsewhere", "mine.yaml: name '../elsewhere' is a path"),
+        ("extends: marketing\nname: summer! sale", "mine.yaml: name 'summer! sale' is none for an adapter"),
+        ("extends: marketing\nname: -summer", "mine.yaml: name '-summer' is none for an adapter"),
         ("extends: [a, b]", "extends must be one recipe"),
         ("- a\n- b", "a recipe is a mapping"),
         ("train: {steps: 1}\ntrain: {steps: 2}", "'train' is given twice"),

@@ -30,3 +30,15 @@ def test_a_run_that_is_not_opened_says_why_and_what_needs_none(tmp_path: Path, m
         ValueError, match=r"tracking.mode=online: .*permission denied.*tracking.mode=offline needs neither"
     ):
         tracking.Tracking.start(load_recipe("marketing", ["tracking.mode=online"]), base, folder, accelerator)
+
+
+@pytest.mark.parametrize(
+    ("name", "artifact"),
+    [("marketing", "marketing-adapter"), ("my style+2", "my-style-2-adapter"), ("Лето", "lora-adapter")],
+)
+def test_every_name_of_a_recipe_gives_an_artifact(tmp_path: Path, name: str, artifact: str) -> None:
+    logged: list[wandb.Artifact] = []
+    tracker: Any = SimpleNamespace(run=SimpleNamespace(log_artifact=logged.append))
+    (tmp_path / "adapter.safetensors").write_bytes(b"x")
+    tracking.Tracking(tracker, name).log_adapter(tmp_path / "adapter.safetensors")
+    assert [(made.name, made.description) for made in logged] == [(artifact, name)]

@@ -9,6 +9,7 @@ import yaml
 
 from loragraft.adapters.checkpoint import load_adapter, write_adapter
 from loragraft.adapters.formats.contract import START_HASH, START_NAME, start_hash
+from loragraft.evaluation.image_sets import adapter_hash
 from loragraft.zoo.contents import collect
 from loragraft.zoo.entry import ENTRY, ZooError
 from loragraft.zoo.licences import licence_for
@@ -122,7 +123,7 @@ def test_pictures_that_were_asked_for_must_be_of_this_adapter(make_run: Callable
         collect(make_run(), staged(tmp_path), pictures=other / "images")
 
 
-@pytest.mark.parametrize("name", ["..", "a b", "-x", "é"])
+@pytest.mark.parametrize("name", ["a b", "a+b", "é"])
 def test_a_name_that_no_zoo_can_have_is_refused(make_run: Callable[..., Path], tmp_path: Path, name: str) -> None:
     run = make_run(score=False)
     file = run / "adapter" / "pytorch_lora_weights.safetensors"
@@ -135,6 +136,20 @@ def test_a_name_that_no_zoo_can_have_is_refused(make_run: Callable[..., Path], t
     with pytest.raises(ValueError, match="name") as caught:
         collect(run, staged(tmp_path))
     assert "letters, digits" in str(caught.value) and "[A-Za-z" not in str(caught.value)  # a sentence, no pattern
+    assert "--name" in str(caught.value)
+
+
+def test_another_name_changes_nothing_but_the_name(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    run, own, other = make_run("Лето (2026)"), staged(tmp_path, "own"), staged(tmp_path, "other")
+    with pytest.raises(ZooError, match="--name"):
+        collect(run, own)
+    entry = collect(run, other, name="summer")
+    here, there = load_adapter(run / "adapter"), load_adapter(other / "pytorch_lora_weights.safetensors")
+    assert (entry.name, there.name) == ("summer", "summer")
+    assert there.metadata == {**here.metadata, "name": "summer"}
+    assert adapter_hash(there) == adapter_hash(here)
+    assert {"score.json", "images/0000.png"} <= set(entry.files)  # measured and drawn under the first name
+    assert "# summer 1.0.0" in (other / "README.md").read_text()
 
 
 def test_a_derivative_is_under_its_bases_licence() -> None:

@@ -99,6 +99,13 @@ def test_a_version_is_three_numbers(capsys: Say, make_run: Callable[..., Path]) 
         assert "MAJOR.MINOR.PATCH, such as 1.0.0" in refused
 
 
+def test_what_it_is_called_there(capsys: Say, make_run: Callable[..., Path]) -> None:
+    text = said(capsys, "publish", str(make_run("Лето")), "--to", "zoo", "--name", "summer")
+    assert "published: summer 1.0.0 in zoo" in text
+    said(capsys, "zoo", "pull", "summer")
+    assert "it is what it says" in said(capsys, "zoo", "verify", "adapters/summer", "--no-graft")
+
+
 def test_the_recipe_says_where_to(capsys: Say, make_run: Callable[..., Path]) -> None:
     run = make_run()
     (run / "recipe.yaml").write_text("extends: marketing\npublish: {to: shelf}\n")
