@@ -5,17 +5,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 TRANSFORM_VERSION = 2
 """Part of every cache key: raise it whenever `load_pixels` gives other pixels for the same file."""
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
-NOT_READ = frozenset(
-    {".heic", ".heif", ".avif", ".jxl", ".jp2", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".psd", ".svg"}
+_AVIF = frozenset({".avif"})  # not in every build of Pillow
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif"}) | (
+    _AVIF if features.check("avif") else frozenset()
 )
+NOT_READ = (
+    frozenset({".heic", ".heif", ".jxl", ".jp2", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".psd", ".svg"}) | _AVIF
+) - SUFFIXES
 """Suffixes of pictures that have to be converted first."""
 
 

@@ -122,9 +122,7 @@ def _read_folder(folder: Path, config: DataConfig, left_out: LeftOut | None) -> 
     if left_out is not None:
         left_out.not_read += strange
     elif strange:
-        _log.warning(
-            "%d pictures are left out until they are converted: %s; %s", len(strange), _listed(strange, folder), kinds
-        )
+        _log.warning("left out until converted: %s; %s", _listed(strange, folder), kinds)
     unreadable = dict(_unreadable(found)) if config.domain is None else {}
     if left_out is not None:
         left_out.unreadable += unreadable.items()

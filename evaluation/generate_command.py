@@ -153,8 +153,8 @@ def _check_numbers(args: argparse.Namespace, spec: "BaseSpec") -> None:
     for option, value in (("--steps", args.steps), ("--per-prompt", args.per_prompt)):
         if value is not None and value < 1:
             raise ValueError(f"{option} {value}: it is at least 1")
-    if args.seed is not None and args.seed < 0:
-        raise ValueError(f"--seed {args.seed}: it is at least 0")
+    if args.seed is not None and not 0 <= args.seed <= 2**64 - args.per_prompt:
+        raise ValueError(f"--seed {args.seed}: it is at least 0, and that of the last image below 2^64")
     edge, grain = args.resolution, spec.grain
     if edge is not None and (edge < grain or edge % grain):
         near = max(grain, round(edge / grain) * grain)

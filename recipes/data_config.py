@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from loragraft.recipes.ranges import RecipeError, check_range
+from loragraft.recipes.ranges import LARGEST_SEED, RecipeError, check_range
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,7 +29,7 @@ class PriorConfig:
         check_range("data.prior.weight", self.weight, 0, 100)
         check_range("data.prior.steps", self.steps, 1, 1000)
         check_range("data.prior.guidance", self.guidance, 1, 100)
-        check_range("data.prior.seed", self.seed, 0)
+        check_range("data.prior.seed", self.seed, 0, LARGEST_SEED)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,7 +122,7 @@ class DataConfig:
                 *(f"data.{key}" for key in given or places),
             )
         check_range("data.count", self.count, 1, 1_000_000)
-        check_range("data.seed", self.seed, 0)
+        check_range("data.seed", self.seed, 0, LARGEST_SEED)
         check_range("data.short_captions", self.short_captions, 0, 1)
         check_range("data.validation_fraction", self.validation_fraction, 0, 0.5)
         check_range("data.test_fraction", self.test_fraction, 0, 0.5)

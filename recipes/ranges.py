@@ -3,6 +3,8 @@
 import math
 import re
 
+LARGEST_SEED = 2**63 - 1
+"""What torch takes, with room for the images that count on from it."""
 PLAIN_NAME = re.compile(r"\w[\w .+()@-]{0,99}")
 
 

@@ -9,9 +9,9 @@ from typing import Literal
 
 from loragraft.recipes.data_config import DataConfig as DataConfig
 from loragraft.recipes.data_config import PriorConfig as PriorConfig
+from loragraft.recipes.ranges import LARGEST_SEED, is_plain_name
 from loragraft.recipes.ranges import RecipeError as RecipeError
 from loragraft.recipes.ranges import check_range as _check_range
-from loragraft.recipes.ranges import is_plain_name
 
 Numerics = Literal[
     "native",
@@ -50,7 +50,7 @@ class WeightsConfig:
     """Seed of the random values."""
 
     def __post_init__(self) -> None:
-        _check_range("weights.seed", self.seed, 0)
+        _check_range("weights.seed", self.seed, 0, LARGEST_SEED)
         if self.random and (self.path or self.encoders):
             raise RecipeError(
                 f"weights.random=true and weights.path={self.path or self.encoders!r} exclude each other: leave one out",
@@ -86,7 +86,7 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         _check_range("adapter.rank", self.rank, 1, 1024)
         _check_range("adapter.alpha", self.alpha, 0, open_low=True)
-        _check_range("adapter.seed", self.seed, 0)
+        _check_range("adapter.seed", self.seed, 0, LARGEST_SEED)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,7 +148,7 @@ class TrainConfig:
         _check_range("train.batch_size", self.batch_size, 1, 65_536)
         _check_range("train.accumulation", self.accumulation, 1, 65_536)
         _check_range("train.max_grad_norm", self.max_grad_norm, 0)
-        _check_range("train.seed", self.seed, 0)
+        _check_range("train.seed", self.seed, 0, LARGEST_SEED)
         _check_range("train.text_dropout", self.text_dropout, 0, 1)
         _check_range("train.checkpoint_blocks", self.checkpoint_blocks, 0)
         if (self.checkpointing == "selective") != (self.checkpoint_blocks > 0):
@@ -231,7 +231,7 @@ class SampleConfig:
         _check_range("sample.steps", self.steps, 1, 1000)
         _check_range("sample.guidance", self.guidance, 1, 100)
         _check_range("sample.true_guidance", self.true_guidance, 1, 100)
-        _check_range("sample.seed", self.seed, 0)
+        _check_range("sample.seed", self.seed, 0, LARGEST_SEED)
         _check_range("sample.per_prompt", self.per_prompt, 1, 1024)
 
 
@@ -254,7 +254,7 @@ class EvalConfig:
         _check_range("eval.images", self.images, 0, 1_000_000)
         _check_range("eval.steps", self.steps, 1, 1000)
         _check_range("eval.guidance", self.guidance, 1, 100)
-        _check_range("eval.seed", self.seed, 0)
+        _check_range("eval.seed", self.seed, 0, LARGEST_SEED)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -124,6 +124,12 @@ def test_overrides_stand_on_either_side_of_options(words: list[str], capsys: pyt
     assert "5e7052875800" in capsys.readouterr().err, "the prompt of seed 3"
 
 
+def test_a_mistyped_option_is_no_other_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["generate", "--prompt", "x", "--weight", "0.5"])  # --weights is where a base lies
+    assert "unrecognized arguments: --weight 0.5; did you mean --weights?" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments", [["prompts", "marketing", "--count", "1", "--cuont"], ["demo", "word"]])
 def test_what_no_verb_knows_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):

@@ -226,7 +226,10 @@ def _finish(
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="train/lora.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="train/lora.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument(
         "--recipe", required=True, help="a shipped recipe's name (see `loragraft recipe`) or a YAML file"

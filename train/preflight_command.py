@@ -317,7 +317,10 @@ def _processes(text: str) -> int:
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="loragraft preflight", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="loragraft preflight",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("recipe", nargs="?", help="a shipped recipe's name or a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe overrides")

@@ -368,6 +368,7 @@ def build_parser() -> argparse.ArgumentParser:
             help=text,
             description=f"{text[0].upper()}{text[1:]}.\n\n{textwrap.indent(details, '  ')}\n\n{PLACES}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
         )
         sub[name].set_defaults(run_verb=run)
         if name not in ("key", "mirror"):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loragraft.outcome import MENDED, guarded
-from loragraft.verbs import VERBS, build_parser
+from loragraft.verbs import VERBS, build_parser, options_of
 
 if TYPE_CHECKING:
     from loragraft.recipes.schema import Recipe
@@ -39,7 +39,8 @@ def _parsed(arguments: list[str]) -> argparse.Namespace:
     parser = build_parser()
     args, rest = parser.parse_known_args(arguments)
     if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        near = difflib.get_close_matches(next((word for word in rest if word.startswith("--")), ""), options_of(args.verb), n=1)
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{f'; did you mean {near[0]}?' if near else ''}")
     if rest:
         args.overrides += rest
     return args

@@ -4,6 +4,7 @@ Nothing heavy is imported here, so that --help is quick.
 """
 
 import argparse
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import get_args
@@ -52,10 +53,21 @@ def build_parser() -> argparse.ArgumentParser:
     for name, verb in VERBS.items():
         described = f"{verb.text[0].upper()}{verb.text[1:]}.\n\n{verb.details}"
         sub = verbs.add_parser(
-            name, help=verb.text, description=described, formatter_class=argparse.RawDescriptionHelpFormatter
+            name,
+            help=verb.text,
+            description=described,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
         )
         verb.options(sub)
     return parser
+
+
+def options_of(verb: str) -> list[str]:
+    """The long options that a verb of `build_parser` knows."""
+    parser = argparse.ArgumentParser()
+    VERBS[verb].options(parser)
+    return sorted(set(re.findall(r"--[a-z][a-z-]+", parser.format_usage())))
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from loragraft.data.images import load_pixels
 from loragraft.data.sources import DataError, Sample, check_source, open_source
@@ -89,7 +89,13 @@ def test_pictures_of_a_kind_that_is_not_read_are_said(tmp_path: Path, caplog: py
         _open(tmp_path)
     _image(tmp_path / "red disc.png")
     _open(tmp_path, validation_fraction=0, test_fraction=0)
-    assert "1 pictures are left out until they are converted: IMG_1.HEIC" in caplog.text
+    assert "left out until converted: IMG_1.HEIC" in caplog.text
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+def test_avif_is_read_where_pillow_reads_it(tmp_path: Path) -> None:
+    _image(tmp_path / "red disc.avif")
+    assert len(_open(tmp_path, validation_fraction=0, test_fraction=0)) == 1
 
 
 def test_one_caption_for_photos_without_any(tmp_path: Path) -> None:

@@ -109,6 +109,7 @@ def test_a_folder_that_nothing_may_be_written_into_is_refused_before_anything_is
     assert f"nothing may be written into {tmp_path}" in capsys.readouterr().err
 
 
-def test_a_seed_below_zero_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["generate", "--prompt", "a", "--seed", "-1"]) == 2
-    assert "--seed -1: it is at least 0" in capsys.readouterr().err
+@pytest.mark.parametrize("seed", ["-1", str(2**64 - 1)])
+def test_a_seed_that_no_generator_takes_is_refused(seed: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--prompt", "a", "--per-prompt", "2", "--seed", seed]) == 2
+    assert f"--seed {seed}: it is at least 0, and that of the last image below 2^64" in capsys.readouterr().err

@@ -85,6 +85,7 @@ def test_folder_replaces_domain_only_when_said(tmp_path: Path, monkeypatch: pyte
         ("optim.learning_rate=.nan", "greater than 0 and at most 1, not nan"),
         ("optim.betas=[0.9]", "optim.betas must be a list of 2 items"),
         ("optim.schedule=cosin", r"must be one of constant, cosine, linear, not 'cosin'; did you mean cosine\?"),
+        ("sample.seed=9223372036854775808", "sample.seed must be at least 0 and at most 9,223,372,036,854,775,807"),
         ("sample.prompts=a", "sample.prompts must be a list"),
         ("sample.prompts=[1]", r"sample.prompts\[0\] must be text, not 1 \(integer\); put it in quotes"),
         ("adapter=3", "adapter is a block of keys"),
