@@ -23,7 +23,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="dialect, base, ranks, targets and metadata of a file",
         description="Whose naming, which base, ranks, what would be lost, and what the file's header says.\n\n"
         "loragraft adapter inspect downloaded.safetensors",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     inspect.add_argument("--json", action="store_true", help="as JSON")
     export = actions.add_parser(
@@ -32,7 +31,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         description="Write an adapter as other programs name it, the scale in its tensors.\n\n"
         "loragraft adapter export runs/marketing --style comfyui --out marketing.safetensors\n\n"
         "comfyui adds marketing.workflow.json where ComfyUI knows the base (pocket it does not).",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     export.add_argument("--style", choices=STYLES, required=True, help="whose names the tensors get")
     export.add_argument("--out", required=True, help="a .safetensors file, or a folder for it; must not exist")

@@ -21,7 +21,6 @@ from typing import Any, Literal
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from loragraft.adapters.formats.contract import COMPENSATING, PORTABLE, START_HASH, START_NAME, contract_of, less_start
@@ -31,7 +30,7 @@ from loragraft.adapters.formats.guard import checked_block
 from loragraft.adapters.formats.reading import read_file
 from loragraft.adapters.inject import DEFAULT_NAME, adapter_factors
 from loragraft.quantization.names import nearest, nearest_path
-from loragraft.quantization.tensor_file import CheckpointError, write_tensors
+from loragraft.quantization.tensor_file import CheckpointError, read_tensors, write_tensors
 
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
 Component = Literal["transformer", "unet"]
@@ -194,9 +193,7 @@ def write_adapter(
 
 def rename_adapter(source: Path, target: Path, name: str) -> None:
     """Writes an adapter file that `write_adapter` wrote once more, under another name: every factor and all else that it states as before."""
-    with safe_open(source, "pt") as file:
-        header = dict(file.metadata())
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+    tensors, header = read_tensors(source)
     block = json.loads(header[METADATA_KEY]) | {"name": name}
     write_tensors(target, tensors, {**header, METADATA_KEY: json.dumps(block, sort_keys=True)})
 

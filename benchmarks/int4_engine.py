@@ -176,6 +176,7 @@ def forward_row(layer: Layer) -> dict[str, float]:
         **library(x, joined),
     }
     with torch.no_grad():
+        # Short and many: under this load the clock moves by a third, and 15 rounds read the branch anywhere from 3.4 to 5.4 %.
         row = {**compare(steps, inner=5, rounds=60), **peers(x, joined)}
     row["bf16"] = min(row["bf16"], row.pop("bf16_parts"))
     torch.cuda.empty_cache()

@@ -12,13 +12,11 @@ from torch import Tensor
 TRANSFORM_VERSION = 2
 """Part of every cache key: raise it whenever `load_pixels` gives other pixels for the same file."""
 
-_AVIF = frozenset({".avif"})  # not in every build of Pillow
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif"}) | (
-    _AVIF if features.check("avif") else frozenset()
+_IN_SOME_BUILDS = {".avif"} if features.check("avif") else set()
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", *_IN_SOME_BUILDS})
+NOT_READ = frozenset(
+    {".heic", ".heif", ".avif", ".jxl", ".jp2", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".psd", ".svg"} - SUFFIXES
 )
-NOT_READ = (
-    frozenset({".heic", ".heif", ".jxl", ".jp2", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".psd", ".svg"}) | _AVIF
-) - SUFFIXES
 """Suffixes of pictures that have to be converted first."""
 
 

@@ -130,6 +130,21 @@ def test_a_mistyped_option_is_no_other_one(capsys: pytest.CaptureFixture[str]) -
     assert "unrecognized arguments: --weight 0.5; did you mean --weights?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train", "--recipe", "marketing", "--outt", "x"], "--outt x; did you mean --out?"),
+        (["preflight", "marketing", "--car", "x"], "--car x; did you mean --card?"),
+        (["zoo", "ls", "--zo"], "--zo; did you mean --zoo?"),
+        (["adapter", "inspect", "x", "--ran=3"], "--ran=3; did you mean --rank?"),
+    ],
+)
+def test_every_verb_names_the_nearest_option(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(words)
+    assert f"unrecognized arguments: {said}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments", [["prompts", "marketing", "--count", "1", "--cuont"], ["demo", "word"]])
 def test_what_no_verb_knows_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):

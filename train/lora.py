@@ -43,6 +43,7 @@ from loragraft.data.held_out import warn_few_held_out
 from loragraft.data.overlap import check_overlap
 from loragraft.data.sources import Sample, check_source, open_source
 from loragraft.outcome import guarded
+from loragraft.parser import Parser
 from loragraft.recipes.load import load_recipe
 from loragraft.recipes.schema import Recipe
 from loragraft.train.compensating import start_compensating
@@ -225,12 +226,7 @@ def _finish(
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="train/lora.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(prog="train/lora.py", description=__doc__)
     parser.add_argument(
         "--recipe", required=True, help="a shipped recipe's name (see `loragraft recipe`) or a YAML file"
     )

@@ -28,6 +28,7 @@ from loragraft.data.sample import Sample
 from loragraft.data.scan import Scan, scan_samples
 from loragraft.data.sources import LeftOut, check_source, open_source
 from loragraft.disk import write_atomic
+from loragraft.parser import Parser
 from loragraft.recipes.load import load_recipe
 from loragraft.recipes.schema import Recipe
 from loragraft.train.dry_run import KINDS
@@ -316,12 +317,7 @@ def _processes(text: str) -> int:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="loragraft preflight",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(prog="loragraft preflight", description=__doc__)
     parser.add_argument("recipe", nargs="?", help="a shipped recipe's name or a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe overrides")
     parser.add_argument(

@@ -58,8 +58,8 @@ def collect(
 ) -> Entry:
     """Writes what is published of `run` into the empty `folder`; returns its entry.
 
-    `name`: what it is called there, if not as its recipe. `pictures`: a folder that `loragraft generate` drew into; default `run`/images, where there is one. Raises ZooError for a run
-    that is not finished, a score of another adapter, a name or version that a zoo cannot have, and as `licence_for` does.
+    `name`: what it is called there, if not as its recipe. `pictures`: a folder that `loragraft generate` drew into; default
+    `run`/images, where there is one. Raises ZooError for a run that is not finished, a score of another adapter, a name or version that a zoo cannot have, and as `licence_for` does.
     """
     source = run / "adapter" / WEIGHTS
     if not source.exists():
@@ -69,6 +69,7 @@ def collect(
         raise ZooError(f"--version {version}: a version is MAJOR.MINOR.PATCH, such as {FIRST_VERSION}")
     adapter = load_adapter(source)
     if name is None:
+        name = adapter.name
         shutil.copyfile(source, folder / WEIGHTS)
     else:
         rename_adapter(source, folder / WEIGHTS, name)
@@ -82,7 +83,7 @@ def collect(
     if sheets:
         (folder / IMAGES).mkdir(exist_ok=True)
         shutil.copyfile(sheets[-1], folder / SAMPLES)
-    entry = _entry(load_adapter(folder / WEIGHTS), version, licence_for(adapter.metadata["base"], licence), score)
+    entry = _entry(adapter, name, version, licence_for(adapter.metadata["base"], licence), score)
     (folder / CARD).write_text(
         adapter_card(entry, adapter.metadata, gallery, SAMPLES if sheets else None), encoding="utf-8"
     )
@@ -150,12 +151,12 @@ def _gallery(source: Path, adapter: Adapter, folder: Path, *, asked: bool) -> li
     return found
 
 
-def _entry(adapter: Adapter, version: str, licence: Licence, score: Mapping[str, Any] | None) -> Entry:
+def _entry(adapter: Adapter, name: str, version: str, licence: Licence, score: Mapping[str, Any] | None) -> Entry:
     """All but the files."""
     about = adapter.metadata
     data = about.get("recipe", {}).get("data", {})
     return Entry(
-        name=adapter.name,
+        name=name,
         version=version,
         created=str(about.get("created", "")),
         base=BaseRef(

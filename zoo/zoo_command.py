@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loragraft.parser import Parser
 from loragraft.zoo.entry import Entry, Listed, NotAsPublishedError, Status, ZooError, index_to_bytes
 from loragraft.zoo.places import DEFAULT, HUB, VARIABLE, Place, check_no_source, choose, did_you_mean, open_place
 from loragraft.zoo.printing import describe, print_table
@@ -355,10 +356,8 @@ VERBS: dict[str, tuple[Callable[[argparse.Namespace], int], str, str]] = {
 
 def build_parser() -> argparse.ArgumentParser:
     """Of `loragraft zoo`."""
-    parser = argparse.ArgumentParser(
-        prog="loragraft zoo",
-        description=f"Published adapters: find, fetch and prove them.\n{WALKTHROUGH}\n{PLACES}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser(
+        prog="loragraft zoo", description=f"Published adapters: find, fetch and prove them.\n{WALKTHROUGH}\n{PLACES}"
     )
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     sub = {}
@@ -367,8 +366,6 @@ def build_parser() -> argparse.ArgumentParser:
             name,
             help=text,
             description=f"{text[0].upper()}{text[1:]}.\n\n{textwrap.indent(details, '  ')}\n\n{PLACES}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
         )
         sub[name].set_defaults(run_verb=run)
         if name not in ("key", "mirror"):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loragraft.outcome import MENDED, guarded
-from loragraft.verbs import VERBS, build_parser, options_of
+from loragraft.verbs import VERBS, build_parser
 
 if TYPE_CHECKING:
     from loragraft.recipes.schema import Recipe
@@ -38,9 +38,8 @@ def _parsed(arguments: list[str]) -> argparse.Namespace:
     """Recipe overrides may stand before and behind options; argparse gives a verb's positional words to the first group alone."""
     parser = build_parser()
     args, rest = parser.parse_known_args(arguments)
-    if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
-        near = difflib.get_close_matches(next((word for word in rest if word.startswith("--")), ""), options_of(args.verb), n=1)
-        parser.error(f"unrecognized arguments: {' '.join(rest)}{f'; did you mean {near[0]}?' if near else ''}")
+    if rest and not hasattr(args, "overrides"):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.overrides += rest
     return args

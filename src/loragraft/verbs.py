@@ -4,7 +4,6 @@ Nothing heavy is imported here, so that --help is quick.
 """
 
 import argparse
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import get_args
@@ -14,6 +13,7 @@ from loragraft.adapters.adapter_command import add_options as adapter_options
 from loragraft.evaluation.generate_command import add_options as generate_options
 from loragraft.evaluation.standard_command import EPILOG, add_metric_options
 from loragraft.evaluation.standard_command import add_options as measure_options
+from loragraft.parser import Parser
 from loragraft.recipes.schema import Numerics
 from loragraft.zoo.zoo_command import publish_options
 
@@ -45,29 +45,13 @@ class Verb:
 
 def build_parser() -> argparse.ArgumentParser:
     """Parses to a namespace whose `verb` is a key of `VERBS`."""
-    parser = argparse.ArgumentParser(
-        prog="loragraft", description=DESCRIPTION, epilog=EPILOGUE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="loragraft", description=DESCRIPTION, epilog=EPILOGUE)
     parser.add_argument("--version", action="version", version=loragraft.__version__)
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", dest="verb", required=True)
     for name, verb in VERBS.items():
         described = f"{verb.text[0].upper()}{verb.text[1:]}.\n\n{verb.details}"
-        sub = verbs.add_parser(
-            name,
-            help=verb.text,
-            description=described,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-        verb.options(sub)
+        verb.options(verbs.add_parser(name, help=verb.text, description=described))
     return parser
-
-
-def options_of(verb: str) -> list[str]:
-    """The long options that a verb of `build_parser` knows."""
-    parser = argparse.ArgumentParser()
-    VERBS[verb].options(parser)
-    return sorted(set(re.findall(r"--[a-z][a-z-]+", parser.format_usage())))
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:

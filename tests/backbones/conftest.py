@@ -259,7 +259,6 @@ def encoded_on_a_gpu() -> Callable[[Callable[[], Any]], tuple[torch.Tensor, dict
             assert encoders.vae.device.type == "cpu"
             assert not any(tensor.is_cuda for tensor in text.values())
             encoders.release_text()
-            gc.collect()
         assert torch.cuda.memory_allocated() == before
         return latents, text
 

@@ -123,7 +123,7 @@ def test_pictures_that_were_asked_for_must_be_of_this_adapter(make_run: Callable
         collect(make_run(), staged(tmp_path), pictures=other / "images")
 
 
-@pytest.mark.parametrize("name", ["a b", "a+b", "é"])
+@pytest.mark.parametrize("name", ["..", "a b", "a+b", "-x", "é"])
 def test_a_name_that_no_zoo_can_have_is_refused(make_run: Callable[..., Path], tmp_path: Path, name: str) -> None:
     run = make_run(score=False)
     file = run / "adapter" / "pytorch_lora_weights.safetensors"
@@ -136,7 +136,6 @@ def test_a_name_that_no_zoo_can_have_is_refused(make_run: Callable[..., Path], t
     with pytest.raises(ValueError, match="name") as caught:
         collect(run, staged(tmp_path))
     assert "letters, digits" in str(caught.value) and "[A-Za-z" not in str(caught.value)  # a sentence, no pattern
-    assert "--name" in str(caught.value)
 
 
 def test_another_name_changes_nothing_but_the_name(make_run: Callable[..., Path], tmp_path: Path) -> None:
